@@ -1,0 +1,70 @@
+# make demo, make test: each creates .venv, installs the dependencies, builds the extension and runs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+
+.PHONY: demo test test-python test-cpp lint format build bench gpu-check wheel stubs clean
+
+demo: build
+	$(BIN)/fastsft demo $(DEMO_ARGS)
+
+test: build test-python test-cpp
+
+test-python: build
+	$(BIN)/pytest
+
+test-cpp: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DFASTSFT_PYTHON=OFF -DFASTSFT_TESTS=ON \
+	  -DFASTSFT_SANITIZE=ON -DFASTSFT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo > build/cpp-configure.log \
+	  || { cat build/cpp-configure.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pybind11_stubgen fastsft._C -o build/stubs --exit-code > /dev/null
+	diff -u python/fastsft/_C.pyi build/stubs/fastsft/_C.pyi
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format -i
+
+stubs: build
+	$(BIN)/python -m pybind11_stubgen fastsft._C -o build/stubs --exit-code > /dev/null
+	cp build/stubs/fastsft/_C.pyi python/fastsft/_C.pyi
+
+bench: build
+	$(BIN)/pytest bench --benchmark-only
+
+gpu-check: build
+	$(BIN)/python -c "import fastsft, sys; d = fastsft.info()['cuda']; sys.exit(0 if d['devices'] else f'no usable GPU: {d}')"
+	$(BIN)/pytest -m gpu
+
+wheel: $(VENV)/ready
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# Rebuilds only what changed; Python sources are used in place.
+build: $(VENV)/ready
+	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+# torch first and pinned: on some systems any other request brings the CUDA build.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(BIN)/pip install --quiet $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  x = p['optional-dependencies']; print(*(repr(d) for d in p['dependencies'] + x['data'] + x['report'] + x['bench'] \
+	  + [d for d in x['dev'] if not d.startswith('fastsft')]))" | tr -d "\n" | xargs -n1 printf '%s ')
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

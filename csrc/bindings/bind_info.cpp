@@ -1,0 +1,37 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "fastsft/device.h"
+#include "fastsft/isa.h"
+#include "fastsft/parallel.h"
+#include "tensor_view.h"
+
+namespace fastsft::bindings {
+
+void register_info(py::module_& m) {
+  m.attr("compiler") = FASTSFT_COMPILER;
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        for (Isa isa : available_isas()) {
+          if (name == isa_name(isa)) return set_isa(isa);
+        }
+        detail::fail("set_isa: name: '", name, "' is not available on this CPU");
+      },
+      py::arg("name"));
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  m.def("cuda_architectures", &cuda_architectures, "Architectures compiled in, or '' for a CPU-only build.");
+  m.def("cuda_device_count", &cuda_device_count, "Usable devices; -1 without a driver or in a CPU-only build.");
+  m.def(
+      "describe", [](py::handle tensor) { return view_of(tensor).describe(); }, py::arg("tensor"),
+      "How the bindings see a tensor: dtype, shape, device.");
+}
+
+}  // namespace fastsft::bindings

@@ -1,0 +1,29 @@
+// The table of contents of fastsft._C. Each register_* function lives in bind_<area>.cpp: it unpacks and checks
+// arguments, releases the GIL and calls one function of include/fastsft; it does no maths.
+#include <pybind11/pybind11.h>
+
+#include "fastsft/common.h"
+
+namespace fastsft::bindings {
+void register_info(pybind11::module_& m);
+void register_attention(pybind11::module_& m);
+void register_loss(pybind11::module_& m);
+void register_data(pybind11::module_& m);
+void register_sampling(pybind11::module_& m);
+}  // namespace fastsft::bindings
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of fastsft. Private: call fastsft.ops, which checks devices and registers autograd.";
+  pybind11::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const fastsft::Error& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    }
+  });
+  fastsft::bindings::register_info(m);
+  fastsft::bindings::register_attention(m);
+  fastsft::bindings::register_loss(m);
+  fastsft::bindings::register_data(m);
+  fastsft::bindings::register_sampling(m);
+}

@@ -1,0 +1,236 @@
+"""A run as dataclasses: read from TOML, validated by pydantic, written back resolved beside every result."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Mode = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to train: a Hugging Face folder, or a fresh one from architecture fields."""
+
+    path: str | None = None
+    """Folder with config.json, *.safetensors and tokenizer.json."""
+    init: dict[str, Any] = field(default_factory=dict)
+    """Fields of a config.json (model_type, hidden_size, ...) for a randomly initialised model. Excludes ``path``."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. With bfloat16 the optimizer keeps float32 master weights."""
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    path: str | None = None
+    """tokenizer.json or its folder. Default: the model's folder."""
+    train_vocab: int | None = None
+    """Train a byte-level BPE of this size on the training texts (only for a freshly initialised model)."""
+
+
+@dataclass(frozen=True)
+class DedupOptions:
+    mode: Literal["none", "exact", "near"] = "none"
+    threshold: float = 0.7
+    """Estimated Jaccard similarity of word 5-grams from which two records count as near duplicates."""
+    num_perm: int = 128
+
+
+@dataclass(frozen=True)
+class FimOptions:
+    rate: float = 0.0
+    """Probability that a ``text`` record is rearranged into prefix/suffix/middle (arXiv 2207.14255)."""
+    spm_rate: float = 0.5
+    """Among those, the probability of suffix-prefix-middle order."""
+    prefix: str = "<|fim_prefix|>"
+    suffix: str = "<|fim_suffix|>"
+    middle: str = "<|fim_middle|>"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    train: list[str] = field(default_factory=list)
+    """JSONL, JSONL.gz, Parquet files or Hugging Face ``datasets`` folders."""
+    eval: list[str] = field(default_factory=list)
+    """Held-out files. Empty: ``eval_fraction`` of the training records is held out instead."""
+    eval_fraction: float = 0.02
+    format: Literal["auto", "messages", "prompt_completion", "text", "fim"] = "auto"
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names used in the file, e.g. {prompt = "question", completion = "answer"}."""
+    max_length: int = 2048
+    """Tokens a sample may have; see ``on_long``."""
+    on_bad: Mode = "fail"
+    """A broken line, invalid UTF-8, an empty conversation, nothing to train on: stop, or count and skip."""
+    on_long: Literal["fail", "skip", "truncate"] = "skip"
+    """A sample above ``max_length``."""
+    prompt_weight: float = 0.0
+    """Loss weight of prompt, system and user tokens; answers have weight 1."""
+    dedup: DedupOptions = field(default_factory=DedupOptions)
+    fim: FimOptions = field(default_factory=FimOptions)
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    lr: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled (AdamW), on matrices only: not on norms, biases and embeddings."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    """Below 1 a fraction of all steps, otherwise a number of steps."""
+    final: float = 0.0
+    """Learning rate at the end as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    tokens_per_batch: int = 8192
+    """Capacity of one packed micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; normalised together by their summed token weights."""
+    epochs: int = 1
+    max_steps: int | None = None
+    """Optimizer steps; ends the run before ``epochs`` do."""
+    activation_checkpointing: bool = False
+    eval_every: int = 100
+    """Optimizer steps between evaluations; 0 evaluates only before the first and after the last step."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints; 0 saves only the last."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run. The same Config and data give the same weights, bit for bit on a CPU."""
+
+    output: str = "runs/run"
+    seed: int = 0
+    model: ModelOptions = field(default_factory=ModelOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+for _section in (
+    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, DataOptions, OptimOptions, ScheduleOptions, TrainOptions,
+):  # fmt: skip
+    _section.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and what came."""
+
+
+def load_config(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
+    """Read and validate a run configuration.
+
+    Args:
+        source: a TOML file, or the same structure as nested dicts.
+
+    Raises:
+        ConfigError: unreadable or malformed TOML, an unknown key (the nearest known one is named), a value of the wrong
+            type or out of range.
+    """
+    if isinstance(source, dict):
+        return _validate(source, "config")
+    path = Path(source)
+    try:
+        return _validate(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain nested dicts; ``load_config`` takes it back."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def _validate(raw: dict[str, Any], where: str) -> Config:
+    import pydantic
+
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+    _check_ranges(config, where)
+    return config
+
+
+def _explain(error: Any, where: str) -> str:
+    keys = [str(k) for k in error["loc"]]
+    name = ".".join(keys)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key {name!r}; {hint}"
+    return f"{where}: {name}: {error['msg']}, got {error['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    node: Any = Config()
+    for key in path:
+        node = getattr(node, key, None)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def _check_ranges(config: Config, where: str) -> None:
+    def check(ok: bool, name: str, expected: str, value: object) -> None:
+        if not ok:
+            raise ConfigError(f"{where}: {name}: expected {expected}, got {value!r}")
+
+    m, d, o, s, t = config.model, config.data, config.optim, config.schedule, config.train
+    if m.path is not None and m.init:
+        raise ConfigError(f"{where}: model: give either path or init, not both")
+    check(0 <= d.eval_fraction < 1, "data.eval_fraction", "a fraction in [0, 1)", d.eval_fraction)
+    check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)
+    check(d.prompt_weight >= 0, "data.prompt_weight", "at least 0", d.prompt_weight)
+    check(0 < d.dedup.threshold <= 1, "data.dedup.threshold", "a similarity in (0, 1]", d.dedup.threshold)
+    check(d.dedup.num_perm >= 1, "data.dedup.num_perm", "at least 1", d.dedup.num_perm)
+    check(0 <= d.fim.rate <= 1, "data.fim.rate", "a probability", d.fim.rate)
+    check(0 <= d.fim.spm_rate <= 1, "data.fim.spm_rate", "a probability", d.fim.spm_rate)
+    check(o.lr > 0, "optim.lr", "more than 0", o.lr)
+    check(0 <= o.beta1 < 1, "optim.beta1", "a value in [0, 1)", o.beta1)
+    check(0 <= o.beta2 < 1, "optim.beta2", "a value in [0, 1)", o.beta2)
+    check(o.eps > 0, "optim.eps", "more than 0", o.eps)
+    check(o.weight_decay >= 0, "optim.weight_decay", "at least 0", o.weight_decay)
+    check(o.clip_norm >= 0, "optim.clip_norm", "at least 0", o.clip_norm)
+    check(s.warmup >= 0, "schedule.warmup", "at least 0", s.warmup)
+    check(0 <= s.final <= 1, "schedule.final", "a fraction in [0, 1]", s.final)
+    check(t.tokens_per_batch >= d.max_length, "train.tokens_per_batch", f"at least data.max_length = {d.max_length}",
+          t.tokens_per_batch)  # fmt: skip
+    for name in ("accumulation", "epochs", "keep"):
+        check(getattr(t, name) >= 1, f"train.{name}", "at least 1", getattr(t, name))
+    check(t.max_steps is None or t.max_steps >= 1, "train.max_steps", "at least 1", t.max_steps)
+    for name in ("eval_every", "save_every"):
+        check(getattr(t, name) >= 0, f"train.{name}", "at least 0", getattr(t, name))

@@ -1,0 +1,59 @@
+"""What is built, what was found, which implementation serves each op, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+
+def info() -> dict[str, Any]:
+    """Describe this installation and machine as a JSON-serialisable dict.
+
+    Keys: ``fastsft``, ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (instruction sets,
+    threads, cores), ``cuda`` (built for, devices, driver, torch's version), ``build`` (compiler) and ``ops``
+    (op -> device -> ``{"kind", "reason"}``; kind is ``native``, ``torch`` or ``none``).
+    """
+    import torch
+
+    from fastsft import _C, __version__
+    from fastsft.ops._library import REGISTRY
+
+    devices = _C.cuda_device_count()
+    return {
+        "fastsft": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _REPORTED_PACKAGES},
+        "cpu": {
+            "isa_available": _C.available_isas(),
+            "isa_active": _C.active_isa(),
+            "threads": _C.num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "cuda": {
+            "built_for": _C.cuda_architectures() or None,
+            "devices": max(devices, 0),
+            "driver": devices >= 0,
+            "torch": torch.version.cuda,
+        },
+        "build": {"compiler": _C.compiler},
+        "ops": {
+            op: {device: {"kind": i.kind, "reason": i.reason} for device, i in sorted(where.items())}
+            for op, where in sorted(REGISTRY.items())
+        },
+    }
+
+
+_REPORTED_PACKAGES = (
+    "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton", "pyarrow", "datasets", "matplotlib",
+)  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

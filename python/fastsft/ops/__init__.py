@@ -1,0 +1,23 @@
+"""The hot paths as functions of torch tensors (or of texts and arrays, for the data side).
+
+``fastsft.ops.reference`` holds the same functions in plain torch and numpy: the specification and the tests' oracle.
+"""
+
+from fastsft.ops.attention import paged_attention, varlen_attention
+from fastsft.ops.fim import fim_permute
+from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
+from fastsft.ops.minhash import lsh_clusters, minhash_signatures
+from fastsft.ops.pack import pack_sequences
+from fastsft.ops.sampling import sample
+
+__all__ = [
+    "fim_permute",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "lsh_clusters",
+    "minhash_signatures",
+    "pack_sequences",
+    "paged_attention",
+    "sample",
+    "varlen_attention",
+]

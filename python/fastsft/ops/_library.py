@@ -1,0 +1,64 @@
+"""The one way an op is registered with torch, and the record of which implementation serves it on which device.
+
+``Library.define`` + ``impl`` + ``register_fake`` rather than ``custom_op``: a call costs a third. Autograd sits in a
+``torch.autograd.Function`` outside the op, so that an op's schema stays a plain function of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("fastsft", "DEF")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What runs for one op on one device."""
+
+    kind: str  # "native" (C++ or CUDA C++), "torch" (plain torch) or "none"
+    reason: str  # one sentence: why this one
+
+
+REGISTRY: dict[str, dict[str, Implementation]] = {}
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    cpu_is: Implementation | None = None,
+    cuda_is: Implementation | None = None,
+) -> Callable[..., Any]:
+    """Register ``fastsft::<schema>`` and return the callable that dispatches it.
+
+    Args:
+        schema: torch schema without the namespace, e.g. ``"scale(Tensor x, float a) -> Tensor"``.
+        fake: shapes and dtypes only; must create every output the implementations create.
+        cpu, cuda: implementations; an op without a CUDA one raises torch's NotImplementedError there.
+        cpu_is, cuda_is: what ``fastsft.info()`` reports; ``native`` when not given.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"fastsft::{name}", fake, lib=_LIBRARY)
+    record(
+        name,
+        cpu=cpu_is or Implementation("native", "C++ kernel"),
+        cuda=cuda_is
+        or (Implementation("native", "CUDA kernel") if cuda else Implementation("none", "no CUDA kernel yet")),
+    )
+    op: Callable[..., Any] = getattr(torch.ops.fastsft, name).default
+    return op
+
+
+def record(name: str, **devices: Implementation) -> None:
+    """Report an implementation of an op that does not go through the dispatcher (text in, arrays out)."""
+    REGISTRY.setdefault(name, {}).update(devices)

@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: demo test test-python test-cpp lint format build bench gpu-check wheel stubs clean
 
@@ -42,7 +43,7 @@ stubs: build
 	cp build/stubs/fastsft/_C.pyi python/fastsft/_C.pyi
 
 bench: build
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest bench --benchmark-only $(BENCH_ARGS)
 
 gpu-check: build
 	$(BIN)/python -c "import fastsft, sys; d = fastsft.info()['cuda']; sys.exit(0 if d['devices'] else f'no usable GPU: {d}')"

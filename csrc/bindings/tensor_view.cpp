@@ -1,5 +1,7 @@
 #include "tensor_view.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <sstream>
 

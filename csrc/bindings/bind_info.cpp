@@ -9,7 +9,7 @@
 namespace fastsft::bindings {
 
 void register_info(py::module_& m) {
-  m.attr("compiler") = FASTSFT_COMPILER;
+  m.def("compiler", [] { return FASTSFT_COMPILER; });
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));

@@ -39,7 +39,7 @@ def info() -> dict[str, Any]:
             "driver": devices >= 0,
             "torch": torch.version.cuda,
         },
-        "build": {"compiler": _C.compiler},
+        "build": {"compiler": _C.compiler()},
         "ops": {
             op: {device: {"kind": i.kind, "reason": i.reason} for device, i in sorted(where.items())}
             for op, where in sorted(REGISTRY.items())

@@ -45,9 +45,9 @@ def define(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     if cuda is not None:
-        _LIBRARY.impl(name, cuda, "CUDA")
+        _LIBRARY.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastsft::{name}", fake, lib=_LIBRARY)
     record(
         name,

@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'num_threads', 'set_isa', 'set_num_threads']
+__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'num_threads', 'pack_best_fit', 'set_isa', 'set_num_threads']
 def active_isa() -> str:
     ...
 def available_isas() -> list[str]:
@@ -22,8 +22,24 @@ def describe(tensor: typing.Any) -> str:
     """
     How the bindings see a tensor: dtype, shape, device.
     """
+def fim_copy_int32(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Any, out_tokens: typing.Any, source_index: typing.Any) -> None:
+    """
+    Second pass, after fim_plan.
+    """
+def fim_copy_int64(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Any, out_tokens: typing.Any, source_index: typing.Any) -> None:
+    """
+    Second pass, after fim_plan.
+    """
+def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.SupportsIndex, doc_ids: typing.Any, spans: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any) -> int:
+    """
+    Decides modes and cuts; returns the number of output tokens.
+    """
 def num_threads() -> int:
     ...
+def pack_best_fit(lengths: typing.Any, capacity: typing.SupportsInt | typing.SupportsIndex, order: typing.Any, offsets: typing.Any) -> int:
+    """
+    Fills order and offsets; returns the number of bins.
+    """
 def set_isa(name: str) -> None:
     ...
 def set_num_threads(n: typing.SupportsInt | typing.SupportsIndex) -> None:

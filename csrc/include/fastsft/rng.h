@@ -36,9 +36,10 @@ FASTSFT_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t stream, uint64
   return {{c0, c1, c2, c3}};
 }
 
-// Uniform in (0, 1), never 0 or 1: the 24 top bits, centred in their cell, exact in float32.
+// Uniform in (0, 1), never 0 or 1: the 23 top bits, centred in their cell, exact in float32 (with 24 bits the half
+// would not fit the significand and the top cell would round to 1).
 FASTSFT_HOST_DEVICE inline float uniform_open(uint32_t bits) {
-  return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
+  return (static_cast<float>(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
 }
 
 // Uniform integer in [0, bound) for bound < 2^32 by the multiply-shift map; its bias is below bound / 2^32.

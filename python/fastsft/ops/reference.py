@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -113,10 +114,69 @@ def paged_attention(
 # --- fill in the middle ---------------------------------------------------------------------------------------------
 
 
+def philox(seed: int, stream: int, index: int) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (index, stream), low words first."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = index & low, index >> 32 & low, stream & low, stream >> 32 & low
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def fim_permute(
+    tokens: Sequence[int],
+    cu_seqlens: Sequence[int],
+    *,
+    sentinels: tuple[int, int, int],
+    seed: int,
+    rate: float = 0.5,
+    spm_rate: float = 0.5,
+    spans: Sequence[tuple[int, int]] | None = None,
+    max_len: int | None = None,
+    doc_ids: Sequence[int] | None = None,
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Lists in, lists out: (tokens, cu_seqlens, source_index, mode)."""
+    prefix, suffix, middle = (-1 - s for s in sentinels)  # negative marks in the source index until the end
+    source: list[int] = []
+    bounds, modes = [0], []
+    for b, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        length = end - begin
+        x = philox(seed, b if doc_ids is None else doc_ids[b], 0x46494D << 32)
+        cuts = sorted(bits * (length + 1) >> 32 for bits in x[2:]) if spans is None else spans[b]
+        m0, m1 = begin + cuts[0], begin + cuts[1]
+        p, m, s = list(range(begin, m0)), list(range(m0, m1)), list(range(m1, end))
+        mode = 0
+        if length > 0 and (max_len is None or length + 3 <= max_len) and x[0] < round(rate * 2**32):
+            mode = 2 if x[1] < round(spm_rate * 2**32) else 1
+        source += [p + m + s, [prefix, *p, suffix, *s, middle, *m], [prefix, suffix, *s, middle, *p, *m]][mode]
+        bounds.append(len(source))
+        modes.append(mode)
+    out = [int(tokens[i]) if i >= 0 else -1 - i for i in source]
+    return out, bounds, [max(i, -1) for i in source], modes
+
+
 # --- MinHash --------------------------------------------------------------------------------------------------------
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
+
+
+def pack_sequences(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: the members of each bin, in the order in which they were placed."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [(room[b], b) for b in range(len(bins)) if room[b] >= lengths[i]]
+        if not fitting:
+            bins.append([])
+            room.append(capacity)
+        b = min(fitting)[1] if fitting else len(bins) - 1
+        bins[b].append(i)
+        room[b] -= lengths[i]
+    return bins
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,124 @@
+#include "fastsft/attention.h"
 #include "tensor_view.h"
 
 namespace fastsft::bindings {
+namespace {
 
-void register_attention(py::module_&) {}
+struct Options {
+  bool causal;
+  double scale;
+  int64_t window_left, window_right;
+  double softcap;
+};
+
+AttentionShape shape_of(const Check& check, DType dtype, const Options& options) {
+  return {.dtype = dtype,
+          .num_q_heads = check.size("Hq"),
+          .num_kv_heads = check.size("Hkv"),
+          .head_dim = check.size("D"),
+          .scale = static_cast<float>(options.scale),
+          .softcap = static_cast<float>(options.softcap),
+          .causal = options.causal,
+          .window_left = options.window_left,
+          .window_right = options.window_right};
+}
+
+AttentionInput input(const TensorView& view) { return {view.data, view.strides[0], view.strides[1]}; }
+
+void varlen_attention_fwd(py::handle q_tensor, py::handle k_tensor, py::handle v_tensor, py::handle cu_q_tensor,
+                          py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
+                          double softcap, py::handle out_tensor, py::handle lse_tensor) {
+  Check check("varlen_attention");
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
+  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", false);
+  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", false);
+  const TensorView out = check.floats("out", out_tensor, "Tq Hq D");
+  check.same_dtype("k", k, q);
+  check.same_dtype("v", v, q);
+  check.same_dtype("out", out, q);
+  const auto* cu_q = check.in<int32_t>("cu_seqlens_q", cu_q_tensor, "B+1");
+  const auto* cu_k = check.in<int32_t>("cu_seqlens_k", cu_k_tensor, "B+1");
+  auto* lse = check.in<float>("lse", lse_tensor, "Hq Tq");
+  const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
+  const AttentionBatch batch{cu_q, cu_k, check.size("B"), check.size("Tq"), check.size("Tk")};
+  py::gil_scoped_release release;
+  varlen_attention_forward(shape, batch, input(q), input(k), input(v), out.data, lse);
+}
+
+void varlen_attention_bwd(py::handle dout_tensor, py::handle q_tensor, py::handle k_tensor, py::handle v_tensor,
+                          py::handle out_tensor, py::handle lse_tensor, py::handle dlse_tensor, py::handle cu_q_tensor,
+                          py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
+                          double softcap, py::handle dq_tensor, py::handle dk_tensor, py::handle dv_tensor) {
+  Check check("varlen_attention_bwd");
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
+  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", false);
+  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", false);
+  const TensorView out = check.floats("out", out_tensor, "Tq Hq D", false);
+  const TensorView dout = check.floats("dout", dout_tensor, "Tq Hq D", false);
+  const TensorView dq = check.floats("dq", dq_tensor, "Tq Hq D");
+  const TensorView dk = check.floats("dk", dk_tensor, "Tk Hkv D");
+  const TensorView dv = check.floats("dv", dv_tensor, "Tk Hkv D");
+  check.same_dtype("k", k, q);
+  check.same_dtype("v", v, q);
+  check.same_dtype("out", out, q);
+  check.same_dtype("dout", dout, q);
+  check.same_dtype("dq", dq, q);
+  check.same_dtype("dk", dk, q);
+  check.same_dtype("dv", dv, q);
+  const auto* cu_q = check.in<int32_t>("cu_seqlens_q", cu_q_tensor, "B+1");
+  const auto* cu_k = check.in<int32_t>("cu_seqlens_k", cu_k_tensor, "B+1");
+  const auto* lse = check.in<float>("lse", lse_tensor, "Hq Tq");
+  const auto* dlse = check.optional<float>("dlse", dlse_tensor, "Hq Tq");
+  const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
+  const AttentionBatch batch{cu_q, cu_k, check.size("B"), check.size("Tq"), check.size("Tk")};
+  py::gil_scoped_release release;
+  varlen_attention_backward(shape, batch, input(dout), input(q), input(k), input(v), input(out), lse, dlse, dq.data,
+                            dk.data, dv.data);
+}
+
+void paged_attention(py::handle q_tensor, py::handle k_tensor, py::handle v_tensor, py::handle table_tensor,
+                     py::handle cu_q_tensor, py::handle lens_tensor, bool causal, double scale, int64_t window_left,
+                     int64_t window_right, double softcap, py::handle out_tensor) {
+  Check check("paged_attention");
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
+  const TensorView k = check.floats("k_cache", k_tensor, "N S Hkv D", false);
+  const TensorView v = check.floats("v_cache", v_tensor, "N S Hkv D", false);
+  const TensorView out = check.floats("out", out_tensor, "Tq Hq D");
+  check.same_dtype("k_cache", k, q);
+  check.same_dtype("v_cache", v, q);
+  check.same_dtype("out", out, q);
+  const auto* cu_q = check.in<int32_t>("cu_seqlens_q", cu_q_tensor, "B+1");
+  PagedCache cache{};
+  cache.k = k.data;
+  cache.v = v.data;
+  for (int i = 0; i < 3; ++i) {
+    cache.k_strides[i] = k.strides[i];
+    cache.v_strides[i] = v.strides[i];
+  }
+  cache.num_blocks = check.size("N");
+  cache.block_size = check.size("S");
+  cache.block_table = check.in<int32_t>("block_table", table_tensor, "B M");
+  cache.context_lens = check.in<int32_t>("context_lens", lens_tensor, "B");
+  cache.max_blocks = check.size("M");
+  const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
+  const int64_t batch = check.size("B"), total_q = check.size("Tq");
+  py::gil_scoped_release release;
+  paged_attention_forward(shape, cu_q, batch, total_q, input(q), cache, out.data);
+}
+
+}  // namespace
+
+void register_attention(py::module_& m) {
+  m.def("varlen_attention_fwd", &varlen_attention_fwd, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("causal"), py::arg("scale"), py::arg("window_left"),
+        py::arg("window_right"), py::arg("softcap"), py::arg("out"), py::arg("lse"));
+  m.def("varlen_attention_bwd", &varlen_attention_bwd, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("out"), py::arg("lse"), py::arg("dlse").none(true), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
+        py::arg("causal"), py::arg("scale"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
+        py::arg("dq"), py::arg("dk"), py::arg("dv"));
+  m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("block_table"), py::arg("cu_seqlens_q"), py::arg("context_lens"), py::arg("causal"), py::arg("scale"),
+        py::arg("window_left"), py::arg("window_right"), py::arg("softcap"), py::arg("out"));
+}
 
 }  // namespace fastsft::bindings

@@ -1,54 +1,297 @@
-"""Temporary: the reference, until the native kernels land."""
+"""Attention over packed sequences and over a paged key/value cache."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastsft import _C
 from fastsft.ops import reference
+from fastsft.ops._library import Implementation, define
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_OPTIONS = "bool causal, float scale, int window_left, int window_right, float softcap"
+_PLAIN_TORCH = Implementation("torch", "plain torch, one sequence at a time: there is no CUDA kernel yet")
 
 
 def varlen_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: Any = None,
+    window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Any:
-    out, lse = reference.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=scale, window=window, softcap=softcap
-    )
+    """Exact attention within each of B packed sequences, with gradients for q, k and v.
+
+    Work follows the tokens: tiles cover the packed axis, so that neither padding nor the number or the longest of the
+    sequences costs anything. Forward is the online softmax of FlashAttention (Dao et al., 2022, arXiv 2205.14135);
+    backward recomputes the probabilities from the saved log-sum-exp.
+
+    Args:
+        q: ``[Tq, Hq, D]``; float32, bfloat16 or float16; D in 32, 64, 80, 96, 128, 256. Like k and v it may be a
+            strided view (a slice of a fused projection) as long as its last dimension is contiguous; nothing is copied.
+        k, v: ``[Tk, Hkv, D]`` of the same dtype; Hq must be a multiple of Hkv, and query head h reads key head
+            ``h // (Hq // Hkv)``.
+        cu_seqlens_q: int32 ``[B + 1]``, from 0 ascending to Tq; sequence b owns queries
+            ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``. Sequences may be empty.
+        cu_seqlens_k: the same for the keys; ``cu_seqlens_q`` when not given.
+        causal: a query sees no later key. Where a sequence has len_q queries and len_k keys, query i stands at key
+            position ``i + len_k - len_q`` (bottom-right alignment).
+        scale: factor on the scores; ``1 / sqrt(D)`` when not given.
+        window: ``(left, right)``: keys from ``left`` before to ``right`` after the query's position; -1 is unbounded.
+        softcap: when > 0, scores become ``softcap * tanh(score / softcap)``.
+        deterministic: accepted for interfaces that pass it. The result never depends on timing or the number of
+            threads, so it changes nothing.
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        ``out``, contiguous, of q's shape and dtype; with ``return_lse`` the pair ``(out, lse)``, lse float32
+        ``[Hq, Tq]``, differentiable too. A query that sees no key has output 0, lse ``-inf`` and gradient 0.
+
+    Raises:
+        ValueError: for a shape, dtype, offset or option outside the above.
+    """
+    del deterministic
+    op = "varlen_attention"
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # torch.compile refuses the same tensor twice in one autograd.Function call
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    _check_heads(op, q, k, v, "k", 3)
+    _check_int32(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
+    options = _options(op, q, causal, scale, window, softcap)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[no-untyped-call]
+    else:
+        out, lse = _forward(q, k, v, cu_seqlens_q, cu_k, *options)
     return (out, lse) if return_lse else out
 
 
 def paged_attention(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    cu_seqlens_q: Any,
-    context_lens: Any,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: Any = None,
+    window: tuple[int, int] | None = None,
     softcap: float = 0.0,
-) -> Any:
-    return reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        cu_seqlens_q,
-        context_lens,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
+) -> Tensor:
+    """Attention of each sequence's last queries over its keys and values in a block cache; no gradients.
+
+    Decode (one query per sequence), chunked prefill and the verification of drafted tokens are the same call and may be
+    mixed. A row's result has the same bits however many queries or sequences are in the call.
+
+    Args:
+        q: ``[Tq, Hq, D]``, packed; dtypes and head sizes as for :func:`varlen_attention`.
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]`` of q's dtype, last dimension contiguous.
+        block_table: int32 ``[B, max_blocks]``: key j of sequence b is slot ``j % block_size`` of block
+            ``block_table[b, j // block_size]``. Entries past the context are not read.
+        cu_seqlens_q: int32 ``[B + 1]``, from 0 ascending to Tq.
+        context_lens: int32 ``[B]``: keys per sequence, those of the current queries included (they must be in the cache
+            already).
+        causal, scale, window, softcap: as for :func:`varlen_attention`.
+
+    Returns:
+        ``[Tq, Hq, D]`` of q's dtype, contiguous.
+
+    Raises:
+        ValueError: for a shape, dtype, offset, block id or option outside the above, or a context shorter than its
+            queries.
+    """
+    op = "paged_attention"
+    _check_heads(op, q, k_cache, v_cache, "k_cache", 4)
+    _check_int32(op, block_table=block_table, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens)
+    options = _options(op, q, causal, scale, window, softcap)
+    out: Tensor = _paged(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, *options)
+    return out
+
+
+# --- checks: what holds on every device. Offsets and block ids are checked where their values are read. ---------------
+
+
+def _require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, k_dims: int) -> None:
+    v_name = k_name.replace("k", "v", 1)
+    _require(q.dim() == 3, op, "q", "[Tq, Hq, D]", list(q.shape))
+    _require(k.dim() == k_dims, op, k_name, f"{k_dims} dimensions", list(k.shape))
+    _require(v.shape == k.shape, op, v_name, f"the shape of {k_name}, {list(k.shape)}", list(v.shape))
+    _require(q.dtype in DTYPES, op, "q", "float32, bfloat16 or float16", q.dtype)
+    _require(k.dtype == q.dtype, op, k_name, str(q.dtype), k.dtype)
+    _require(v.dtype == q.dtype, op, v_name, str(q.dtype), v.dtype)
+    _require(q.shape[-1] in HEAD_DIMS, op, "q", f"a head size in {HEAD_DIMS}", q.shape[-1])
+    _require(k.shape[-1] == q.shape[-1], op, k_name, f"head size {q.shape[-1]}", k.shape[-1])
+    heads_q, heads_k = q.shape[1], k.shape[-2]
+    _require(
+        heads_k > 0 and heads_q > 0 and heads_q % heads_k == 0,
+        op, "q", f"a number of heads that is a multiple of the key heads ({heads_k})", heads_q,
+    )  # fmt: skip
+
+
+def _check_int32(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _require(tensor.dtype == torch.int32, op, name, "int32", tensor.dtype)
+
+
+def _options(
+    op: str, q: Tensor, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float
+) -> tuple[bool, float, int, int, float]:
+    """The schema's trailing arguments; an absent window is (-1, -1)."""
+    _require(softcap >= 0 and math.isfinite(softcap), op, "softcap", "a finite number >= 0", softcap)
+    left, right = (-1, -1) if window is None else window
+    _require(left >= -1 and right >= -1, op, "window", "(left, right), each >= -1", window)
+    return causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), left, right, float(softcap)
+
+
+# --- native -----------------------------------------------------------------------------------------------------------
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _native_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_forward(q, k, v, cu_q, cu_k)
+    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, *options, out, lse)
+    return out, lse
+
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _native_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _fake_backward(dout, q, k, v)
+    if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    _C.varlen_attention_bwd(dout, q, k, v, out, lse, dlse, *rest, *gradients)
+    return gradients
+
+
+def _fake_paged(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _native_paged(q: Tensor, *rest: Any) -> Tensor:
+    out = q.new_empty(q.shape)
+    _C.paged_attention(q, *rest, out)
+    return out
+
+
+# --- plain torch, for devices without a kernel ------------------------------------------------------------------------
+
+
+def _check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
+    bounds = offsets.tolist()
+    _require(
+        len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == total and bounds == sorted(bounds),
+        op, name, f"ascending offsets from 0 to {total}", bounds,
+    )  # fmt: skip
+
+
+def _reference_options(causal: bool, scale: float, left: int, right: int, softcap: float) -> dict[str, Any]:
+    return {"causal": causal, "scale": scale, "window": (left, right), "softcap": softcap}
+
+
+def _torch_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check_offsets("varlen_attention", "cu_seqlens_q", cu_q, q.shape[0])
+    _check_offsets("varlen_attention", "cu_seqlens_k", cu_k, k.shape[0])
+    q32, k32, v32 = q.float(), k.float(), v.float()
+    out, lse = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **_reference_options(*options))
+    return out.to(q.dtype), lse.contiguous()
+
+
+def _torch_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
+        outputs = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **_reference_options(*options))
+        # A row that sees no key has no gradient, whatever comes from above.
+        dlse = torch.zeros_like(lse) if dlse is None else torch.where(lse.isneginf(), 0.0, dlse)
+        dq, dk, dv = torch.autograd.grad(outputs, (q32, k32, v32), (dout.float(), dlse))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _torch_paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, cu_q: Tensor, lens: Tensor, *options: Any
+) -> Tensor:
+    _check_offsets("paged_attention", "cu_seqlens_q", cu_q, q.shape[0])
+    caches = (k_cache.float(), v_cache.float())
+    return reference.paged_attention(q.float(), *caches, table, cu_q, lens, **_reference_options(*options)).to(q.dtype)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_forward = define(
+    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    cpu=_native_forward,
+    cuda=_torch_forward,
+    cuda_is=_PLAIN_TORCH,
+)
+_backward = define(
+    "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    cpu=_native_backward,
+    cuda=_torch_backward,
+    cuda_is=_PLAIN_TORCH,
+)
+_paged = define(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens_q, "
+    f"Tensor context_lens, {_OPTIONS}) -> Tensor",
+    fake=_fake_paged,
+    cpu=_native_paged,
+    cuda=_torch_paged,
+    cuda_is=_PLAIN_TORCH,
+)
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, *options: Any) -> Any:
+        out, lse = _forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        cu_k = cu_q if cu_k is None else cu_k
+        gradients = _backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.options)
+        return (*gradients, None, None, *(None for _ in ctx.options))

@@ -1,0 +1,242 @@
+// Checks the arguments, cuts a call into units of work (attention_kernels.h) and hands them to the thread pool, the
+// most expensive first. What the units are follows from the shapes alone, never from the number of threads.
+#include "fastsft/attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "attention_kernels.h"
+#include "fastsft/parallel.h"
+
+namespace fastsft {
+
+bool wait_for_turn(const std::atomic<int32_t>& done, int32_t turns, const std::atomic<bool>& abandoned) {
+  while (done.load(std::memory_order_acquire) < turns) {
+    if (abandoned.load(std::memory_order_relaxed)) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+void finish_turn(std::atomic<int32_t>& done) { done.fetch_add(1, std::memory_order_release); }
+
+namespace {
+
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+constexpr int64_t kForwardRows = 192;  // rows that share one conversion of a key block
+
+// Grows to the largest unit a thread has run and is kept: a page fault per call would cost more than a short sequence.
+float* thread_scratch(int64_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < floats) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    const auto bytes = (static_cast<std::size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.size = floats;
+  }
+  return buffer.data;
+}
+
+void check_shape(const char* op, const AttentionShape& shape) {
+  FASTSFT_CHECK(shape.num_q_heads > 0 && shape.num_kv_heads > 0 && shape.num_q_heads % shape.num_kv_heads == 0, op,
+                ": q: expected a number of heads that is a multiple of the key heads (", shape.num_kv_heads, "), got ",
+                shape.num_q_heads);
+  constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 256};
+  FASTSFT_CHECK(std::find(std::begin(kHeadDims), std::end(kHeadDims), shape.head_dim) != std::end(kHeadDims), op,
+                ": q: expected a head size in {32, 64, 80, 96, 128, 256}, got ", shape.head_dim);
+  FASTSFT_CHECK(shape.softcap >= 0, op, ": softcap: expected >= 0, got ", shape.softcap);
+  FASTSFT_CHECK(shape.window_left >= -1 && shape.window_right >= -1, op, ": window: expected values >= -1, got (",
+                shape.window_left, ", ", shape.window_right, ")");
+}
+
+void check_offsets(const char* op, const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
+  FASTSFT_CHECK(offsets[0] == 0, op, ": ", name, ": expected the first offset to be 0, got ", offsets[0]);
+  for (int64_t b = 0; b < batch; ++b) {
+    FASTSFT_CHECK(offsets[b + 1] >= offsets[b], op, ": ", name, ": expected ascending offsets, got ", offsets[b + 1],
+                  " after ", offsets[b], " at index ", b + 1);
+  }
+  FASTSFT_CHECK(offsets[batch] == total, op, ": ", name, ": expected the last offset to be the number of tokens (",
+                total, "), got ", offsets[batch]);
+}
+
+AttentionMask mask_of(const AttentionShape& shape) {
+  AttentionMask mask{shape.window_left < 0 ? kUnbounded : shape.window_left,
+                     shape.window_right < 0 ? kUnbounded : shape.window_right};
+  if (shape.causal) mask.right = 0;
+  return mask;
+}
+
+int64_t keys_seen(const AttentionMask& mask, int64_t position, int64_t num_k) {
+  return std::max<int64_t>(std::min(position + mask.right + 1, num_k) - std::max<int64_t>(position - mask.left, 0), 0);
+}
+
+// Cuts one sequence into items of about kForwardRows rows for each key head.
+void add_forward_items(const ForwardArgs& args, int64_t q_first, int64_t num_q, int64_t k_first, int64_t num_k,
+                       const int32_t* table, std::vector<ForwardItem>& items) {
+  const int64_t tokens = std::max<int64_t>(kForwardRows / args.group, 1);
+  for (int64_t begin = 0; begin < num_q; begin += tokens) {
+    ForwardItem item{};
+    item.num_q = std::min(tokens, num_q - begin);
+    item.q_first = q_first + begin;
+    item.position = num_k - num_q + begin;
+    item.k_first = k_first;
+    item.num_k = num_k;
+    item.table = table;
+    const int64_t middle = keys_seen(args.mask, item.position + item.num_q / 2, num_k);
+    item.cost = item.num_q * (middle + 16);
+    for (item.kv_head = 0; item.kv_head < args.shape.num_kv_heads; ++item.kv_head) items.push_back(item);
+  }
+}
+
+void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
+  std::sort(items.begin(), items.end(), [](const ForwardItem& a, const ForwardItem& b) { return a.cost > b.cost; });
+  const auto run_item = FASTSFT_ISA_SELECT(attention_forward_item);
+  const int64_t dim = args.shape.head_dim;
+  parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t rows = tile_rows(items[i].num_q, args.group);
+      run_item(args, items[i], thread_scratch(2 * kKeyBlock * dim + rows * (2 * dim + 2) + 8 * kKeyBlock));
+    }
+  });
+}
+
+}  // namespace
+
+void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionInput& q,
+                              const AttentionInput& k, const AttentionInput& v, void* out, float* lse) {
+  constexpr const char* kOp = "varlen_attention";
+  check_shape(kOp, shape);
+  check_offsets(kOp, "cu_seqlens_q", batch.cu_q, batch.batch, batch.total_q);
+  check_offsets(kOp, "cu_seqlens_k", batch.cu_k, batch.batch, batch.total_k);
+  ForwardArgs args{};
+  args.shape = shape;
+  args.mask = mask_of(shape);
+  args.group = shape.num_q_heads / shape.num_kv_heads;
+  args.total_q = batch.total_q;
+  args.q = q;
+  args.k = {k.data, {0, k.token_stride, k.head_stride}};
+  args.v = {v.data, {0, v.token_stride, v.head_stride}};
+  args.out = out;
+  args.lse = lse;
+  std::vector<ForwardItem> items;
+  for (int64_t b = 0; b < batch.batch; ++b) {
+    add_forward_items(args, batch.cu_q[b], batch.cu_q[b + 1] - batch.cu_q[b], batch.cu_k[b],
+                      batch.cu_k[b + 1] - batch.cu_k[b], nullptr, items);
+  }
+  run_forward(args, items);
+}
+
+void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
+                             const AttentionInput& q, const PagedCache& cache, void* out) {
+  constexpr const char* kOp = "paged_attention";
+  check_shape(kOp, shape);
+  check_offsets(kOp, "cu_seqlens_q", cu_q, batch, total_q);
+  ForwardArgs args{};
+  args.shape = shape;
+  args.mask = mask_of(shape);
+  args.group = shape.num_q_heads / shape.num_kv_heads;
+  args.total_q = total_q;
+  args.q = q;
+  args.k = {cache.k, {cache.k_strides[0], cache.k_strides[1], cache.k_strides[2]}};
+  args.v = {cache.v, {cache.v_strides[0], cache.v_strides[1], cache.v_strides[2]}};
+  args.block_size = cache.block_size;
+  args.out = out;
+  std::vector<ForwardItem> items;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t num_q = cu_q[b + 1] - cu_q[b], length = cache.context_lens[b];
+    FASTSFT_CHECK(length >= num_q && length <= cache.max_blocks * cache.block_size, kOp, ": context_lens[", b,
+                  "]: expected between the sequence's ", num_q, " queries and the table's room for ",
+                  cache.max_blocks * cache.block_size, " keys, got ", length);
+    if (num_q == 0) continue;
+    const int32_t* table = cache.block_table + b * cache.max_blocks;
+    for (int64_t i = 0; i * cache.block_size < length; ++i) {
+      FASTSFT_CHECK(table[i] >= 0 && table[i] < cache.num_blocks, kOp, ": block_table[", b, ", ", i,
+                    "]: expected a block id in [0, ", cache.num_blocks, "), got ", table[i]);
+    }
+    add_forward_items(args, cu_q[b], num_q, 0, length, table, items);
+  }
+  run_forward(args, items);
+}
+
+void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionInput& dout,
+                               const AttentionInput& q, const AttentionInput& k, const AttentionInput& v,
+                               const AttentionInput& out, const float* lse, const float* dlse, void* dq, void* dk,
+                               void* dv) {
+  constexpr const char* kOp = "varlen_attention_bwd";
+  check_shape(kOp, shape);
+  check_offsets(kOp, "cu_seqlens_q", batch.cu_q, batch.batch, batch.total_q);
+  check_offsets(kOp, "cu_seqlens_k", batch.cu_k, batch.batch, batch.total_k);
+  const int64_t dim = shape.head_dim, group = shape.num_q_heads / shape.num_kv_heads;
+  const auto delta = std::make_unique_for_overwrite<float[]>(shape.num_q_heads * batch.total_q);
+  std::atomic<bool> abandoned{false};
+  BackwardArgs args{};
+  args.shape = shape;
+  args.mask = mask_of(shape);
+  args.group = group;
+  args.total_q = batch.total_q;
+  args.tile_tokens = std::max<int64_t>((dim <= 128 ? 128 : 64) / group, 1);
+  args.q = q, args.k = k, args.v = v, args.out = out, args.dout = dout;
+  args.lse = lse, args.dlse = dlse, args.delta = delta.get();
+  args.dq = dq, args.dk = dk, args.dv = dv;
+  args.abandoned = &abandoned;
+
+  // Longest sequences first. Within a sequence key blocks ascend, since each waits for the one before; the key heads
+  // come innermost, which keeps threads that start together out of each other's way.
+  std::vector<int64_t> order(batch.batch);
+  for (int64_t b = 0; b < batch.batch; ++b) order[b] = b;
+  const auto pairs = [&](int64_t b) {
+    return int64_t{batch.cu_q[b + 1] - batch.cu_q[b]} * (batch.cu_k[b + 1] - batch.cu_k[b]);
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
+  std::vector<BackwardItem> items;
+  int64_t shared_tiles = 0;
+  for (const int64_t b : order) {
+    BackwardItem item{};
+    item.q_first = batch.cu_q[b], item.num_q = batch.cu_q[b + 1] - batch.cu_q[b];
+    item.k_first = batch.cu_k[b], item.num_k = batch.cu_k[b + 1] - batch.cu_k[b];
+    const int64_t tiles = item.num_k > kKeyBlock ? (item.num_q + args.tile_tokens - 1) / args.tile_tokens : 0;
+    for (item.block = 0; item.block * kKeyBlock < item.num_k; ++item.block) {
+      for (item.kv_head = 0; item.kv_head < shape.num_kv_heads; ++item.kv_head) {
+        item.first_tile = shared_tiles + item.kv_head * tiles;
+        items.push_back(item);
+      }
+    }
+    shared_tiles += tiles * shape.num_kv_heads;
+  }
+  const int64_t rows = tile_rows(args.tile_tokens, group);
+  const auto dq_sums = std::make_unique_for_overwrite<float[]>(shared_tiles * rows * dim);
+  const auto blocks_done = std::make_unique<std::atomic<int32_t>[]>(shared_tiles);
+  args.dq_sums = dq_sums.get();
+  args.blocks_done = blocks_done.get();
+
+  const auto prepare = FASTSFT_ISA_SELECT(attention_backward_prepare);
+  parallel_for(batch.total_q, 64, [&](int64_t begin, int64_t end) { prepare(args, begin, end); });
+  const auto run_item = FASTSFT_ISA_SELECT(attention_backward_item);
+  const int64_t scratch = 5 * kKeyBlock * dim + rows * (3 * dim + 2 * kKeyBlock + 2);
+  parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* buffer;
+      try {
+        buffer = thread_scratch(scratch);
+      } catch (...) {
+        abandoned = true;  // else the items that wait for this one would never end
+        throw;
+      }
+      run_item(args, items[i], buffer);
+    }
+  });
+}
+
+}  // namespace fastsft

@@ -1,0 +1,89 @@
+// Private to attention.cpp and attention_*.isa.cpp: one unit of work of each kernel and the arguments all units share.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "fastsft/attention.h"
+#include "fastsft/isa.h"
+
+namespace fastsft {
+
+inline constexpr int64_t kKeyBlock = 64;  // keys per block; part of the forward pass's rounding, see attention.h
+
+// The positions a query at key position p sees: [p - left, p + right], already cut to what can occur.
+struct AttentionMask {
+  int64_t left;
+  int64_t right;
+};
+
+// Where a sequence's keys and values are. table == nullptr: row j is at base + (first + j) * stride[1].
+struct KeySource {
+  const void* data;
+  int64_t stride[3];  // block, slot (token), head; in elements
+};
+
+struct ForwardArgs {
+  AttentionShape shape;
+  AttentionMask mask;
+  int64_t group;  // query heads per key head
+  int64_t total_q;
+  AttentionInput q;
+  KeySource k, v;
+  int64_t block_size;  // of the paged cache
+  void* out;
+  float* lse;
+};
+
+// Queries [q_first, q_first + num_q) of one sequence, all query heads of one key head.
+struct ForwardItem {
+  int64_t q_first;  // token index into q
+  int64_t num_q;
+  int64_t position;      // key position of query q_first
+  int64_t k_first;       // token index of the sequence's key 0 (not paged)
+  int64_t num_k;         // keys of the sequence
+  const int32_t* table;  // the sequence's row of the block table, or null
+  int64_t kv_head;
+  int64_t cost;
+};
+
+struct BackwardArgs {
+  AttentionShape shape;
+  AttentionMask mask;
+  int64_t group;
+  int64_t total_q;
+  int64_t tile_tokens;  // queries per tile
+  AttentionInput q, k, v, out, dout;
+  const float* lse;
+  const float* dlse;
+  float* delta;  // [Hq, Tq]: rowsum(dout * out) - dlse
+  void *dq, *dk, *dv;
+  float* dq_sums;                      // float32 sums of the query tiles that several key blocks contribute to
+  std::atomic<int32_t>* blocks_done;   // per tile in dq_sums: key blocks added so far
+  const std::atomic<bool>* abandoned;  // another task failed: stop waiting for its tiles
+};
+
+// One block of keys of one sequence and key head, with all queries that see it.
+struct BackwardItem {
+  int64_t q_first, num_q;  // the sequence
+  int64_t k_first, num_k;
+  int64_t
+      first_tile;  // the sequence's first tile of this key head in dq_sums and blocks_done; -1 if num_k <= kKeyBlock
+  int64_t block;
+  int64_t kv_head;
+};
+
+// Rows a tile of queries occupies in scratch: a whole number of any instruction set's strips. Static, like everything
+// that an x.isa.cpp might instantiate (see the hazard in isa.h).
+static inline int64_t tile_rows(int64_t tokens, int64_t group) { return (tokens * group + 7) / 8 * 8; }
+
+// Blocks until `turns` key blocks have been added to a tile; false if the call was abandoned meanwhile.
+bool wait_for_turn(const std::atomic<int32_t>& done, int32_t turns, const std::atomic<bool>& abandoned);
+void finish_turn(std::atomic<int32_t>& done);
+
+FASTSFT_ISA_DECLARE(void, attention_forward_item, const ForwardArgs& args, const ForwardItem& item, float* scratch)
+FASTSFT_ISA_DECLARE(void, attention_backward_item, const BackwardArgs& args, const BackwardItem& item, float* scratch)
+// delta for tokens [begin, end); sets dq = 0 where no key is seen (lse = -infinity).
+FASTSFT_ISA_DECLARE(void, attention_backward_prepare, const BackwardArgs& args, int64_t begin, int64_t end)
+
+}  // namespace fastsft

@@ -1,0 +1,291 @@
+// Vectors, element conversion, exp2, tanh and the register-blocked product that the attention kernels are made of.
+// Included by attention_*.isa.cpp only; everything sits in an anonymous namespace (see the hazard in isa.h).
+//
+// Written for -fassociative-math: no expression here relies on (x + c) - c, and every sum whose order is part of the
+// result runs over a loop the compiler cannot reorder (one chain per accumulator, in ascending k).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "fastsft/common.h"
+
+namespace fastsft::FASTSFT_ISA_NS {
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16, kStrip = 8;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8, kStrip = 4;
+#else
+inline constexpr int kLanes = 4, kStrip = 4;
+#endif
+inline constexpr int kVectorBytes = kLanes * 4;
+// kStrip: rows of a register block. It divides kLanes, so a block of kStrip columns never straddles two vectors.
+
+typedef float Vec __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecInt __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecBits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecHalf __attribute__((vector_size(kVectorBytes / 2)));
+
+#define FASTSFT_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+FASTSFT_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+FASTSFT_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+FASTSFT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+FASTSFT_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0, not x + 0, keeps -0
+FASTSFT_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FASTSFT_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+// a if the lane's mask is all ones, else b
+FASTSFT_INLINE Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
+
+template <int kXor, std::size_t... kIndex>
+FASTSFT_INLINE Vec exchange(Vec v, std::index_sequence<kIndex...>) {
+  return __builtin_shufflevector(v, v, (kIndex ^ kXor)...);
+}
+template <int kXor>
+FASTSFT_INLINE Vec exchange(Vec v) {
+  return exchange<kXor>(v, std::make_index_sequence<kLanes>());
+}
+FASTSFT_INLINE float sum_lanes(Vec v) {
+  if constexpr (kLanes >= 16) v += exchange<8>(v);
+  if constexpr (kLanes >= 8) v += exchange<4>(v);
+  v += exchange<2>(v);
+  v += exchange<1>(v);
+  return v[0];
+}
+FASTSFT_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
+FASTSFT_INLINE float max_lanes(Vec v) {
+  if constexpr (kLanes >= 16) v = max_of(v, exchange<8>(v));
+  if constexpr (kLanes >= 8) v = max_of(v, exchange<4>(v));
+  v = max_of(v, exchange<2>(v));
+  v = max_of(v, exchange<1>(v));
+  return v[0];
+}
+
+// --- element conversion
+// -----------------------------------------------------------------------------------------------
+
+FASTSFT_INLINE Vec widen_bfloat16(VecHalf h) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
+}
+
+// Exponent and mantissa move up 13 bits; the product with 2^112 rebiases the exponent and normalises subnormals.
+FASTSFT_INLINE Vec widen_float16(VecHalf h) {
+  const VecBits bits = __builtin_convertvector(h, VecBits);
+  const VecBits sign = (bits & 0x8000u) << 16;
+  const VecBits magnitude = (bits & 0x7fffu) << 13;
+  const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
+  const VecBits special = reinterpret_cast<VecBits>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;  // inf, NaN
+  return reinterpret_cast<Vec>(reinterpret_cast<VecBits>(scaled) | special | sign);
+}
+
+FASTSFT_INLINE VecHalf round_bfloat16(Vec v) {
+  const VecBits bits = reinterpret_cast<VecBits>(v);
+  const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const VecBits is_nan = reinterpret_cast<VecBits>((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector(((rounded & ~is_nan) | ((bits | 0x400000u) & is_nan)) >> 16, VecHalf);
+}
+
+FASTSFT_INLINE VecHalf round_float16(Vec v) {
+  const VecBits bits = reinterpret_cast<VecBits>(v);
+  const VecBits magnitude = bits & 0x7fffffffu;
+  const VecBits sign = (bits >> 16) & 0x8000u;
+  // Normal: rebias the exponent by 112 and round to nearest even at bit 13.
+  const VecBits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal (below 2^-14): adding 0.5 lets the adder shift and round; its own bits are then taken off.
+  const Vec shifted = reinterpret_cast<Vec>(magnitude) + 0.5f;
+  const VecBits subnormal = reinterpret_cast<VecBits>(shifted) - 0x3f000000u;
+  const VecBits is_small = reinterpret_cast<VecBits>(magnitude < (113u << 23));
+  const VecBits is_large = reinterpret_cast<VecBits>(magnitude >= 0x477ff000u);  // 65520: rounds to infinity
+  const VecBits is_nan = reinterpret_cast<VecBits>(magnitude > 0x7f800000u);
+  VecBits half = (subnormal & is_small) | (normal & ~is_small);
+  half = (half & ~is_large) | (0x7c00u & is_large);
+  return __builtin_convertvector(half | (0x200u & is_nan) | sign, VecHalf);
+}
+
+FASTSFT_INLINE Vec load_as_float(DType dtype, const void* row, int64_t i) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(row) + i);
+  VecHalf h;
+  std::memcpy(&h, static_cast<const uint16_t*>(row) + i, sizeof(h));
+  return dtype == DType::kBFloat16 ? widen_bfloat16(h) : widen_float16(h);
+}
+
+FASTSFT_INLINE void store_from_float(DType dtype, void* row, int64_t i, Vec v) {
+  if (dtype == DType::kFloat32) return store(static_cast<float*>(row) + i, v);
+  const VecHalf h = dtype == DType::kBFloat16 ? round_bfloat16(v) : round_float16(v);
+  std::memcpy(static_cast<uint16_t*>(row) + i, &h, sizeof(h));
+}
+
+FASTSFT_INLINE const void* element(DType dtype, const void* data, int64_t index) {
+  return static_cast<const char*>(data) + index * (dtype == DType::kFloat32 ? 4 : 2);
+}
+FASTSFT_INLINE void* element(DType dtype, void* data, int64_t index) {
+  return static_cast<char*>(data) + index * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// panel row = row * factor, as float32
+FASTSFT_INLINE void load_row(DType dtype, const void* row, int64_t n, float factor, float* panel) {
+  for (int64_t i = 0; i < n; i += kLanes) store(panel + i, load_as_float(dtype, row, i) * factor);
+}
+FASTSFT_INLINE void store_row(DType dtype, const float* panel, int64_t n, float factor, void* row) {
+  for (int64_t i = 0; i < n; i += kLanes) store_from_float(dtype, row, i, load(panel + i) * factor);
+}
+
+// One step of the butterfly that transposes kLanes vectors: rows i and i + kXor exchange their off-diagonal lanes.
+template <int kXor, std::size_t... kIndex>
+FASTSFT_INLINE void transpose_step(Vec* rows, std::index_sequence<kIndex...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kXor) continue;
+    const Vec a = rows[i], b = rows[i + kXor];
+    rows[i] = __builtin_shufflevector(a, b, ((kIndex & kXor) ? kLanes + (kIndex ^ kXor) : kIndex)...);
+    rows[i + kXor] = __builtin_shufflevector(a, b, ((kIndex & kXor) ? kLanes + kIndex : (kIndex ^ kXor))...);
+  }
+}
+FASTSFT_INLINE void transpose(Vec* rows) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  if constexpr (kLanes >= 16) transpose_step<8>(rows, lanes);
+  if constexpr (kLanes >= 8) transpose_step<4>(rows, lanes);
+  transpose_step<2>(rows, lanes);
+  transpose_step<1>(rows, lanes);
+}
+
+// columns[d * stride + j] = element first + d of row j, for d < dim and j < n rounded up to whole vectors; rows past n
+// count as zeros.
+FASTSFT_INLINE void load_transposed(DType dtype, const void* const* rows, int64_t n, int64_t first, int64_t dim,
+                                    float* columns, int64_t stride) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t have = smaller<int64_t>(kLanes, n - j);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = i < have ? load_as_float(dtype, rows[j + i], first + d) : Vec{};
+      transpose(block);
+      for (int64_t i = 0; i < kLanes; ++i) store(columns + (d + i) * stride + j, block[i]);
+    }
+  }
+}
+
+// Rows of a query tile are (token, query head of the group), token first, so that a strip of rows covers few tokens and
+// a causal mask cuts it close. Columns are keys of one block. Both are counted from the tile's and the block's start.
+struct Band {
+  int64_t first, last;  // visible columns [first, last) of one row
+};
+FASTSFT_INLINE Band visible_band(int64_t position, int64_t left, int64_t right, int64_t block_start, int64_t keys) {
+  return {larger<int64_t>(position - left - block_start, 0),
+          smaller<int64_t>(position + right + 1 - block_start, keys)};
+}
+FASTSFT_INLINE VecInt inside(const Band& band, int64_t column) {
+  VecInt index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  index += static_cast<int32_t>(column);
+  return (index >= static_cast<int32_t>(band.first)) & (index < static_cast<int32_t>(band.last));
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// --- elementary functions
+// ---------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 0 (a rounding error above 0 is fine): 0 below 2^-126, NaN for NaN, and exactly 1 for 0. The
+// polynomial is the minimax one of degree 6 for 2^r on [-1/2, 1/2] (relative error 2e-9 before rounding).
+FASTSFT_INLINE Vec exp_nonpositive(Vec x) {
+  const VecInt underflow = x < -87.33654f;
+  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) * kLog2e - 0.5f, VecInt);  // truncates
+  const Vec r = x * kLog2e - __builtin_convertvector(whole, Vec);
+  Vec p = splat(0x1.41fbbcp-13f);
+  p = p * r + 0x1.5f3e52p-10f;
+  p = p * r + 0x1.3b2d4cp-7f;
+  p = p * r + 0x1.c6aee8p-5f;
+  p = p * r + 0x1.ebfbdcp-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+  const Vec power = reinterpret_cast<Vec>((whole + 127) << 23);
+  return select(underflow, Vec{}, p * power);
+}
+
+// tanh: odd polynomial near 0 (the quotient would cancel there), (1 - e) / (1 + e) with e = exp(-2|x|) beyond.
+FASTSFT_INLINE Vec tanh_of(Vec x) {
+  const Vec size = select(x < 0.0f, -x, x);
+  const Vec e = exp_nonpositive(size * -2.0f);
+  const Vec far = (1.0f - e) / (1.0f + e);
+  const Vec z = x * x;
+  Vec p = splat(-0x1.6e69b2p-8f);  // minimax for |x| < 0.64, relative error 6e-9 before rounding
+  p = p * z + 0x1.50820ep-6f;
+  p = p * z - 0x1.b7fd50p-5f;
+  p = p * z + 0x1.110552p-3f;
+  p = p * z - 0x1.55552ap-2f;
+  const Vec near = p * z * x + x;
+  return select(size < 0.64f, near, select(x < 0.0f, -far, far));
+}
+
+// --- the product
+// ------------------------------------------------------------------------------------------------------
+
+enum class Start { kZero, kAdd, kScale };
+
+// C = product, C + product, or C * factors + product (factors per row), for kStrip rows and kVecs * kLanes columns;
+// product[i, ...] = sum_k a(i, k) * B[k, ...] with a(i, k) = A[i * row_stride + k * depth_stride], one fused chain per
+// element in ascending k. Starting the chain from zero, not from C, keeps the rounding error of long sums low.
+template <int kVecs, Start kStart>
+FASTSFT_INLINE void product_block(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
+                                  float* c, int64_t ldc, const float* factors, int64_t depth) {
+  Vec sum[kStrip][kVecs];
+  for (int i = 0; i < kStrip; ++i) {
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kVecs];
+    for (int j = 0; j < kVecs; ++j) row[j] = load(b + k * ldb + j * kLanes);
+    const float* column = a + k * depth_stride;
+    for (int i = 0; i < kStrip; ++i) {
+      const float x = column[i * row_stride];
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += x * row[j];
+    }
+  }
+  for (int i = 0; i < kStrip; ++i) {
+    for (int j = 0; j < kVecs; ++j) {
+      float* place = c + i * ldc + j * kLanes;
+      if (kStart == Start::kAdd) sum[i][j] += load(place);
+      if (kStart == Start::kScale) sum[i][j] += load(place) * factors[i];
+      store(place, sum[i][j]);
+    }
+  }
+}
+
+// The same for any width that is a multiple of kLanes. Chains longer than kChain are cut, which bounds their error.
+inline constexpr int64_t kChain = 64;
+template <Start kStart>
+FASTSFT_INLINE void product(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
+                            float* c, int64_t ldc, const float* factors, int64_t depth, int64_t width) {
+  const int64_t first = smaller(depth, kChain);
+  int64_t n = 0;
+  for (; n + 2 * kLanes <= width; n += 2 * kLanes) {
+    product_block<2, kStart>(a, row_stride, depth_stride, b + n, ldb, c + n, ldc, factors, first);
+  }
+  if (n < width) product_block<1, kStart>(a, row_stride, depth_stride, b + n, ldb, c + n, ldc, factors, first);
+  for (int64_t k = first; k < depth; k += kChain) {
+    const int64_t links = smaller(depth - k, kChain);
+    const float *a_k = a + k * depth_stride, *b_k = b + k * ldb;
+    for (n = 0; n + 2 * kLanes <= width; n += 2 * kLanes) {
+      product_block<2, Start::kAdd>(a_k, row_stride, depth_stride, b_k + n, ldb, c + n, ldc, nullptr, links);
+    }
+    if (n < width)
+      product_block<1, Start::kAdd>(a_k, row_stride, depth_stride, b_k + n, ldb, c + n, ldc, nullptr, links);
+  }
+}
+
+}  // namespace
+}  // namespace fastsft::FASTSFT_ISA_NS

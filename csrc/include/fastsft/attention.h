@@ -1,0 +1,84 @@
+// Attention over packed sequences, forward and backward, and forward over a paged key/value cache.
+//
+// Shapes: q, out, dq [Tq, Hq, D]; k, v, dk, dv [Tk, Hkv, D]; lse [Hq, Tq] float32, natural logarithm. Hq % Hkv == 0:
+// query head h reads key head h / (Hq / Hkv). D is one of 32, 64, 80, 96, 128, 256.
+// Element types: q, k, v, out and the gradients share one of float32, bfloat16, float16; everything is accumulated in
+// float32 and rounded once, on store.
+//
+// Which keys a query sees: query i of a sequence with len_q queries and len_k keys stands at key position
+// p = i + len_k - len_q (bottom-right alignment) and sees keys p - window_left .. p + window_right, -1 meaning
+// unbounded; causal caps the right side at p. A query that sees no key has output 0, lse -infinity and gradient 0.
+// softcap > 0 replaces a scaled score s by softcap * tanh(s / softcap).
+//
+// Determinism: the same bits on every run and for every number of threads (they do depend on the instruction set). In
+// the forward functions a query row's bits depend on its own row, its sequence's keys and values and its position only:
+// not on the other sequences, nor on how many queries of its sequence are in the call. Key blocks are counted from key
+// 0. A NaN or infinity stays inside its own sequence.
+//
+// Aliasing: outputs must not overlap inputs or each other. Empty sequences, Tq = 0 and Tk = 0 are legal.
+// Errors: Error for a head size, head count, offset or block id outside the contract.
+#pragma once
+
+#include <cstdint>
+
+#include "fastsft/common.h"
+
+namespace fastsft {
+
+// A [tokens, heads, D] tensor whose last dimension is contiguous; strides in elements.
+struct AttentionInput {
+  const void* data;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct AttentionShape {
+  DType dtype;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  float scale;
+  float softcap;  // 0 = off
+  bool causal;
+  int64_t window_left;   // -1 = unbounded
+  int64_t window_right;  // -1 = unbounded
+};
+
+// Sequence b owns queries [cu_q[b], cu_q[b+1]) and keys [cu_k[b], cu_k[b+1]); both arrays hold batch + 1 offsets.
+struct AttentionBatch {
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  int64_t batch;
+  int64_t total_q;
+  int64_t total_k;
+};
+
+// out is contiguous; lse may be null.
+void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionInput& q,
+                              const AttentionInput& k, const AttentionInput& v, void* out, float* lse);
+
+// dlse, the gradient of lse, may be null. dq, dk, dv are contiguous and are written in full.
+void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionInput& dout,
+                               const AttentionInput& q, const AttentionInput& k, const AttentionInput& v,
+                               const AttentionInput& out, const float* lse, const float* dlse, void* dq, void* dk,
+                               void* dv);
+
+// Key j of sequence b is slot j % block_size of block block_table[b * max_blocks + j / block_size].
+struct PagedCache {
+  const void* k;  // [num_blocks, block_size, Hkv, D], last dimension contiguous
+  const void* v;
+  int64_t k_strides[3];  // block, slot, head; in elements
+  int64_t v_strides[3];
+  int64_t num_blocks;
+  int64_t block_size;
+  const int32_t* block_table;   // [batch, max_blocks]
+  const int32_t* context_lens;  // [batch]: keys per sequence, those of the current queries included
+  int64_t max_blocks;
+};
+
+// Sequence b owns queries [cu_q[b], cu_q[b+1]), the last ones of its context. out is contiguous. Slots at or beyond
+// context_lens[b] are not read, and may hold anything.
+void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
+                             const AttentionInput& q, const PagedCache& cache, void* out);
+
+}  // namespace fastsft

@@ -1,0 +1,318 @@
+"""varlen_attention against the float64 reference, and the properties its contract promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
+from fastsft import _C
+from fastsft.ops import attention, reference, varlen_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MASKS = {
+    "causal": {},
+    "full": {"causal": False},
+    "left window": {"window": (37, -1)},
+    "narrow": {"window": (0, 0)},
+    "both sides": {"causal": False, "window": (5, 70)},
+    "right only": {"causal": False, "window": (-1, 3)},
+}
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request):
+    before = _C.active_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = _C.num_threads()
+    yield _C.set_num_threads
+    _C.set_num_threads(before)
+
+
+def gradients(function, inputs, upstream):
+    """(out, lse, dq, dk, dv) with the gradients of both outputs; lse = -inf has no upstream gradient."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out, lse = function(*inputs)
+    dout, dlse = upstream
+    dlse = torch.where(lse.isneginf(), 0, dlse).to(lse.dtype)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), inputs, (dout.to(out.dtype), dlse))]
+
+
+def check(lengths_q, lengths_k, heads, dim, dtype, **options):
+    inputs = qkv(lengths_q, lengths_k, heads, dim, dtype)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    generator = torch.Generator().manual_seed(1)
+    upstream = (
+        torch.randn(inputs[0].shape, generator=generator).to(dtype),
+        torch.randn(heads[0], sum(lengths_q), generator=generator).to(dtype),
+    )
+    ours = gradients(
+        lambda q, k, v: varlen_attention(q, k, v, cu_q, cu_k, return_lse=True, **options), inputs, upstream
+    )
+    low = gradients(lambda q, k, v: reference.varlen_attention(q, k, v, cu_q, cu_k, **options), inputs, upstream)
+    exact = gradients(
+        lambda q, k, v: reference.varlen_attention(q, k, v, cu_q, cu_k, **options),
+        [x.double() for x in inputs],
+        upstream,
+    )
+    assert ours[0].dtype == dtype
+    assert ours[1].dtype == torch.float32
+    assert torch.equal(ours[1].isneginf(), exact[1].isneginf())
+    unseen = exact[1].isneginf().T
+    for i in (0, 2):  # output and dq of a query that sees no key
+        assert not ours[i][unseen].any()
+    ours[1], low[1], exact[1] = (x.masked_fill(x.isneginf(), 0) for x in (ours[1], low[1], exact[1]))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), ours, low, exact, strict=True):
+        assert_as_good_as(a, b, c, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (7, 1), (14, 2)], ids=str)
+def test_matches_reference_on_every_instruction_set(isa, heads, dtype):
+    check(LENGTHS, LENGTHS, heads, 64, dtype)
+
+
+@pytest.mark.parametrize("dim", attention.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims(isa, dim, dtype):
+    check([70, 3, 129], [70, 3, 129], (6, 2), dim, dtype)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_with_unequal_lengths(isa, mask):
+    check([1, 31, 0, 257, 64, 130, 9], [1, 40, 5, 257, 3, 200, 0], (4, 2), 32, torch.float32, **MASKS[mask])
+
+
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_softcap(isa, softcap):
+    check(LENGTHS, LENGTHS, (4, 2), 64, torch.float32, softcap=softcap, scale=0.5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 257])
+def test_one_sequence(tokens):
+    check([tokens], [tokens], (2, 1), 64, torch.float32)
+
+
+def test_one_long_among_many_short():
+    check([3] * 40 + [600] + [17] * 20, [3] * 40 + [600] + [17] * 20, (7, 1), 32, torch.float32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_query_heads_than_a_tile_has_rows(causal):
+    check([90], [90], (160, 1), 32, torch.float32, causal=causal)
+
+
+def test_no_sequences():
+    q, k, v = qkv([], [], (2, 1), 32)
+    out, lse = varlen_attention(q, k, v, offsets([]), return_lse=True)
+    assert out.shape == (0, 2, 32)
+    assert lse.shape == (2, 0)
+
+
+def test_no_leak_packed_equals_each_sequence_alone_bit_for_bit():
+    inputs = [x.requires_grad_() for x in qkv(LENGTHS, LENGTHS, (4, 2), 64)]
+    cu = offsets(LENGTHS)
+    out = varlen_attention(*inputs, cu)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    packed = torch.autograd.grad(out, inputs, upstream)
+    for begin, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        alone_in = [x[begin:end].detach().clone().requires_grad_() for x in inputs]
+        alone_out = varlen_attention(*alone_in, offsets([end - begin]))
+        assert torch.equal(alone_out, out[begin:end])
+        for ours, theirs in zip(torch.autograd.grad(alone_out, alone_in, upstream[begin:end]), packed, strict=True):
+            assert torch.equal(ours, theirs[begin:end])
+
+
+@pytest.mark.parametrize("window", [None, (100, -1)])
+def test_last_rows_have_the_same_bits_alone_or_together(isa, window):
+    q, k, v = qkv([300], [300], (6, 2), 64)
+    whole = varlen_attention(q, k, v, offsets([300]), window=window)
+    for last in (1, 2, 7, 65, 131):
+        tail = varlen_attention(q[-last:], k, v, offsets([last]), offsets([300]), window=window)
+        assert torch.equal(tail, whole[-last:])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_bad_values_stay_in_their_sequence(isa, poison, which):
+    lengths = [20, 90, 20, 70]
+    cu = offsets(lengths)
+    clean = qkv(lengths, lengths, (4, 2), 64)
+    dirty = [x.clone() for x in clean]
+    dirty[which][50:60] = poison  # inside the second sequence
+    results = []
+    for inputs in (clean, dirty):
+        inputs = [x.requires_grad_() for x in inputs]
+        out, lse = varlen_attention(*inputs, cu, return_lse=True)
+        results.append([out, lse.T, *torch.autograd.grad((out.sum() + lse.sum()), inputs)])
+    assert results[1][0][20:110].isnan().any()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a[:20], b[:20])
+        assert torch.equal(a[110:], b[110:])
+
+
+def test_a_bad_query_row_spoils_only_itself():
+    q, k, v = qkv([90], [90], (4, 2), 64)
+    clean = varlen_attention(q, k, v, offsets([90]))
+    q[40, 1] = float("nan")
+    dirty = varlen_attention(q, k, v, offsets([90]))
+    assert dirty[40, 1].isnan().all()
+    dirty[40, 1] = clean[40, 1]
+    assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_every_thread_count_and_run(threads, dtype):
+    lengths = [300, 5, 64, 200, 1, 500]
+    inputs = [x.requires_grad_() for x in qkv(lengths, lengths, (14, 2), 64, dtype)]
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    seen = []
+    for n in (1, 2, 3, 5, 5, 8):
+        threads(n)
+        out, lse = varlen_attention(*inputs, offsets(lengths), return_lse=True)
+        seen.append([out, lse, *torch.autograd.grad(out, inputs, upstream)])
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_strided_views_are_read_in_place():
+    tokens, heads_q, heads_k, dim = 70, 4, 2, 64
+    fused = torch.randn(tokens, heads_q + 2 * heads_k, dim, generator=torch.Generator().manual_seed(4))
+    views = fused.split([heads_q, heads_k, heads_k], dim=1)
+    head_major = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
+    expected = varlen_attention(*(x.contiguous() for x in views), offsets([30, 40]))
+    assert torch.equal(varlen_attention(*views, offsets([30, 40])), expected)
+    assert torch.equal(varlen_attention(*head_major, offsets([30, 40])), expected)
+    leaf = fused.clone().requires_grad_()
+    varlen_attention(*leaf.split([heads_q, heads_k, heads_k], dim=1), offsets([30, 40])).sum().backward()
+    parts = [x.contiguous().requires_grad_() for x in views]
+    varlen_attention(*parts, offsets([30, 40])).sum().backward()
+    assert torch.equal(leaf.grad, torch.cat([x.grad for x in parts], dim=1))
+
+
+def test_gradcheck_like_finite_differences_of_lse_and_out():
+    # float32 only, so a directional derivative in float64 of the reference stands in for gradcheck.
+    inputs = qkv([9, 4], [9, 4], (2, 1), 32)
+    cu = offsets([9, 4])
+    directions = qkv([9, 4], [9, 4], (2, 1), 32, seed=5)
+
+    def value(*tensors):
+        out, lse = reference.varlen_attention(*tensors, cu)
+        return (out * torch.cos(out)).sum() + lse.square().sum()
+
+    step = 1e-6
+    doubles = [x.double() for x in inputs]
+    ahead, behind = (
+        value(*(x + sign * step * d for x, d in zip(doubles, directions, strict=True))) for sign in (1, -1)
+    )
+    leaves = [x.requires_grad_() for x in inputs]
+    out, lse = varlen_attention(*leaves, cu, return_lse=True)
+    grads = torch.autograd.grad((out * torch.cos(out)).sum() + lse.square().sum(), leaves)
+    slope = sum((g.double() * d).sum() for g, d in zip(grads, directions, strict=True))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+def test_partial_gradients():
+    q, k, v = qkv([40], [40], (2, 1), 32)
+    v.requires_grad_()
+    varlen_attention(q, k, v, offsets([40])).sum().backward()
+    assert v.grad is not None
+    assert q.grad is None
+    with torch.no_grad():
+        assert not varlen_attention(q, k, v, offsets([40])).requires_grad
+
+
+def options_of(**changes):
+    options = {"causal": True, "scale": 0.125, "window_left": -1, "window_right": -1, "softcap": 0.0}
+    return tuple((options | changes).values())
+
+
+def test_opcheck():
+    q, k, v = qkv([30, 70], [30, 70], (4, 2), 64)
+    cu = offsets([30, 70])
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fastsft.varlen_attention_fwd, (q, k, v, cu, cu, *options_of()), test_utils=utils)
+    out, lse = varlen_attention(q, k, v, cu, return_lse=True)
+    arguments = (torch.ones_like(out), q, k, v, out, lse, None, cu, cu, *options_of())
+    torch.library.opcheck(torch.ops.fastsft.varlen_attention_bwd, arguments, test_utils=utils)
+
+
+def test_compiles_without_graph_breaks():
+    lengths = [30, 70]
+    cu = offsets(lengths)
+
+    def function(q, k, v):
+        out, lse = varlen_attention(q * 2, k, v, cu, return_lse=True)
+        return (out * out).sum() + lse.sum()
+
+    eager_in = [x.requires_grad_() for x in qkv(lengths, lengths, (4, 2), 64)]
+    compiled_in = [x.detach().clone().requires_grad_() for x in eager_in]
+    eager = function(*eager_in)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled_in)
+    torch.testing.assert_close(compiled, eager)
+    eager.backward()
+    compiled.backward()
+    for a, b in zip(eager_in, compiled_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_plain_torch_implementation_agrees():
+    """What serves CUDA tensors until kernels exist, run on CPU tensors."""
+    q, k, v = qkv([30, 0, 70], [33, 2, 50], (4, 2), 64)
+    cu_q, cu_k = offsets([30, 0, 70]), offsets([33, 2, 50])
+    arguments = (cu_q, cu_k, *options_of(softcap=2.0, window_left=40))
+    out, lse = attention._native_forward(q, k, v, *arguments)
+    for a, b in zip(attention._torch_forward(q, k, v, *arguments), (out, lse), strict=True):
+        torch.testing.assert_close(a, b)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    native = attention._native_backward(dout, q, k, v, out, lse, dlse, *arguments)
+    for a, b in zip(attention._torch_backward(dout, q, k, v, out, lse, dlse, *arguments), native, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(8, 3, 64)}, r"q: expected a number of heads that is a multiple .* \(2\), got 3"),
+        (dict(zip("qkv", torch.zeros(3, 8, 2, 48), strict=True)), "q: expected a head size in .*, got 48"),
+        ({"q": torch.zeros(8, 256)}, r"q: expected \[Tq, Hq, D\], got \[8, 256\]"),
+        ({"v": torch.zeros(8, 1, 64)}, r"v: expected the shape of k, \[8, 2, 64\], got \[8, 1, 64\]"),
+        ({"k": torch.zeros(8, 2, 64, dtype=torch.bfloat16)}, "k: expected torch.float32, got torch.bfloat16"),
+        ({"q": torch.zeros(8, 4, 64, dtype=torch.float64)}, "q: expected float32, bfloat16 or float16"),
+        ({"q": torch.zeros(8, 64, 4).transpose(1, 2)}, "q: expected a contiguous last dimension"),
+        ({"cu_seqlens_q": torch.tensor([0, 8])}, "cu_seqlens_q: expected int32, got torch.int64"),
+        ({"cu_seqlens_q": offsets([7])}, r"cu_seqlens_q: expected the last offset .* \(8\), got 7"),
+        ({"cu_seqlens_q": offsets([8]) + 1}, "cu_seqlens_q: expected the first offset to be 0, got 1"),
+        ({"cu_seqlens_q": offsets([5, -2, 5])}, "cu_seqlens_q: expected ascending offsets, got 3 after 5"),
+        ({"cu_seqlens_k": offsets([4, 4])}, "cu_seqlens_k: dimension 0"),
+        ({"cu_seqlens_k": offsets([9])}, "cu_seqlens_k: expected the last offset"),
+        ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens_q: expected"),
+        ({"softcap": -1.0}, "softcap: expected a finite number >= 0, got -1.0"),
+        ({"window": (-2, 0)}, r"window: expected \(left, right\), each >= -1, got \(-2, 0\)"),
+    ],
+)  # fmt: skip
+def test_error_messages(change, message):
+    arguments = {
+        "q": torch.zeros(8, 4, 64),
+        "k": torch.zeros(8, 2, 64),
+        "v": torch.zeros(8, 2, 64),
+        "cu_seqlens_q": offsets([8]),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        varlen_attention(**arguments)
+
+
+def test_info_tells_what_serves_each_device():
+    import fastsft
+
+    ops = fastsft.info()["ops"]
+    for name in ("varlen_attention_fwd", "varlen_attention_bwd", "paged_attention"):
+        assert ops[name]["cpu"]["kind"] == "native"
+        assert ops[name]["cuda"]["kind"] == "torch"
+        assert ops[name]["cuda"]["reason"]

@@ -1,0 +1,37 @@
+"""How a decoder layer attends: a callable, so that training (packed) and inference (paged cache) share the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastsft import ops
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, "tuple[int, int] | None"], torch.Tensor]
+"""``attend(layer, q [T, Hq, K], k [T, Hkv, K], v [T, Hkv, K], window) -> [T, Hq, K]``, causal, scaled by K**-0.5.
+
+``q`` and ``k`` are rotated. ``window = (left, 0)`` limits a query to itself and ``left`` keys before; None: any.
+"""
+
+
+class VarlenAttend:
+    """Causal attention within each packed document, for training and for scoring.
+
+    Args:
+        cu_seqlens: int32 [B + 1], where the documents begin, and the number of tokens.
+        deterministic: ask the kernels for gradients that are the same bits on every run.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, *, deterministic: bool = False) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.deterministic = deterministic
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int] | None
+    ) -> torch.Tensor:
+        del layer  # nothing is kept between layers
+        out: torch.Tensor = ops.varlen_attention(
+            q, k, v, self.cu_seqlens, causal=True, window=window, deterministic=self.deterministic
+        )
+        return out

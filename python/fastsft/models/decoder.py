@@ -1,0 +1,76 @@
+"""The decoder-only transformer behind every supported family; what differs between them is in ``ModelConfig``.
+
+Shape suffixes: T packed tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastsft.models.attend import Attend
+from fastsft.models.config import ModelConfig
+from fastsft.models.layers import DecoderLayer, RMSNorm
+from fastsft.models.rope import RotaryTable
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states on one packed axis: no batch axis, no padding, no mask.
+
+    Parameters carry Hugging Face's names without the leading ``model.``. The language model head is not applied here:
+    the loss and the engine each project only the rows they need with ``lm_head_weight``.
+
+    Args:
+        config: the architecture. Weights are torch's default initialisation; see ``weights.init_model`` and
+            ``weights.load_model``. Building under ``torch.device("meta")`` allocates nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        """Keep only each layer's input for the backward pass and run the layer again there."""
+        # transformers hands the padding id on too: that embedding row gets no gradient from the input side
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self._rotary = RotaryTable(config.rope, config.head_dim)
+
+    @property
+    def lm_head_weight(self) -> torch.Tensor:
+        """The parameter [V, D] of the head, or of the embedding where the two are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: int64 [T], in [0, V).
+            position_ids: int64 [T], each token's place in its own document.
+            attend: which keys each query sees and how; see ``models.attend``.
+
+        Returns:
+            [T, D] in the parameters' type.
+
+        Raises:
+            ValueError: the ids or positions are not int64 [T].
+        """
+        for name, tensor in (("input_ids", input_ids), ("position_ids", position_ids)):
+            if tensor.dtype != torch.int64 or tensor.shape != input_ids.shape or tensor.ndim != 1:
+                shape = list(input_ids.shape) if input_ids.ndim == 1 else ["T"]
+                raise ValueError(f"{name}: expected int64 {shape}, got {tensor.dtype} {list(tensor.shape)}")
+        x_TD = self.embed_tokens(input_ids)
+        cos, sin = self._rotary(position_ids, x_TD.dtype)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                # no dropout anywhere, so there is no random state to put back
+                x_TD = checkpoint(layer, x_TD, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = layer(x_TD, cos, sin, attend)
+        hidden_TD: torch.Tensor = self.norm(x_TD)
+        return hidden_TD

@@ -1,0 +1,93 @@
+"""The parts of one decoder layer, named as in Hugging Face checkpoints.
+
+Shape suffixes: T packed tokens, D hidden size, H query heads, G key/value heads, K head size, F MLP width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastsft.models.attend import Attend
+from fastsft.models.config import ModelConfig
+from fastsft.models.rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467) over the last axis.
+
+    Normalised in float32, rounded to the input's type, then multiplied by the weight: the order the published models
+    were trained with, which differs from ``torch.nn.RMSNorm`` in bfloat16.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions, optional biases and query/key norms."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.layer = layer
+        self.head_dim = K
+        self.window = config.windows[layer]
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x_TD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        q_THK, k_TGK = rotate(q_THK, cos, sin), rotate(k_TGK, cos, sin)
+        out_THK = attend(self.layer, q_THK, k_TGK, v_TGK, self.window)
+        out_TD: torch.Tensor = self.o_proj(out_THK.flatten(1))
+        return out_TD
+
+
+class MLP(nn.Module):
+    """Gated linear unit with SiLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, D, bias=config.mlp_bias)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        h_TF = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+        out_TD: torch.Tensor = self.down_proj(h_TF)
+        return out_TD
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attend)
+        out_TD: torch.Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return out_TD

@@ -1,0 +1,312 @@
+"""Hugging Face model folders: config.json and safetensors in, the same out, byte for byte where nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastsft.models.config import ModelConfig
+from fastsft.models.decoder import Decoder
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+# copied from `files_from`: what a tokenizer and a generation loop read, and nothing that describes the old weights
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+# stored by old checkpoints, recomputed from the configuration
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_LISTED = 20
+
+
+def init_model(config: ModelConfig | Mapping[str, Any], *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A randomly initialised model, as transformers does it: normal matrices, zero biases, norms of one.
+
+    Args:
+        config: the architecture, or the keys of a config.json.
+        seed: the weights are a function of it and the sizes alone; they are drawn in float32 and then rounded.
+        dtype: type of the parameters.
+
+    Raises:
+        ValueError: an unusable configuration; see :meth:`ModelConfig.from_hf`.
+    """
+    parsed = config if isinstance(config, ModelConfig) else ModelConfig.from_hf(config)
+    model = _empty(parsed.with_keys(architectures=[parsed.architecture]), dtype, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                drawn = torch.empty(parameter.shape).normal_(0, parsed.initializer_range, generator=generator)
+                parameter.copy_(drawn)
+        if parsed.pad_token_id is not None:
+            model.embed_tokens.weight[parsed.pad_token_id] = 0
+    return model
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Read a Hugging Face folder: config.json with model.safetensors, or shards with their index.
+
+    Args:
+        path: the folder.
+        dtype: type of the parameters; stored float16, bfloat16, float32 and float64 weights are converted.
+        device: where the parameters live.
+
+    Raises:
+        ValueError: no such folder or file, an unsupported configuration, a truncated or foreign file, or tensors that
+            are missing, unexpected, of another shape or not floating point: all of them are listed with their files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder with config.json and *.safetensors")
+    config = ModelConfig.from_file(folder / "config.json")
+    model = _empty(config, dtype, device)
+    with contextlib.ExitStack() as stack:
+        stored = _open_tensors(folder, stack)
+        targets = _match(model, stored, folder)
+        with torch.no_grad():
+            for name, parameter in targets.items():
+                parameter.copy_(stored[name].read())
+        if config.tie_word_embeddings and _HEAD in stored and _EMBEDDING in stored:
+            _check_tied(stored[_HEAD], stored[_EMBEDDING])
+    return model
+
+
+def save_model(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    *,
+    files_from: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a Hugging Face folder that transformers, vLLM and :func:`load_model` read.
+
+    Everything is written and synced under a temporary name first. A new folder then appears by one rename, whole or not
+    at all. In a folder that exists the files are renamed into place one by one (each of them whole), other files stay,
+    and weight files of an earlier save that are not part of this one are removed.
+
+    Args:
+        model: its parameters are stored in their own type; config.json is the one it was loaded with, except that a
+            declared dtype follows the parameters.
+        path: the folder.
+        files_from: folder whose tokenizer, chat template and generation files are copied byte for byte.
+        max_shard_bytes: above it the weights are split, in the model's order, into shards with an index.
+
+    Raises:
+        ValueError: ``files_from`` is no folder, or ``max_shard_bytes`` is not positive.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
+    if files_from is not None and not Path(files_from).is_dir():
+        raise ValueError(f"files_from: expected a folder, got {os.fspath(files_from)!r}")
+    target = Path(path).absolute()
+    exists = target.is_dir()
+    stage = target / f".save-{os.getpid()}.tmp" if exists else target.with_name(f".{target.name}-{os.getpid()}.tmp")
+    stage.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        names = _write_weights(model, stage, max_shard_bytes)
+        for name in _COMPANIONS if files_from is not None else ():
+            if (Path(files_from or "") / name).is_file():
+                shutil.copyfile(Path(files_from or "") / name, stage / name)
+                names.append(name)
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        (stage / "config.json").write_bytes(model.config.with_dtype(dtype).to_json().encode("utf-8"))
+        names.append("config.json")
+        for name in names:
+            _sync(stage / name)
+        _sync(stage)
+        if exists:
+            for name in names:
+                os.replace(stage / name, target / name)
+            for old in target.iterdir():
+                if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
+                    old.unlink()
+            _sync(target)
+        else:
+            os.rename(stage, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A model with uninitialised parameters: torch's default initialisation of large matrices takes minutes."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return model.to(dtype).to_empty(device=device)
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Stored:
+    """One tensor in an open safetensors file; nothing of it is read until :meth:`read`."""
+
+    def __init__(self, handle: Any, name: str, file: Path) -> None:
+        self.file = file
+        self._handle = handle
+        self._name = name
+        header = handle.get_slice(name)
+        self.shape: list[int] = list(header.get_shape())
+        self.dtype: str = header.get_dtype()
+
+    def read(self) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle.get_tensor(self._name)
+        return tensor
+
+
+def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """Every tensor of the folder by its stored name."""
+    index = folder / _INDEX
+    if (folder / _SINGLE).is_file():
+        placed = None
+        files = [_SINGLE]
+    elif index.is_file():
+        placed = _read_index(index)
+        files = sorted(set(placed.values()))
+    else:
+        raise ValueError(f"{folder}: found neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
+    stored: dict[str, _Stored] = {}
+    for name in files:
+        file = folder / name
+        try:
+            handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+            stored |= {key: _Stored(handle, key, file) for key in sorted(handle.keys())}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+    for key, name in (placed or {}).items():
+        if key not in stored or stored[key].file.name != name:
+            raise ValueError(f"{index}: places {key} in {name}, which does not hold it")
+    return stored
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        placed = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
+    if not isinstance(placed, dict) or not all(isinstance(v, str) and Path(v).name == v for v in placed.values()):
+        raise ValueError(f"{index}: weight_map: expected tensor names mapped to file names in this folder")
+    return placed
+
+
+def _match(model: Decoder, stored: dict[str, _Stored], folder: Path) -> dict[str, torch.Tensor]:
+    """Stored name -> parameter, with one error for everything that does not fit."""
+    wanted: dict[str, torch.Tensor] = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
+    tied = model.config.tie_word_embeddings
+    if tied and _EMBEDDING not in stored and _HEAD in stored:
+        wanted[_HEAD] = wanted.pop(_EMBEDDING)
+    problems = [f"missing: {name}" for name in wanted if name not in stored]
+    for name, tensor in stored.items():
+        parameter = wanted.get(name)
+        if parameter is None:
+            if not _IGNORED.fullmatch(name) and not (tied and name == _HEAD):
+                problems.append(f"unexpected: {name} in {tensor.file.name}")
+        elif tensor.shape != list(parameter.shape):
+            problems.append(
+                f"shape: {name} in {tensor.file.name}: expected {list(parameter.shape)}, got {tensor.shape}"
+            )
+        elif tensor.dtype not in _FLOATS:
+            problems.append(f"type: {name} in {tensor.file.name}: expected floating point, got {tensor.dtype}")
+    if problems:
+        more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        raise ValueError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(problems[:_LISTED] + more))
+    return wanted
+
+
+def _check_tied(head: _Stored, embedding: _Stored) -> None:
+    """Both are stored: they must agree. transformers quietly unties such a model; its owner should decide."""
+    if not torch.equal(head.read(), embedding.read()):
+        raise ValueError(
+            f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json ties them; "
+            "set tie_word_embeddings to false or remove one of the tensors"
+        )
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(model: Decoder, stage: Path, max_shard_bytes: int) -> list[str]:
+    """Write the weight files into ``stage``; return their names, the index last."""
+    tensors = {_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        _save(shards[0], stage / _SINGLE)
+        return [_SINGLE]
+    names, placed = [], {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save(shard, stage / name)
+        names.append(name)
+        placed.update(dict.fromkeys(shard, name))
+    metadata = {
+        "total_parameters": sum(t.numel() for t in tensors.values()),
+        "total_size": sum(t.nbytes for t in tensors.values()),
+    }
+    index = json.dumps({"metadata": metadata, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
+    (stage / _INDEX).write_bytes(index.encode("utf-8"))
+    return [*names, _INDEX]
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, str(file), metadata={"format": "pt"})
+
+
+def _shards(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Fill shards in order; a tensor above the limit has one to itself."""
+    shard: dict[str, torch.Tensor] = {}
+    used = 0
+    for name, tensor in tensors.items():
+        if shard and used + tensor.nbytes > limit:
+            yield shard
+            shard, used = {}, 0
+        shard[name] = tensor
+        used += tensor.nbytes
+    yield shard

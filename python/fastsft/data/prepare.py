@@ -1,0 +1,244 @@
+"""From a run's files to tokenised train and evaluation stores, with a report of every row that was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsft.config import Config, ConfigError
+from fastsft.data import fim
+from fastsft.data.batch import Sample
+from fastsft.data.chat import Draft, draft, token_weights
+from fastsft.data.dedup import dedup, kept
+from fastsft.data.records import DataError, Problems, Record, read_records
+from fastsft.data.store import SampleStore, write_store
+from fastsft.models.tokenizer import TemplateError, Tokenizer
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+_CHUNK = 512
+_VERSION = 1  # raise when the same inputs would give other samples
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs. ``report`` is JSON-serialisable: rows read and skipped (with places), duplicates, tokens."""
+
+    train: SampleStore
+    eval: SampleStore
+    tokenizer: Tokenizer
+    report: dict[str, Any]
+
+
+def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
+    """Read, deduplicate, split, tokenise and mask the data of a run; reuse what an identical run already wrote.
+
+    Everything is a pure function of the configuration and the bytes of the files, and lies in
+    ``<output>/data/<content hash>/``.
+
+    Raises:
+        DataError: an unusable row (unless data.on_bad is "skip"), or no usable row at all; names file and line.
+        ConfigError: no files, or no tokenizer.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    if not config.data.train:
+        raise ConfigError("data.train: expected at least one file")
+    key = _content_key(config)
+    root = Path(config.output) / "data" / key
+    if (root / "report.json").is_file():
+        return Prepared(
+            SampleStore.open(root / "train"),
+            SampleStore.open(root / "eval"),
+            Tokenizer.from_folder(root / "tokenizer"),
+            json.loads((root / "report.json").read_text()),
+        )
+    options = config.data
+    problems = Problems(options.on_bad)
+    records = list(_counted(_read(config, options.train, problems), tell, "reading"))
+    report: dict[str, Any] = {"key": key, "rows": len(records) + sum(problems.counts.values())}
+    if options.dedup.mode != "none":
+        found = dedup(
+            records,
+            threshold=options.dedup.threshold,
+            num_perm=options.dedup.num_perm,
+            mode=options.dedup.mode,
+            seed=config.seed,
+            progress=progress,
+        )
+        records = list(kept(records, found))
+        report["dedup"] = found.to_dict()
+    if options.eval:
+        train_records, eval_records = records, list(_read(config, options.eval, problems))
+    else:
+        train_records, eval_records = split(records, options.eval_fraction, config.seed)
+    tokenizer = load_tokenizer(config, (r.text() for r in train_records), tell)
+    parts = {}
+    for name, part in (("train", train_records), ("eval", eval_records)):
+        samples = list(_counted(tokenise(part, tokenizer, config, problems), tell, f"tokenising {name}", len(part)))
+        parts[name] = samples
+    if not parts["train"]:
+        raise DataError(f"{', '.join(options.train)}: no usable row; {_summary(problems)}")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(root / "tokenizer")
+    stores = {name: write_store(root / name, samples) for name, samples in parts.items()}
+    for name, store in stores.items():
+        report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
+    report["skipped"] = dict(problems.counts)
+    report["skipped_examples"] = problems.examples
+    # The report comes last: its presence says that everything before it is complete.
+    stage = root / f"report.json.tmp-{id(report)}"
+    stage.write_text(json.dumps(report, indent=2) + "\n")
+    stage.replace(root / "report.json")
+    return Prepared(stores["train"], stores["eval"], tokenizer, report)
+
+
+def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Hold out about ``fraction`` of the records by a hash of their text: equal texts fall on the same side."""
+    limit = int(fraction * 2**64)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        digest = hashlib.blake2b(record.text().encode("utf-8", "surrogatepass"), digest_size=8, key=str(seed).encode())
+        sides[int.from_bytes(digest.digest(), "little") < limit].append(record)
+    return sides
+
+
+def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Tokenizer:
+    """The run's tokenizer: trained on the texts, or read from a folder."""
+    options = config.tokenizer
+    if options.train_vocab is not None:
+        tell("training tokenizer", 0, 1)
+        markers = (config.data.fim.prefix, config.data.fim.suffix, config.data.fim.middle)
+        tokenizer = Tokenizer.train(texts, options.train_vocab, markers)
+        tell("training tokenizer", 1, 1)
+        return tokenizer
+    folder = options.path or config.model.path
+    if folder is None:
+        raise ConfigError("tokenizer: give tokenizer.path, tokenizer.train_vocab or model.path")
+    return Tokenizer.from_folder(folder)
+
+
+def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, problems: Problems) -> Iterator[Sample]:
+    """Samples of the usable records, in order; the rest goes to ``problems``."""
+    options = config.data
+    needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
+    marks = (
+        fim.Sentinels.find(tokenizer, options.fim.prefix, options.fim.suffix, options.fim.middle) if needs_fim else None
+    )
+    for begin in range(0, len(records), _CHUNK):
+        drafts: list[tuple[Record, Draft]] = []
+        for index, record in enumerate(records[begin : begin + _CHUNK], begin):
+            try:
+                drafts.append((record, _draft(record, index, tokenizer, marks, config)))
+            except TemplateError as error:
+                problems.add(record.source, "chat template", str(error))
+        for record, sample in zip((r for r, _ in drafts), _encode([d for _, d in drafts], tokenizer), strict=True):
+            checked = _check(record, sample, tokenizer, config, problems)
+            if checked is not None:
+                yield checked
+
+
+def _draft(record: Record, index: int, tokenizer: Tokenizer, marks: fim.Sentinels | None, config: Config) -> Draft:
+    options = config.data.fim
+    if marks is not None and record.kind == "fim":
+        return fim.draft_record(record, tokenizer, marks)
+    if marks is not None and record.kind == "text":
+        cut = fim.cut(record.parts[0], seed=config.seed, index=index, rate=options.rate, spm_rate=options.spm_rate)
+        if cut is not None:
+            prefix, middle, suffix, spm = cut
+            return fim.draft_fim(
+                (prefix, middle, suffix), tokenizer, marks, spm=spm, train_context=True, weight=record.weight
+            )
+    return draft(record, tokenizer, prompt_weight=config.data.prompt_weight)
+
+
+def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[float]]]:
+    """All plain pieces in one batch call (conversations need character offsets and go one by one)."""
+    texts = [p for d in drafts if d.spans is None for p, _ in d.pieces if isinstance(p, str)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for d in drafts:
+        ids: list[int] = []
+        weights: list[float] = []
+        if d.spans is not None:
+            ids, offsets = tokenizer.encode_with_offsets(str(d.pieces[0][0]))
+            weights = token_weights(offsets, d.spans, d.prompt_weight)
+        else:
+            for piece, weight in d.pieces:
+                new = [piece] if isinstance(piece, int) else next(encoded)
+                ids += new
+                weights += [weight] * len(new)
+        yield ids, [w * d.weight for w in weights] if d.weight != 1.0 else weights
+
+
+def _check(
+    record: Record, sample: tuple[list[int], list[float]], tokenizer: Tokenizer, config: Config, problems: Problems
+) -> Sample | None:
+    ids, weights = sample
+    options = config.data
+    if len(ids) > options.max_length:
+        detail = f"{len(ids)} tokens, data.max_length is {options.max_length}"
+        if options.on_long == "fail":
+            raise DataError(f"{record.source}: too long: {detail}")
+        if options.on_long == "skip":
+            problems.note(record.source, "too long", detail)
+            return None
+        problems.note(record.source, "truncated", detail)
+        ids, weights = ids[: options.max_length], weights[: options.max_length]
+    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+        problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
+        return None
+    if not any(w > 0 for w in weights[1:]):
+        problems.add(record.source, "nothing to train on", "every target has weight 0")
+        return None
+    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source)
+
+
+def _read(config: Config, paths: Sequence[str], problems: Problems) -> Iterator[Record]:
+    return read_records(paths, problems, format=config.data.format, fields=config.data.fields)
+
+
+def _counted(items: Iterator[Any], tell: Progress, stage: str, total: int = 0) -> Iterator[Any]:
+    done = 0
+    for done, item in enumerate(items, 1):
+        if done % 256 == 0:
+            tell(stage, done, total)
+        yield item
+    tell(stage, done, done)
+
+
+def _summary(problems: Problems) -> str:
+    counts = ", ".join(f"{n} x {reason}" for reason, n in problems.counts.most_common())
+    places = "; ".join(p for places in problems.examples.values() for p in places[:2])
+    return f"{counts or 'the files are empty'}. {places}"
+
+
+def _content_key(config: Config) -> str:
+    """Hash of everything the samples depend on: settings, data files, tokenizer files."""
+    digest = hashlib.blake2b(digest_size=12)
+    settings = {
+        "version": _VERSION,
+        "seed": config.seed,
+        "data": dataclasses.asdict(config.data),
+        "tokenizer": dataclasses.asdict(config.tokenizer),
+    }
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for path in [*config.data.train, *config.data.eval]:
+        where = Path(path)
+        if not where.exists():
+            raise DataError(f"{where}: no such file or folder")
+        for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+    folder = config.tokenizer.path or config.model.path
+    if folder is not None and config.tokenizer.train_vocab is None:
+        for name, content in sorted(Tokenizer.from_folder(folder).files.items()):
+            digest.update(name.encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""Rows of the user's files as typed records, each knowing the file and line it came from."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+
+Kind = Literal["messages", "prompt_completion", "text", "fim"]
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+# format -> the fields a row must have; "auto" takes the first format whose fields are all there
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "fim": ("prefix", "suffix", "middle"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+
+
+class DataError(ValueError):
+    """A row that cannot be used; the message begins with file and line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row. ``messages`` for conversations; otherwise ``parts`` in the order of :data:`FIELDS`."""
+
+    kind: Kind
+    source: str  # "train.jsonl:12"
+    messages: tuple[dict[str, Any], ...] = ()
+    parts: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def text(self) -> str:
+        """All its text, for deduplication and hashing."""
+        if self.kind == "messages":
+            return "\n".join(str(m.get("content") or "") for m in self.messages)
+        if self.kind == "fim":
+            prefix, suffix, middle = self.parts
+            return prefix + middle + suffix
+        return "\n".join(self.parts)
+
+
+@dataclass
+class Problems:
+    """Counts what was wrong, keeps the first few places of each kind, and stops the run if so asked."""
+
+    mode: Literal["fail", "skip"]
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, source: str, reason: str, detail: str = "") -> None:
+        """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
+        if self.mode == "fail":
+            message = f"{source}: {reason}{': ' if detail else ''}{detail}"
+            raise DataError(f"{message} (data.on_bad = 'skip' would leave such rows out and count them)")
+        self.note(source, reason, detail)
+
+    def note(self, source: str, reason: str, detail: str = "") -> None:
+        """Count it and keep the place, without stopping."""
+        self.counts[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < 5:
+            places.append(f"{source}: {reason}{': ' if detail else ''}{detail}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parsed row before it is interpreted. ``raw`` is the line's bytes where the file has lines."""
+
+    source: str
+    value: Any
+    raw: bytes = b""
+
+
+def read_rows(path: str | os.PathLike[str], problems: Problems) -> Iterator[Row]:
+    """Rows of one JSONL(.gz) or Parquet file, or of a Hugging Face ``datasets`` folder.
+
+    Broken lines go to ``problems``; empty lines are skipped.
+
+    Raises:
+        DataError: the path does not exist or has an unknown kind.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise DataError(f"{where}: no such file or folder")
+    if where.is_dir():
+        yield from _read_folder(where, problems)
+    elif where.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
+        yield from _read_jsonl(where, problems)
+    elif where.suffix == ".parquet":
+        yield from _read_parquet(where)
+    else:
+        raise DataError(f"{where}: expected .jsonl, .jsonl.gz, .parquet or a datasets folder")
+
+
+def read_records(
+    paths: Sequence[str | os.PathLike[str]],
+    problems: Problems,
+    *,
+    format: Literal["auto", "messages", "prompt_completion", "text", "fim"] = "auto",
+    fields: dict[str, str] | None = None,
+) -> Iterator[Record]:
+    """Records of all files in order. ``fields`` maps our field names to those of the file."""
+    for path in paths:
+        for row in read_rows(path, problems):
+            record = interpret(row, problems, format=format, fields=fields or {})
+            if record is not None:
+                yield record
+
+
+def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, str]) -> Record | None:
+    """Turn a row into a record, or report why not and return None."""
+    value = row.value
+    if not isinstance(value, dict):
+        problems.add(row.source, "not an object", f"got {type(value).__name__}")
+        return None
+    if format == "auto":
+        value = _normalise(value, fields)
+        found = [kind for kind, names in FIELDS.items() if all(fields.get(n, n) in value for n in names)]
+        if not found:
+            problems.add(row.source, "unknown format", f"fields {', '.join(sorted(map(str, value)))[:200]}")
+            return None
+        kind = found[0]
+    else:
+        kind = format  # type: ignore[assignment]
+        value = _normalise(value, fields)
+    weight = value.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        problems.add(row.source, "bad weight", f"expected a number >= 0, got {weight!r}")
+        return None
+    parts: list[Any] = []
+    for name in FIELDS[kind]:
+        key = fields.get(name, name)
+        if key not in value:
+            problems.add(row.source, "missing field", repr(key))
+            return None
+        parts.append(value[key])
+    if kind == "messages":
+        reason = _wrong_messages(parts[0])
+        if reason:
+            problems.add(row.source, *reason)
+            return None
+        return Record(kind, row.source, messages=tuple(parts[0]), weight=float(weight))
+    for name, part in zip(FIELDS[kind], parts, strict=True):
+        if not isinstance(part, str):
+            problems.add(
+                row.source, "wrong type", f"{fields.get(name, name)}: expected a string, got {type(part).__name__}"
+            )
+            return None
+    return Record(kind, row.source, parts=tuple(parts), weight=float(weight))
+
+
+def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """ShareGPT conversations as messages, Alpaca rows as prompt and completion; everything else unchanged."""
+    if fields:
+        return value
+    turns = value.get("conversations")
+    if "messages" not in value and isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):
+        messages = [{"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t.get("value")} for t in turns]
+        return {**value, "messages": messages}
+    if "prompt" not in value and {"instruction", "output"} <= value.keys():
+        context = value.get("input")
+        prompt = f"{value['instruction']}\n\n{context}" if context else value["instruction"]
+        return {**value, "prompt": prompt, "completion": value["output"]}
+    return value
+
+
+def _wrong_messages(messages: Any) -> tuple[str, str] | None:
+    if not isinstance(messages, list):
+        return "wrong type", f"messages: expected a list, got {type(messages).__name__}"
+    if not messages:
+        return "empty conversation", ""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message:
+            return "wrong type", f"messages[{i}]: expected an object with a role"
+        if message["role"] not in ROLES:
+            return "unknown role", f"messages[{i}]: expected one of {', '.join(ROLES)}, got {message['role']!r}"
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            return (
+                "wrong type",
+                f"messages[{i}].content: expected a string, got {type(message.get('content')).__name__}",
+            )
+    return None
+
+
+def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    stream: IO[bytes]
+    with opener(path, "rb") as stream:
+        lines = enumerate(stream, 1)
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except (OSError, EOFError) as error:  # a truncated or damaged .gz
+                problems.add(str(path), "unreadable file", str(error))
+                return
+            if not line.strip():
+                continue
+            source = f"{path}:{number}"
+            try:
+                yield Row(source, orjson.loads(line), line)
+            except orjson.JSONDecodeError as error:
+                try:
+                    line.decode("utf-8")
+                    problems.add(source, "broken JSON", str(error))
+                except UnicodeDecodeError as bad:
+                    problems.add(source, "invalid UTF-8", f"byte {bad.start}: {bad.reason}")
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file: {error}") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(f"{path}:{number}", value)
+
+
+def _read_folder(path: Path, problems: Problems) -> Iterator[Row]:
+    """A folder written by ``Dataset.save_to_disk``, or one of JSONL and Parquet files (taken in name order)."""
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        import datasets
+
+        for number, value in enumerate(datasets.load_from_disk(str(path)), 1):
+            yield Row(f"{path}:{number}", value)
+        return
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise DataError(f"{path}: a dataset with several splits; name one of them: {splits}")
+    files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    if not files:
+        raise DataError(f"{path}: a folder without .jsonl, .jsonl.gz or .parquet files and not a saved dataset")
+    for file in files:
+        yield from read_rows(file, problems)

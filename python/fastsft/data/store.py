@@ -1,0 +1,105 @@
+"""Tokenised samples on disk, memory-mapped: int32 ids, float32 weights, int64 offsets, one source per sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsft.data.batch import Sample
+
+_MANIFEST = "manifest.json"
+
+
+class SampleStore:
+    """Random access to samples by number. Immutable once written."""
+
+    def __init__(
+        self,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        offsets: npt.NDArray[np.int64],
+        sources: list[str],
+        manifest: dict[str, Any],
+    ) -> None:
+        self._ids, self._weights, self._offsets, self._sources = ids, weights, offsets, sources
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> SampleStore:
+        """Map a folder that :func:`write_store` finished.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: its files do not fit its manifest.
+        """
+        folder = Path(path)
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "offsets")]
+        sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        found = {"tokens": len(arrays[0]), "samples": len(sources)}
+        if any(manifest[k] != v for k, v in found.items()) or len(arrays[1]) != len(arrays[0]):
+            raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
+        return cls(arrays[0], arrays[1], arrays[2], sources, manifest)
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
+        """In memory, for tests and small sets."""
+        samples = list(samples)
+        lengths = [len(s.ids) for s in samples]
+        return cls(
+            np.concatenate([s.ids for s in samples]).astype(np.int32) if samples else np.zeros(0, np.int32),
+            np.concatenate([s.weights for s in samples]).astype(np.float32) if samples else np.zeros(0, np.float32),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            [s.source for s in samples],
+            {"samples": len(samples), "tokens": int(sum(lengths))},
+        )
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        begin, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        return Sample(np.asarray(self._ids[begin:end]), np.asarray(self._weights[begin:end]), self._sources[index])
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self._offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._offsets[-1])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets with a weight: a document's first token is never one."""
+        weighted = np.asarray(self._weights) > 0
+        starts = np.asarray(self._offsets[:-1])[self.lengths > 0]
+        return int(weighted.sum() - weighted[starts].sum())
+
+
+def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manifest: Any) -> SampleStore:
+    """Write a store under a temporary name, sync it and rename it, so that it exists whole or not at all."""
+    folder = Path(path)
+    stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    store = SampleStore.from_samples(samples)
+    for name, array in (("ids", store._ids), ("weights", store._weights), ("offsets", store._offsets)):
+        np.save(stage / f"{name}.npy", array)
+    (stage / "sources.txt").write_text("".join(f"{s}\n" for s in store._sources), encoding="utf-8")
+    (stage / _MANIFEST).write_text(json.dumps({**store.manifest, **manifest}, indent=2) + "\n")
+    for file in [*stage.iterdir(), stage]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+    stage.rename(folder)
+    return SampleStore.open(folder)

@@ -138,7 +138,7 @@ class Config:
 for _section in (
     ModelOptions, TokenizerOptions, DedupOptions, FimOptions, DataOptions, OptimOptions, ScheduleOptions, TrainOptions,
 ):  # fmt: skip
-    _section.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 
 
 class ConfigError(ValueError):

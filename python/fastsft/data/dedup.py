@@ -58,7 +58,7 @@ class DedupReport:
 
 
 def dedup(
-    records: Sequence[Record] | Sequence[str] | str | os.PathLike[str],
+    records: Sequence[Record | str] | str | os.PathLike[str],
     *,
     threshold: float = 0.7,
     num_perm: int = 128,

@@ -1,4 +1,4 @@
-"""Packed batches in an order that is a pure function of (seed, epoch, index): a resumed run seeks, it does not replay."""
+"""Packed batches in an order that is a function of (seed, epoch, index): a resumed run seeks, it does not replay."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # The files of a Hugging Face folder that belong to the tokenizer; copied byte for byte.
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ class Tokenizer:
         config: dict[str, Any] = {"eos_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
         if chat_template is not None:
             config["chat_template"] = chat_template
-        eos, turn_end = backend.token_to_id(END_OF_TEXT), backend.token_to_id("<|im_end|>")
+        eos, turn_end = names.index(END_OF_TEXT), names.index("<|im_end|>")  # special tokens come first
         files = {
             "tokenizer.json": backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("fastsft", "DEF")
+_LIBRARY = torch.library.Library("fastsft", "DEF")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def define(
         cpu_is, cuda_is: what ``fastsft.info()`` reports; ``native`` when not given.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     if cuda is not None:
         _LIBRARY.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]

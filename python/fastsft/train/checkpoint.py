@@ -1,0 +1,140 @@
+"""Checkpoints that exist whole or not at all.
+
+``step-N`` is written under a temporary name: every file is synced, a manifest with the SHA-256 of each comes last, the
+folder is synced and renamed, and so is its parent. Reading takes the newest folder whose manifest verifies. A process
+killed at any instant therefore leaves the previous checkpoint or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"step-(\d+)$")
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]  # trainer.json
+
+
+def write(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Write ``step-<step>`` under ``root`` and then remove all but the newest ``keep``.
+
+    Args:
+        state: JSON-serialisable; becomes trainer.json.
+        fill: writes the model and optimizer files into the folder it is given.
+
+    Raises:
+        OSError: disk full, no permission, ...; what was saved before is untouched.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step-{step:08d}"
+    stage = root / f".{target.name}.tmp-{os.getpid()}"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        fill(stage)
+        (stage / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
+        files = sorted(p for p in stage.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(stage)): _sha256(p) for p in files}
+        (stage / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        sync_tree(stage)
+        if target.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(target)
+        os.rename(stage, target)
+        sync(root)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    for old in _folders(root)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies. Broken ones are reported through ``warn``; unfinished ones are removed."""
+    if not root.is_dir():
+        return None
+    for stale in root.glob(".step-*.tmp-*"):
+        shutil.rmtree(stale)
+    for folder in _folders(root):
+        fault = verify(folder)
+        if fault is None:
+            return Checkpoint(folder, _step(folder), json.loads((folder / "trainer.json").read_text()))
+        warn(f"checkpoint {folder} is damaged ({fault}); falling back to the one before")
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """None if every file matches the manifest, otherwise what is wrong."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{_MANIFEST}: {error}"
+    for name, digest in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def replace_folder(stage: Path, target: Path) -> None:
+    """Put a finished folder in another's place. A kill in between leaves one of them under a temporary name."""
+    sync_tree(stage)
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(stage, target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted((p for p in root.iterdir() if _NAME.match(p.name)), key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    match = _NAME.match(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""What a run reports: one JSON line per step in metrics.jsonl, and a progress bar (or lines) on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+class MetricsLog:
+    """metrics.jsonl of a run. After a resume it holds each step once: lines past the resumed step are dropped."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self.path = path
+        kept = [line for line in _whole_lines(path) if _step_of(line) <= resumed_step] if resumed_step else []
+        stage = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        stage.write_bytes(b"".join(kept))
+        stage.replace(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the run)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._file.write(orjson.dumps({"kind": kind, "step": step, **values}) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a half-written last one (of a killed run) is left out."""
+    return [json.loads(line) for line in _whole_lines(Path(path))]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _step_of(line: bytes) -> int:
+    return int(json.loads(line)["step"])
+
+
+class Display:
+    """Progress of a run: a rich bar on a terminal, otherwise a line every ten seconds; nothing unless ``enabled``."""
+
+    def __init__(self, total: int, start: int, *, enabled: bool) -> None:
+        self._total, self._last = total, 0.0
+        self._live = enabled and sys.stderr.isatty()
+        self._lines = enabled and not self._live
+        if self._live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tok/s  ETA"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=total, completed=start, loss=float("nan"), rate=0.0)
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        if self._live:
+            self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
+        elif self._lines and (time.monotonic() - self._last >= 10 or step == self._total):
+            self._last = time.monotonic()
+            self._say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s")
+
+    def note(self, text: str) -> None:
+        if self._live:
+            self._bar.console.print(text, highlight=False)
+        elif self._lines:
+            self._say(text)
+
+    def close(self) -> None:
+        if self._live:
+            self._bar.stop()
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,267 @@
+"""The training loop: packed batches in, a tuned Hugging Face folder out; exact, resumable, loud about what is wrong."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from fastsft.config import Config, ConfigError, to_dict, to_json
+from fastsft.data.batch import VarlenBatch
+from fastsft.data.loader import PackedLoader
+from fastsft.data.prepare import Prepared, prepare
+from fastsft.models.decoder import Decoder
+from fastsft.models.weights import init_model, load_model, save_model
+from fastsft.train import checkpoint, schedule
+from fastsft.train.evaluate import EvalResult, batch_loss, evaluate_loss
+from fastsft.train.metrics import Display, MetricsLog
+from fastsft.train.optim import MasterAdamW
+
+# Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
+_FREE = {"output", "train.eval_every", "train.save_every", "train.keep", "data.eval"}
+
+
+class NonFiniteError(FloatingPointError):
+    """A NaN or infinite loss or gradient. The weights are those before the step named in the message."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. ``tokens_per_second`` counts all tokens of the steps of this process, padding does not exist."""
+
+    steps: int
+    model_path: Path
+    train_loss: float
+    eval_before: EvalResult | None
+    eval_after: EvalResult | None
+    tokens_per_second: float
+    resumed_from: int
+
+
+class Trainer:
+    """One run of one configuration in one process.
+
+    Args:
+        model, prepared: given by a caller that already has them; otherwise built from the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: Decoder | None = None,
+        prepared: Prepared | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        self.prepared = prepared or prepare(config)
+        self.model = model or self._build_model()
+        self.model.activation_checkpointing = config.train.activation_checkpointing
+        self.optimizer = MasterAdamW(self.model, config.optim)
+        self.loader = PackedLoader(self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed)
+        # Best-fit decreasing uses only the lengths, so every epoch has as many batches as the first.
+        self.steps_per_epoch = math.ceil(self.loader.num_batches(0) / config.train.accumulation)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        if config.train.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        self._progress = progress
+        self._signal: int | None = None
+
+    def run(self) -> TrainResult:
+        """Train to the end, from the newest valid checkpoint if there is one."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.json").write_text(to_json(self.config))
+        warnings: list[str] = []
+        found = checkpoint.latest(self.output / "checkpoints", warnings.append)
+        start = found.step if found else 0
+        display = Display(self.total_steps, start, enabled=self._progress)
+        for warning in warnings:
+            display.note(f"warning: {warning}")
+        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=start)
+        previous = self._catch_signals()
+        try:
+            before = self._restore(found) if found else self._evaluate(0, log, display)
+            if found:
+                display.note(f"resumed from {found.path}")
+            result = self._steps(start, before, log, display)
+        finally:
+            self._release_signals(previous)
+            display.close()
+            log.close()
+        return result
+
+    def _steps(self, start: int, before: EvalResult | None, log: MetricsLog, display: Display) -> TrainResult:
+        options = self.config.train
+        after, loss, tokens, seconds = before, math.nan, 0, 0.0
+        for step in range(start, self.total_steps):
+            began = time.perf_counter()
+            batches = self._batches(step)
+            rate = self.config.optim.lr * schedule.factor(self.config.schedule, step, self.total_steps)
+            loss, norm = self._update(step, batches, rate)
+            took = time.perf_counter() - began
+            count = sum(b.num_tokens for b in batches)
+            tokens, seconds = tokens + count, seconds + took
+            log.write(
+                "step", step + 1, epoch=step // self.steps_per_epoch, loss=loss, lr=rate, grad_norm=norm, tokens=count,
+                trained_tokens=sum(int((b.weights > 0).sum()) for b in batches), seconds=took,
+                tokens_per_second=count / took,
+            )  # fmt: skip
+            display.update(step + 1, loss, tokens / seconds)
+            done = step + 1
+            last = done == self.total_steps
+            if (options.eval_every and done % options.eval_every == 0) or last:
+                after = self._evaluate(done, log, display)
+            if (options.save_every and done % options.save_every == 0) or last or self._signal is not None:
+                self._save(done, before)
+            if self._signal is not None and not last:
+                display.note(f"signal {self._signal}: saved step {done}, stopping")
+                raise SystemExit(128 + self._signal)
+        if start == self.total_steps:  # resumed from the last step: only the export was missing
+            after = self._evaluate(self.total_steps, log, display)
+        path = self._export()
+        return TrainResult(
+            self.total_steps, path, loss, before, after, tokens / seconds if seconds else math.nan, start
+        )
+
+    def _batches(self, step: int) -> list[VarlenBatch]:
+        """The micro-batches of a step; an epoch's last step may have fewer than ``accumulation``."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        first *= self.config.train.accumulation
+        end = min(first + self.config.train.accumulation, self.loader.num_batches(epoch))
+        return [self.loader.batch(epoch, i) for i in range(first, end)]
+
+    def _update(self, step: int, batches: list[VarlenBatch], rate: float) -> tuple[float, float]:
+        """One optimizer step; the loss is divided by the weight of all its micro-batches together."""
+        weight = sum(float(b.weights.sum(dtype=torch.float64)) for b in batches)
+        total = 0.0
+        for batch in batches:
+            loss = batch_loss(self.model, batch, normalizer=weight)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self._stop(step, [batch], f"loss is {value}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.collect()
+            total += value
+        norm = self.optimizer.grad_norm()
+        if not math.isfinite(float(norm)):
+            self._stop(step, batches, f"gradient norm is {float(norm)}")
+        self.optimizer.step(rate, norm)
+        return total, float(norm)
+
+    def _stop(self, step: int, batches: list[VarlenBatch], what: str) -> None:
+        self.optimizer.zero_grad()
+        sources = [s for b in batches for s in b.sources]
+        shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
+        raise NonFiniteError(
+            f"step {step + 1}: {what}; stopped before the update. Samples of the batch: {shown}. "
+            f"Checkpoints: {self.output / 'checkpoints'}"
+        )
+
+    def _evaluate(self, step: int, log: MetricsLog, display: Display) -> EvalResult | None:
+        result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
+        if result is not None:
+            log.write("eval", step, loss=result.loss, tokens=result.tokens)
+            display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
+        return result
+
+    def _build_model(self) -> Decoder:
+        options, tokenizer = self.config.model, self.prepared.tokenizer
+        dtype = getattr(torch, options.dtype)
+        if options.path is not None:
+            return load_model(options.path, dtype=dtype)
+        if not options.init:
+            raise ConfigError("model: give model.path, or model.init with the fields of a config.json")
+        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **options.init}
+        if fields["vocab_size"] < tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.init.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
+                f"got {fields['vocab_size']}"
+            )
+        return init_model(fields, seed=self.config.seed, dtype=dtype)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, step: int, before: EvalResult | None) -> None:
+        state = {
+            "step": step,
+            "config": to_dict(self.config),
+            "data": self.prepared.report.get("key"),
+            "reduction": "sum of token weight times loss over the step, divided by the summed token weight",
+            "eval_before": None if before is None else {"loss": before.loss, "tokens": before.tokens},
+        }
+
+        def fill(folder: Path) -> None:
+            self._write_model(folder / "model")
+            safetensors.torch.save_file(self.optimizer.state(), folder / "optimizer.safetensors")
+
+        checkpoint.write(self.output / "checkpoints", step, state, fill, keep=self.config.train.keep)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> EvalResult | None:
+        changed = sorted(_differences(found.state["config"], to_dict(self.config)))
+        if found.state["data"] != self.prepared.report.get("key"):
+            changed.append("the data")
+        if changed:
+            raise ConfigError(
+                f"{found.path} was written with other settings: {', '.join(changed)}. "
+                "Restore them, or choose another output folder"
+            )
+        saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
+        self.model.load_state_dict(saved.state_dict())
+        self.optimizer.load_state(safetensors.torch.load_file(found.path / "optimizer.safetensors"))
+        return EvalResult(**found.state["eval_before"]) if found.state["eval_before"] else None
+
+    def _export(self) -> Path:
+        target = self.output / "model"
+        stage = self.output / f".model.tmp-{os.getpid()}"
+        shutil.rmtree(stage, ignore_errors=True)
+        self._write_model(stage)
+        checkpoint.replace_folder(stage, target)
+        return target
+
+    def _write_model(self, folder: Path) -> None:
+        save_model(self.model, folder)
+        self.prepared.tokenizer.save(folder)
+
+    # --- signals ----------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """SIGTERM and SIGINT finish the step, save and exit with 128 + signal; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+        return {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    @staticmethod
+    def _release_signals(previous: dict[int, Any]) -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of the settings that differ and that can change the result."""
+    names: set[str] = set()
+    for key in old.keys() | new.keys():
+        name = f"{prefix}{key}"
+        a, b = old.get(key), new.get(key)
+        if name in _FREE or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict) and name != "model.init":
+            names |= _differences(a, b, f"{name}.")
+        else:
+            names.add(name)
+    return names

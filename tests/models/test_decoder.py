@@ -153,7 +153,7 @@ def test_attend_sees_the_layer_the_window_and_ungrouped_heads() -> None:
 
     model = init_model(keys, seed=0)
     model(torch.arange(5), torch.arange(5), attend)
-    shapes = ((5, 4, 16), (5, 2, 16), (5, 2, 16))
+    shapes = ((5, 4, 32), (5, 2, 32), (5, 2, 32))
     assert seen == [(0, *shapes, None), (1, *shapes, None), (2, *shapes, (8, 0))]
 
 

@@ -153,7 +153,7 @@ class _Parser:
 
     def parse(self) -> ModelConfig:
         kind = self.raw.get("model_type")
-        if kind not in _FAMILIES:
+        if not isinstance(kind, str) or kind not in _FAMILIES:
             raise self.error("model_type", f"one of {', '.join(_FAMILIES)}", kind)
         family = _FAMILIES[kind]
         self.refuse_features()
@@ -163,7 +163,7 @@ class _Parser:
         kv_heads = self.integer("num_key_value_heads", heads if optional else None)
         if heads % kv_heads:
             raise self.error("num_key_value_heads", f"a divisor of num_attention_heads={heads}", kv_heads)
-        hidden, layers = self.integer("hidden_size"), self.integer("num_hidden_layers")
+        hidden, layers = self.integer("hidden_size"), self.integer("num_hidden_layers", maximum=10_000)
         max_positions = self.integer("max_position_embeddings", family.max_position_embeddings)
         qkv_bias = self.bias("attention_bias", family.qkv_bias)
         vocab = self.integer("vocab_size")
@@ -254,18 +254,18 @@ class _Parser:
             raise self.error("pad_token_id", f"an id below vocab_size={vocab}, or null", value)
         return value
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         value = self.raw.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(key, f"an integer of at least {minimum}", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.error(key, f"an integer from {minimum} to {maximum}", value)
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise self.error(key, "a number of at least 0", value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
+            raise self.error(key, "a number from 0 to 1e9", value)
         return float(value)
 
     def boolean(self, key: str) -> bool:

@@ -21,8 +21,10 @@ SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
 _KEYS = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "truncate",
+    "truncate", "finetuned",  # the last says how the model came about and changes nothing
 }  # fmt: skip
+
+_LARGEST = 1e30  # whatever is below stays finite in float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RopeConfig:
         read = _Reader(given, f"{where}: {name}")
         theta = given.get("rope_theta", raw.get("rope_theta"))
         theta = 10000.0 if theta is None else theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta <= _LARGEST:
             raise ValueError(f"{where}: rope_theta: expected a number above 1, got {theta!r}")
         if kind == "default":
             return RopeConfig(theta=theta)
@@ -77,16 +79,14 @@ class RopeConfig:
         # A top-level original_max_position_embeddings outranks the one among the rope keys, as in transformers.
         original = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
         original = max_position_embeddings if original is None else original
-        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+        if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= _LARGEST:
             raise ValueError(
                 f"{where}: original_max_position_embeddings: expected a positive integer, got {original!r}"
             )
         if kind == "llama3":
             low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
             if high <= low:
-                raise ValueError(
-                    f"{where}: {name}.high_freq_factor: expected more than low_freq_factor={low}, got {high}"
-                )
+                raise ValueError(f"{where}: {name}.high_freq_factor: expected above low_freq_factor={low}, got {high}")
             return RopeConfig(kind, theta, read.number("factor"), original, low, high)
         factor = read.number("factor", max_position_embeddings / original)
         return RopeConfig(
@@ -111,7 +111,7 @@ class _Reader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.given.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise ValueError(f"{self.where}.{key}: expected a positive number, got {value!r}")
         return value
 

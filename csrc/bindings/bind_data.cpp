@@ -1,5 +1,10 @@
 // The data side: packing, fill-in-the-middle, MinHash.
+#include <string_view>
+#include <vector>
+
 #include "fastsft/fim.h"
+#include "fastsft/lsh.h"
+#include "fastsft/minhash.h"
 #include "fastsft/pack.h"
 #include "tensor_view.h"
 
@@ -50,6 +55,46 @@ void copy_fim(py::handle tokens, py::handle cu_seqlens, py::handle mode, py::han
   fim_copy(in, cu, b, modes, in_cuts, out_cu, marks, out, source);
 }
 
+// The views stay valid while `texts` (a tuple, so that nobody can change it) lives: CPython keeps a str's UTF-8 form.
+std::vector<std::string_view> utf8_views(const char* op, const py::tuple& texts) {
+  std::vector<std::string_view> views;
+  views.reserve(texts.size());
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    PyObject* text = PyTuple_GET_ITEM(texts.ptr(), static_cast<Py_ssize_t>(i));
+    FASTSFT_CHECK(PyUnicode_Check(text), op, ": texts[", i, "]: expected str, got ", Py_TYPE(text)->tp_name);
+    Py_ssize_t bytes = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text, &bytes);
+    if (data == nullptr) {
+      if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
+      PyErr_Clear();
+      detail::fail(op, ": texts[", i, "]: expected text that UTF-8 can encode, got a lone surrogate");
+    }
+    views.emplace_back(data, static_cast<std::size_t>(bytes));
+  }
+  return views;
+}
+
+void minhash(const py::tuple& texts, int64_t num_perm, int64_t ngram, bool chars, uint64_t seed,
+             py::handle signatures) {
+  Check check("minhash_signatures");
+  auto* out = check.in<uint32_t>("signatures", signatures, "N P");
+  check.require(check.size("N") == static_cast<int64_t>(texts.size()) && check.size("P") == num_perm, "signatures",
+                "one row per text, num_perm columns", view_of(signatures).describe());
+  const std::vector<std::string_view> views = utf8_views("minhash_signatures", texts);
+  const MinHashOptions options{num_perm, ngram, chars ? ShingleUnit::kChar : ShingleUnit::kWord, seed};
+  py::gil_scoped_release release;
+  minhash_signatures(views.data(), static_cast<int64_t>(views.size()), options, out);
+}
+
+void cluster(py::handle signatures, double threshold, int64_t bands, int64_t rows, py::handle labels) {
+  Check check("lsh_clusters");
+  const auto* in = check.in<uint32_t>("signatures", signatures, "N P");
+  auto* out = check.in<int64_t>("labels", labels, "N");
+  const int64_t n = check.size("N"), num_perm = check.size("P");
+  py::gil_scoped_release release;
+  lsh_clusters(in, n, num_perm, threshold, {bands, rows}, out);
+}
+
 }  // namespace
 
 void register_data(py::module_& m) {
@@ -63,6 +108,17 @@ void register_data(py::module_& m) {
           py::arg("cu_seqlens"), py::arg("mode"), py::arg("cuts"), py::arg("out_cu_seqlens"), py::arg("sentinels"),
           py::arg("out_tokens"), py::arg("source_index"), "Second pass, after fim_plan.");
   }
+  m.def("minhash_signatures", &minhash, py::arg("texts"), py::arg("num_perm"), py::arg("ngram"), py::arg("chars"),
+        py::arg("seed"), py::arg("signatures"), "Fills signatures, uint32 [N, num_perm].");
+  m.def(
+      "lsh_shape",
+      [](int64_t num_perm, double threshold) {
+        const LshShape shape = lsh_shape(num_perm, threshold);
+        return py::make_tuple(shape.bands, shape.rows);
+      },
+      py::arg("num_perm"), py::arg("threshold"), "(bands, rows) with the least weighted error.");
+  m.def("lsh_clusters", &cluster, py::arg("signatures"), py::arg("threshold"), py::arg("bands"), py::arg("rows"),
+        py::arg("labels"), "Fills labels, int64 [N].");
 }
 
 }  // namespace fastsft::bindings

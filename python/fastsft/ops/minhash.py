@@ -1,9 +1,106 @@
+"""MinHash signatures of texts and clusters of near-duplicates (text in, numpy arrays out)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 
-def minhash_signatures(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("in work")
+from fastsft import _C
+from fastsft.ops import _library
+
+UNITS = ("word", "char")
 
 
-def lsh_clusters(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("in work")
+def minhash_signatures(
+    texts: Sequence[str], *, num_perm: int = 128, ngram: int = 5, unit: str = "word", seed: int = 0
+) -> npt.NDArray[np.uint32]:
+    """MinHash signatures (Broder 1997): the share of equal columns of two rows estimates the Jaccard similarity of
+    the texts' sets of n-grams, without bias and with variance J (1 - J) / num_perm.
+
+    Texts are read, split and hashed natively, on all threads, without holding the GIL. ASCII capitals count as small
+    letters. A *word* is a maximal run of ASCII letters, digits, ``_`` and any non-ASCII characters; everything between
+    words is ignored. As *characters*, runs of ASCII white space count as one space, none at the ends. A text with
+    fewer than ``ngram`` units has one n-gram, all of it. A text without any has the signature 0xFFFFFFFF throughout, so
+    that all such texts are equal to each other and to nothing else. The hash functions are in ``minhash.h``.
+
+    Args:
+        texts: N strings.
+        num_perm: columns, i.e. hash functions.
+        ngram: units per n-gram.
+        unit: "word" or "char". Character 5-grams call most source files similar; prefer words, or long n-grams.
+        seed: 0 <= seed < 2^64; signatures are comparable only within one (seed, num_perm, ngram, unit).
+
+    Returns:
+        uint32 [N, num_perm]; the same bits on every machine, whatever the number of threads.
+
+    Raises:
+        ValueError: an element is not a string or holds a lone surrogate (the message names its index); a bad option.
+    """
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"minhash_signatures: texts: expected a sequence of str, got {type(texts).__name__}")
+    if unit not in UNITS:
+        raise ValueError(f"minhash_signatures: unit: expected one of {UNITS}, got {unit!r}")
+    if num_perm < 1:
+        raise ValueError(f"minhash_signatures: num_perm: expected >= 1, got {num_perm}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"minhash_signatures: seed: expected an integer in [0, 2^64), got {seed}")
+    items = tuple(texts)
+    signatures = np.empty((len(items), num_perm), np.uint32)
+    _C.minhash_signatures(items, num_perm, ngram, unit == "char", seed, signatures)
+    return signatures
+
+
+def lsh_shape(num_perm: int, threshold: float) -> tuple[int, int]:
+    """(bands, rows) that minimise the sum of the areas of false candidates below and missed pairs above ``threshold``.
+
+    Two texts of similarity s share a band with probability ``1 - (1 - s**rows) ** bands``. The same choice as
+    datasketch's ``MinHashLSH`` with equal weights.
+
+    Raises:
+        ValueError: ``num_perm`` below 1 or ``threshold`` outside [0, 1].
+    """
+    bands, rows = _C.lsh_shape(num_perm, threshold)
+    return int(bands), int(rows)
+
+
+def lsh_clusters(
+    signatures: npt.NDArray[Any], *, threshold: float = 0.7, bands: int | None = None, rows: int | None = None
+) -> npt.NDArray[np.int64]:
+    """Clusters of near-duplicates: locality-sensitive hashing by bands, every candidate pair verified.
+
+    Two texts are linked if their signatures agree in all of some band and in at least ``threshold * num_perm`` columns;
+    a cluster is a connected component of these links. Identical signatures cost linear time.
+
+    Args:
+        signatures: uint32 [N, num_perm] from :func:`minhash_signatures`.
+        threshold: estimated Jaccard similarity from which two texts are linked, in [0, 1].
+        bands, rows: the shape of the bands, ``bands * rows <= num_perm``; both or neither. By default
+            :func:`lsh_shape`, which finds a pair *at* the threshold only about half the time and surely above it.
+
+    Returns:
+        int64 [N]: for each text, the smallest index in its cluster; ``labels == arange(N)`` keeps one of each.
+
+    Raises:
+        ValueError: wrong dtype or shape, only one of ``bands`` and ``rows``, or a product above num_perm.
+    """
+    if not isinstance(signatures, np.ndarray) or signatures.dtype != np.uint32 or signatures.ndim != 2:
+        got = f"{signatures.dtype}{list(signatures.shape)}" if hasattr(signatures, "dtype") else type(signatures)
+        raise ValueError(f"lsh_clusters: signatures: expected a numpy uint32 [N, num_perm], got {got}")
+    if (bands is None) != (rows is None):
+        raise ValueError(f"lsh_clusters: bands, rows: expected both or neither, got {bands} and {rows}")
+    if bands is None or rows is None:
+        bands, rows = lsh_shape(signatures.shape[1], threshold)
+    labels = np.empty(len(signatures), np.int64)
+    _C.lsh_clusters(np.ascontiguousarray(signatures), threshold, bands, rows, labels)
+    return labels
+
+
+for _name in ("minhash_signatures", "lsh_clusters"):
+    _library.record(
+        _name,
+        cpu=_library.Implementation("native", "C++ kernel"),
+        cuda=_library.Implementation("none", "texts live on the host"),
+    )

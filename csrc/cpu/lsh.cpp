@@ -1,0 +1,207 @@
+// Per row and band: rows * 4 bytes read, one 64-bit key, one probe of a hash table that fits the cache for 10^5 rows.
+// Bands are independent and run in parallel; verification is serial, since only candidates reach it, and each costs one
+// comparison of two rows (num_perm * 8 bytes).
+#include "fastsft/lsh.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "fastsft/common.h"
+#include "fastsft/isa.h"
+#include "fastsft/parallel.h"
+
+namespace fastsft {
+
+FASTSFT_ISA_DECLARE(int64_t, count_equal, const uint32_t* x, const uint32_t* y, int64_t n)
+
+namespace {
+
+using Row = uint32_t;
+using Buckets = std::vector<std::pair<Row, Row>>;  // (first row with the key, later row), by first row, then later row
+
+uint64_t key_of(const uint32_t* values, int64_t n) {
+  uint64_t h = 0x9E3779B97F4A7C15u;
+  for (int64_t i = 0; i + 2 <= n; i += 2) {
+    uint64_t two;
+    std::memcpy(&two, values + i, sizeof(two));
+    h = (h ^ two) * 0xBF58476D1CE4E5B9u;
+    h ^= h >> 31;
+  }
+  if (n % 2 != 0) h = (h ^ values[n - 1]) * 0x94D049BB133111EBu;
+  return h ^ (h >> 29);
+}
+
+// Groups the given rows by the key of columns [first, first + width); rows alone with their key are left out.
+Buckets group(const uint32_t* signatures, int64_t num_perm, int64_t first, int64_t width,
+              const std::vector<Row>& rows) {
+  const std::size_t slots = std::bit_ceil(2 * rows.size() + 1);
+  struct Slot {
+    uint64_t key;
+    Row row_plus_one;
+  };
+  std::vector<Slot> table(slots, Slot{0, 0});
+  Buckets buckets;
+  for (const Row row : rows) {
+    const uint64_t key = key_of(signatures + row * num_perm + first, width);
+    std::size_t at = key & (slots - 1);
+    while (table[at].row_plus_one != 0 && table[at].key != key) at = (at + 1) & (slots - 1);
+    if (table[at].row_plus_one == 0) {
+      table[at] = {key, row + 1};
+    } else {
+      buckets.emplace_back(table[at].row_plus_one - 1, row);
+    }
+  }
+  std::sort(buckets.begin(), buckets.end());
+  return buckets;
+}
+
+// Disjoint sets whose root is their smallest member.
+class Components {
+ public:
+  explicit Components(int64_t n) : parent_(n) {
+    for (int64_t i = 0; i < n; ++i) parent_[i] = static_cast<Row>(i);
+  }
+
+  Row find(Row x) {
+    while (parent_[x] != x) {
+      parent_[x] = parent_[parent_[x]];
+      x = parent_[x];
+    }
+    return x;
+  }
+
+  void join(Row x, Row y) {
+    x = find(x);
+    y = find(y);
+    parent_[std::max(x, y)] = std::min(x, y);
+  }
+
+ private:
+  std::vector<Row> parent_;
+};
+
+// Joins the members of one bucket that are similar, directly or through others. `parts` holds the members seen so far,
+// one list per component, so that a member already connected to a part costs no comparison.
+template <typename Similar>
+void verify(const std::vector<Row>& members, Components& components, const Similar& similar) {
+  std::vector<std::vector<Row>> parts;
+  for (const Row row : members) {
+    std::vector<Row> mine{row};
+    std::size_t kept = 0;
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+      bool connected = components.find(parts[p][0]) == components.find(row);
+      for (std::size_t m = 0; m < parts[p].size() && !connected; ++m) connected = similar(parts[p][m], row);
+      if (connected) {
+        components.join(parts[p][0], row);
+        if (parts[p].size() > mine.size()) mine.swap(parts[p]);
+        mine.insert(mine.end(), parts[p].begin(), parts[p].end());
+      } else {
+        if (kept != p) parts[kept] = std::move(parts[p]);
+        ++kept;
+      }
+    }
+    parts.resize(kept);
+    parts.push_back(std::move(mine));
+  }
+}
+
+// Integral of f over [from, to] by five-point Gauss-Legendre on equal panels, as nodes and weights.
+struct Quadrature {
+  std::vector<double> at, weight;
+
+  Quadrature(double from, double to) {
+    constexpr std::array<double, 3> node{0.0, 0.5384693101056831, 0.9061798459386640};
+    constexpr std::array<double, 3> part{0.5688888888888889, 0.4786286704993665, 0.2369268850561891};
+    constexpr int kPanels = 32;
+    const double half = (to - from) / kPanels / 2;
+    for (int p = 0; p < kPanels; ++p) {
+      const double middle = from + (2 * p + 1) * half;
+      for (int i = -2; i <= 2; ++i) {
+        at.push_back(middle + (i < 0 ? -1 : 1) * node[std::abs(i)] * half);
+        weight.push_back(part[std::abs(i)] * half);
+      }
+    }
+  }
+};
+
+void check_threshold(const char* op, double threshold) {
+  FASTSFT_CHECK(threshold >= 0.0 && threshold <= 1.0, op, ": threshold: expected a number in [0, 1], got ", threshold);
+}
+
+}  // namespace
+
+LshShape lsh_shape(int64_t num_perm, double threshold) {
+  FASTSFT_CHECK(num_perm >= 1, "lsh_shape: num_perm: expected >= 1, got ", num_perm);
+  check_threshold("lsh_shape", threshold);
+  const Quadrature below(0.0, threshold), above(threshold, 1.0);
+  const std::size_t nodes = below.at.size();
+  LshShape best{1, 1};
+  double least = 2.0;
+  // 1 - s^rows and its powers, kept from one (rows, bands) to the next
+  std::vector<double> miss_below(nodes), miss_above(nodes), power_below(nodes, 1.0), power_above(nodes, 1.0);
+  for (int64_t rows = 1; rows <= num_perm; ++rows) {
+    for (std::size_t i = 0; i < nodes; ++i) {
+      power_below[i] *= below.at[i];
+      power_above[i] *= above.at[i];
+    }
+    std::fill(miss_below.begin(), miss_below.end(), 1.0);
+    std::fill(miss_above.begin(), miss_above.end(), 1.0);
+    for (int64_t bands = 1; bands * rows <= num_perm; ++bands) {
+      double error = 0.0;
+      for (std::size_t i = 0; i < nodes; ++i) {
+        miss_below[i] *= 1.0 - power_below[i];
+        miss_above[i] *= 1.0 - power_above[i];
+        error += 0.5 * below.weight[i] * (1.0 - miss_below[i]) + 0.5 * above.weight[i] * miss_above[i];
+      }
+      if (error < least || (error == least && bands < best.bands)) {
+        least = error;
+        best = {bands, rows};
+      }
+    }
+  }
+  return best;
+}
+
+void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, double threshold, LshShape shape,
+                  int64_t* labels) {
+  FASTSFT_CHECK(shape.bands >= 1 && shape.rows >= 1 && shape.bands <= num_perm / shape.rows,
+                "lsh_clusters: bands, rows: expected both >= 1 and bands * rows <= num_perm = ", num_perm, ", got ",
+                shape.bands, " and ", shape.rows);
+  check_threshold("lsh_clusters", threshold);
+  FASTSFT_CHECK(n < 0xFFFFFFFF, "lsh_clusters: signatures: expected fewer than 2^32 - 1 rows, got ", n);
+  const auto equal = FASTSFT_ISA_SELECT(count_equal);
+  const auto row = [&](Row i) { return signatures + static_cast<int64_t>(i) * num_perm; };
+  int64_t needed = static_cast<int64_t>(threshold * static_cast<double>(num_perm));
+  while (static_cast<double>(needed) / static_cast<double>(num_perm) < threshold) ++needed;
+  const auto similar = [&](Row i, Row j) { return equal(row(i), row(j), num_perm) >= needed; };
+
+  Components components(n);
+  std::vector<Row> distinct(n);
+  for (int64_t i = 0; i < n; ++i) distinct[i] = static_cast<Row>(i);
+  for (const auto& [first, later] : group(signatures, num_perm, 0, num_perm, distinct)) {
+    if (std::equal(row(first), row(first) + num_perm, row(later))) components.join(first, later);
+  }
+  std::erase_if(distinct, [&](Row i) { return components.find(i) != i; });
+
+  std::vector<Buckets> bands(shape.bands);
+  parallel_for(shape.bands, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) bands[b] = group(signatures, num_perm, b * shape.rows, shape.rows, distinct);
+  });
+  std::vector<Row> members;
+  for (const Buckets& buckets : bands) {
+    for (std::size_t i = 0; i < buckets.size();) {
+      const Row first = buckets[i].first;
+      members.assign(1, first);
+      for (; i < buckets.size() && buckets[i].first == first; ++i) members.push_back(buckets[i].second);
+      verify(members, components, similar);
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) labels[i] = components.find(static_cast<Row>(i));
+}
+
+}  // namespace fastsft

@@ -1,0 +1,251 @@
+"""MinHash and LSH: bits of the plain reference, unbiased against exact Jaccard, as precise as datasketch, clusters."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+
+import datasketch
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsft import _C, ops
+from fastsft.ops import reference
+from fastsft.ops.minhash import lsh_shape
+
+SOURCES = [inspect.getsource(m) for m in (inspect, random, pytest.raises, st.text, np.pad, datasketch.MinHash)]
+TEXTS = [
+    "",
+    " \t\n .;",
+    "a",
+    "Hello, World_1 of   code",
+    "def f(x):\n    return x + 1  # Größe — Überraschung",
+    "naïve 日本語のテキスト x" * 3,
+    "x" * 64,
+    "x" * 63 + " " + "y" * 65,
+    "word " * 40,
+    "a_very_long_identifier_of_more_than_sixteen_bytes and_another_one_that_is_longer_than_thirty_two",
+    "A-Z boundaries: @[`{ /09: aZ zA _",
+    "\x00nul\x7f bytes \x0b\x0c vertical",
+    "😀🧪 four byte",
+    *SOURCES,
+]
+
+
+def jaccard(x: set[tuple[bytes, ...]], y: set[tuple[bytes, ...]]) -> float:
+    return len(x & y) / len(x | y)
+
+
+def mutants(count: int, seed: int) -> list[tuple[str, str]]:
+    """Pairs of texts of assorted similarity: words replaced at a rate that varies from pair to pair."""
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        words = [f"w{rng.randrange(5000)}" for _ in range(rng.randrange(40, 200))]
+        rate = rng.random() * 0.15
+        other = [f"w{rng.randrange(5000)}" if rng.random() < rate else w for w in words]
+        pairs.append((" ".join(words), "\n".join(other)))
+    return pairs
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+@pytest.mark.parametrize(("ngram", "num_perm", "seed"), [(5, 128, 0), (1, 7, 3), (13, 65, 2**64 - 1)])
+def test_bits_equal_reference(unit: str, ngram: int, num_perm: int, seed: int) -> None:
+    texts = [t[:3000] for t in TEXTS]
+    got = ops.minhash_signatures(texts, num_perm=num_perm, ngram=ngram, unit=unit, seed=seed)
+    expected = reference.minhash_signatures(texts, num_perm=num_perm, ngram=ngram, unit=unit, seed=seed)
+    assert got.dtype == np.uint32
+    assert np.array_equal(got, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(st.sampled_from("aZ_9 \n.é日😀\x1f"), max_size=150), max_size=4), st.integers(1, 4))
+def test_bits_equal_reference_on_any_text(texts: list[str], ngram: int) -> None:
+    for unit in ("word", "char"):
+        got = ops.minhash_signatures(texts, num_perm=3, ngram=ngram, unit=unit)
+        assert np.array_equal(got, reference.minhash_signatures(texts, num_perm=3, ngram=ngram, unit=unit))
+
+
+def test_same_bits_on_every_isa_and_thread_count() -> None:
+    texts = TEXTS * 10
+    isa, threads = _C.active_isa(), _C.num_threads()
+    results = []
+    try:
+        for name in _C.available_isas():
+            for n in (1, 3):
+                _C.set_isa(name)
+                _C.set_num_threads(n)
+                for unit in ("word", "char"):
+                    signatures = ops.minhash_signatures(texts, num_perm=200, unit=unit)
+                    results.append((unit, signatures.tobytes(), ops.lsh_clusters(signatures).tobytes()))
+    finally:
+        _C.set_isa(isa)
+        _C.set_num_threads(threads)
+    assert len(set(results)) == 2
+
+
+def test_normalisation() -> None:
+    def same(x: str, y: str, unit: str) -> bool:
+        a, b = ops.minhash_signatures([x, y], unit=unit, ngram=2)
+        return bool(np.array_equal(a, b))
+
+    assert same("Foo(bar, BAZ)", "foo bar\tbaz", "word")
+    assert not same("foo_bar baz", "foo bar_baz", "word")
+    assert not same("a b", "b a", "word")
+    assert same(" Foo\n\tbar ", "foo bar", "char")
+    assert not same("foo bar", "foobar", "char")
+    assert not same("É", "é", "char")  # only ASCII is folded
+    assert (ops.minhash_signatures(["", ",;"]) == 0xFFFFFFFF).all()
+
+
+def test_unbiased_and_as_precise_as_datasketch() -> None:
+    """Against exact Jaccard: mean error within 4 standard errors of 0 and RMSE as theory has it, sqrt(J(1-J)/k)."""
+    num_perm, pairs = 128, mutants(600, seed=1)
+    left = ops.minhash_signatures([x for x, _ in pairs], num_perm=num_perm)
+    right = ops.minhash_signatures([y for _, y in pairs], num_perm=num_perm)
+    sets = [tuple(reference.shingles(t, 5, "word") for t in pair) for pair in pairs]
+    exact = np.array([jaccard(x, y) for x, y in sets])
+    assert ((exact > 0.2) & (exact < 0.9)).sum() > 300  # the pairs do cover the range
+    error = (left == right).mean(1) - exact
+    variance = (exact * (1 - exact)).mean() / num_perm
+    assert abs(error.mean()) < 4 * np.sqrt(variance / len(pairs))
+    assert 0.85 < np.sqrt((error**2).mean() / variance) < 1.15
+
+    def theirs(shingles: set[tuple[bytes, ...]]) -> datasketch.MinHash:
+        return datasketch.MinHash.bulk([[b" ".join(s) for s in shingles]], num_perm=num_perm)[0]
+
+    other = np.array([theirs(x).jaccard(theirs(y)) for x, y in sets[:200]]) - exact[:200]
+    assert np.sqrt((error[:200] ** 2).mean()) < 1.3 * np.sqrt((other**2).mean())
+
+
+def test_seeds_are_independent() -> None:
+    (x, y) = mutants(1, seed=5)[0]
+    estimates = [float(np.equal(*ops.minhash_signatures([x, y], num_perm=64, seed=s)).mean()) for s in range(200)]
+    exact = jaccard(reference.shingles(x, 5, "word"), reference.shingles(y, 5, "word"))
+    assert abs(np.mean(estimates) - exact) < 4 * np.sqrt(exact * (1 - exact) / 64 / 200)
+
+
+@pytest.mark.parametrize("num_perm", [16, 128, 256])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8])
+def test_shape_is_the_one_of_datasketch(num_perm: int, threshold: float) -> None:
+    theirs = datasketch.MinHashLSH(threshold=threshold, num_perm=num_perm)
+    assert lsh_shape(num_perm, threshold) == (theirs.b, theirs.r)
+
+
+def test_shape_at_the_ends() -> None:
+    assert lsh_shape(128, 0.7) == (14, 9)
+    assert lsh_shape(1, 0.5) == (1, 1)
+    assert lsh_shape(64, 1.0) == (1, 64)
+    assert lsh_shape(64, 0.0) == (64, 1)
+
+
+def noisy_copies(rng: np.random.Generator, families: int, copies: int, num_perm: int) -> npt.NDArray[np.uint32]:
+    base = rng.integers(0, 2**32, (families, 1, num_perm), np.uint32)
+    noise = rng.integers(0, 2**32, (families, copies, num_perm), np.uint32)
+    flip = rng.random((families, copies, num_perm)) < rng.random((families, copies, 1)) * 0.4
+    rows = np.where(flip, noise, base).reshape(-1, num_perm)
+    return rows[rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [None, (16, 8), (25, 5), (1, 128), (128, 1), (42, 3)])
+def test_clusters_equal_all_pairs(seed: int, shape: tuple[int, int] | None) -> None:
+    signatures = noisy_copies(np.random.default_rng(seed), 8, 8, 128)
+    bands, rows = shape or (None, None)
+    for threshold in (0.0, 0.6, 0.7, 0.9, 1.0):
+        got = ops.lsh_clusters(signatures, threshold=threshold, bands=bands, rows=rows)
+        expected = reference.lsh_clusters(signatures, threshold=threshold, bands=bands, rows=rows)
+        assert np.array_equal(got, expected)
+
+
+def test_candidates_are_verified() -> None:
+    """One equal band in rows that otherwise differ is no duplicate; chains of links are."""
+    rng = np.random.default_rng(0)
+    signatures = rng.integers(0, 2**32, (40, 128), np.uint32)
+    signatures[:, :9] = 7
+    assert np.array_equal(ops.lsh_clusters(signatures), np.arange(40))
+    chain = np.repeat(rng.integers(0, 2**32, (1, 128), np.uint32), 5, 0)
+    for i in range(1, 5):
+        chain[i:, 128 - 25 * i : 128 - 25 * (i - 1)] = i
+    assert ops.lsh_clusters(chain, threshold=0.8, bands=14, rows=2).tolist() == [0] * 5
+    assert ops.lsh_clusters(chain[[0, 4]], threshold=0.8, bands=14, rows=2).tolist() == [0, 1]
+
+
+def test_recall_follows_the_banding_formula() -> None:
+    """Pairs of similarity s are found with probability 1 - (1 - s^r)^b, among those whose estimate passes."""
+    pairs = mutants(4000, seed=5)
+    signatures = ops.minhash_signatures([t for pair in pairs for t in pair])
+    labels = ops.lsh_clusters(signatures, threshold=0.5, bands=16, rows=8)
+    found = labels[0::2] == labels[1::2]
+    estimate = (signatures[0::2] == signatures[1::2]).mean(1)
+    # Given the estimate, the equal columns are a uniform choice: P(no band) by simulation on shuffled columns.
+    rng = np.random.default_rng(0)
+    equal = rng.permuted(signatures[0::2] == signatures[1::2], axis=1)
+    simulated = equal.reshape(-1, 16, 8).all(-1).any(-1) & (estimate >= 0.5)
+    assert abs(found.mean() - simulated.mean()) < 4 * np.sqrt(0.5 / len(pairs))
+    assert not found[estimate < 0.5].any()
+
+
+def test_identical_and_similar_texts_cost_linear_time() -> None:
+    rng = np.random.default_rng(1)
+    same = np.repeat(rng.integers(0, 2**32, (1, 128), np.uint32), 40_000, 0)
+    start = time.perf_counter()
+    assert (ops.lsh_clusters(same) == 0).all()
+    nearly = same.copy()
+    nearly[np.arange(40_000), rng.integers(0, 128, 40_000)] = np.arange(40_000, dtype=np.uint32)
+    assert (ops.lsh_clusters(nearly) == 0).all()
+    assert time.perf_counter() - start < 10  # quadratic time would be minutes
+
+
+def test_real_sources() -> None:
+    functions = [
+        f"def f{i}(a, b):\n    total = a * {i} + b\n    return [total, {i * i}] * len(str(a))" for i in range(50)
+    ]
+    texts = [*SOURCES, *functions, SOURCES[0].replace("self", "this"), SOURCES[1] + "\n# end"]
+    labels = ops.lsh_clusters(ops.minhash_signatures(texts), threshold=0.6)
+    assert labels[-1] == 1
+    assert labels[: len(SOURCES)].tolist() == list(range(len(SOURCES)))
+
+
+def test_empty_input() -> None:
+    signatures = ops.minhash_signatures([])
+    assert signatures.shape == (0, 128)
+    assert ops.lsh_clusters(signatures).shape == (0,)
+    assert ops.lsh_clusters(ops.minhash_signatures(["", "x y", " "])).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ("text", {}, "texts: expected a sequence of str, got str"),
+        (["a", 3], {}, r"texts\[1\]: expected str, got int"),
+        (["a", "b\ud800"], {}, r"texts\[1\]: expected text that UTF-8 can encode, got a lone surrogate"),
+        (["a"], {"num_perm": 0}, "num_perm: expected >= 1, got 0"),
+        (["a"], {"ngram": 0}, "ngram: expected >= 1, got 0"),
+        (["a"], {"unit": "line"}, "unit: expected one of .*, got 'line'"),
+        (["a"], {"seed": -1}, "seed: expected an integer"),
+    ],
+)
+def test_signature_errors(texts: list[str], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.minhash_signatures(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("signatures", "options", "message"),
+    [
+        (np.zeros((2, 8)), {}, r"expected a numpy uint32 \[N, num_perm\], got float64\[2, 8\]"),
+        (np.zeros(8, np.uint32), {}, r"got uint32\[8\]"),
+        (np.zeros((2, 8), np.uint32), {"bands": 2}, "expected both or neither, got 2 and None"),
+        (np.zeros((2, 8), np.uint32), {"bands": 3, "rows": 3}, r"bands \* rows <= num_perm = 8, got 3 and 3"),
+        (np.zeros((2, 8), np.uint32), {"bands": 0, "rows": 3}, "expected both >= 1"),
+        (np.zeros((2, 8), np.uint32), {"threshold": 1.1}, r"threshold: expected a number in \[0, 1\], got 1.1"),
+    ],
+)
+def test_cluster_errors(signatures: npt.NDArray[np.uint32], options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.lsh_clusters(signatures, **options)

@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'num_threads', 'pack_best_fit', 'paged_attention', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def available_isas() -> list[str]:
@@ -33,6 +33,18 @@ def fim_copy_int64(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any,
 def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.SupportsIndex, doc_ids: typing.Any, spans: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any) -> int:
     """
     Decides modes and cuts; returns the number of output tokens.
+    """
+def lsh_clusters(signatures: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, bands: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
+    """
+    Fills labels, int64 [N].
+    """
+def lsh_shape(num_perm: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex) -> tuple[int, int]:
+    """
+    (bands, rows) with the least weighted error.
+    """
+def minhash_signatures(texts: tuple, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
+    """
+    Fills signatures, uint32 [N, num_perm].
     """
 def num_threads() -> int:
     ...

@@ -71,6 +71,15 @@ def test_a_tensor_above_the_shard_size_has_a_shard_to_itself(tmp_path: Path) -> 
     assert equal_weights(load_model(tmp_path / "m"), model)
 
 
+def test_the_shard_limit_is_inclusive(tmp_path: Path) -> None:
+    model = init_model(LLAMA, seed=0)
+    size = sum(p.nbytes for p in model.parameters())
+    save_model(model, tmp_path / "one", max_shard_bytes=size)
+    save_model(model, tmp_path / "two", max_shard_bytes=size - 1)
+    assert {p.name for p in (tmp_path / "one").glob("*.safetensors")} == {"model.safetensors"}
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("shard", [10**9, 100_000])
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_transformers_reads_what_we_save(name: str, shard: int, tmp_path: Path) -> None:

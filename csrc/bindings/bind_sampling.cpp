@@ -1,7 +1,32 @@
+#include "fastsft/sampling.h"
 #include "tensor_view.h"
 
 namespace fastsft::bindings {
+namespace {
 
-void register_sampling(py::module_&) {}
+void sample_rows(py::handle logits, py::handle temperature, py::handle top_k, py::handle top_p, py::handle min_p,
+                 py::handle seeds, py::handle positions, py::handle ids, py::handle logprobs) {
+  Check check("sample");
+  const auto* in = check.in<float>("logits", logits, "B V");
+  const SamplingRows parameters{check.in<float>("temperature", temperature, "B"),
+                                check.in<int32_t>("top_k", top_k, "B"),
+                                check.in<float>("top_p", top_p, "B"),
+                                check.in<float>("min_p", min_p, "B"),
+                                check.in<int64_t>("seeds", seeds, "B"),
+                                check.in<int64_t>("positions", positions, "B")};
+  auto* out_ids = check.in<int64_t>("ids", ids, "B");
+  auto* out_logprobs = check.in<float>("logprobs", logprobs, "B");
+  const int64_t rows = check.size("B"), vocab = check.size("V");
+  py::gil_scoped_release release;
+  sample(in, rows, vocab, parameters, out_ids, out_logprobs);
+}
+
+}  // namespace
+
+void register_sampling(py::module_& m) {
+  m.def("sample", &sample_rows, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("ids"), py::arg("logprobs"),
+        "Fills ids and logprobs.");
+}
 
 }  // namespace fastsft::bindings

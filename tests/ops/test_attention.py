@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
+
 from fastsft import _C
 from fastsft.ops import attention, reference, varlen_attention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import assert_as_good_as, offsets
+
 from fastsft import _C
 from fastsft.ops import attention, paged_attention, reference, varlen_attention
 

@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'sample', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def available_isas() -> list[str]:
@@ -54,6 +54,10 @@ def pack_best_fit(lengths: typing.Any, capacity: typing.SupportsInt | typing.Sup
     """
 def paged_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, block_table: typing.Any, cu_seqlens_q: typing.Any, context_lens: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any) -> None:
     ...
+def sample(logits: typing.Any, temperature: typing.Any, top_k: typing.Any, top_p: typing.Any, min_p: typing.Any, seeds: typing.Any, positions: typing.Any, ids: typing.Any, logprobs: typing.Any) -> None:
+    """
+    Fills ids and logprobs.
+    """
 def set_isa(name: str) -> None:
     ...
 def set_num_threads(n: typing.SupportsInt | typing.SupportsIndex) -> None:

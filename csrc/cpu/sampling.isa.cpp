@@ -10,7 +10,8 @@ namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr float kLn2High = 0.693359375f;  // 9 significant bits: products with an exponent are exact
+constexpr float kLargest = 3.40282347e38f;  // finite
+constexpr float kLn2High = 0.693359375f;    // 9 significant bits: products with an exponent are exact
 constexpr float kLn2Low = -2.12194440e-4f;
 
 inline float from_bits(uint32_t bits) {
@@ -25,7 +26,8 @@ inline uint32_t to_bits(float x) {
   return bits;
 }
 
-// exp(x) for x <= 0, 0 below -87: 2^k exp(r) with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7.
+// exp(max(x, -87)) for x <= 0: 2^k exp(r) with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7. (Below -87 the
+// result would leave the normal floats, and 10^-38 adds nothing to any sum here.)
 inline float exp_nonpositive(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
   const int32_t k = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);
@@ -39,8 +41,7 @@ inline float exp_nonpositive(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const float value = p * from_bits(static_cast<uint32_t>(k + 127) << 23);
-  return x < -87.0f ? 0.0f : value;
+  return p * from_bits(static_cast<uint32_t>(k + 127) << 23);
 }
 
 // log(x) for normal x > 0: x = 2^e f with f in [sqrt(1/2), sqrt(2)), log f = 2 artanh((f - 1) / (f + 1)). Where e = 0,
@@ -88,44 +89,41 @@ inline float gumbel(uint32_t bits) {
 
 // The largest of x [n]; NaN if any is NaN or +inf.
 float row_max(const float* x, int64_t n) {
-  float most[kLanes];
-  uint32_t bad[kLanes] = {};
-  for (int j = 0; j < kLanes; ++j) most[j] = -__builtin_inff();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int have = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    if (have == kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-        bad[j] |= x[i + j] <= 3.40282347e38f ? 0u : 1u;
-      }
-    } else {
-      for (int j = 0; j < have; ++j) {
-        most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-        bad[j] |= x[i + j] <= 3.40282347e38f ? 0u : 1u;
-      }
+  constexpr int kWide = 4 * kLanes;  // several independent chains
+  float most[kWide];
+  uint32_t bad[kWide] = {};
+  for (int j = 0; j < kWide; ++j) most[j] = -__builtin_inff();
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    for (int j = 0; j < kWide; ++j) {
+      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+      bad[j] |= x[i + j] <= kLargest ? 0u : 1u;
     }
   }
-  float all = most[0];
-  uint32_t any = bad[0];
-  for (int j = 1; j < kLanes; ++j) {
-    all = most[j] > all ? most[j] : all;
-    any |= bad[j];
+  for (; i < n; ++i) {
+    most[0] = x[i] > most[0] ? x[i] : most[0];
+    bad[0] |= x[i] <= kLargest ? 0u : 1u;
   }
-  return any != 0 ? __builtin_nanf("") : all;
+  for (int j = 1; j < kWide; ++j) {
+    most[0] = most[j] > most[0] ? most[j] : most[0];
+    bad[0] |= bad[j];
+  }
+  return bad[0] != 0 ? __builtin_nanf("") : most[0];
 }
 
 // Sum of exp((x - max) / temperature) over x [n], x <= max.
 double sum_exp(const float* x, int64_t n, float max, float temperature) {
-  constexpr int64_t kBlock = 64 * kLanes;  // float sums of 64 terms, then double
+  constexpr int kBlock = 64 * kLanes;  // float sums of 64 terms, then double
   double total[kLanes] = {};
+  float terms[kBlock];
   for (int64_t block = 0; block < n; block += kBlock) {
-    const int64_t end = n - block < kBlock ? n : block + kBlock;
+    const int have = n - block < kBlock ? static_cast<int>(n - block) : kBlock;
+    for (int i = 0; i < have; ++i) terms[i] = exp_nonpositive((x[block + i] - max) / temperature);
+    for (int i = have; i < kBlock; ++i) terms[i] = 0.0f;
     float part[kLanes] = {};
-    int64_t i = block;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) part[j] += exp_nonpositive((x[i + j] - max) / temperature);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) part[j] += terms[i + j];
     }
-    for (int j = 0; i + j < end; ++j) part[j] += exp_nonpositive((x[i + j] - max) / temperature);
     for (int j = 0; j < kLanes; ++j) total[j] += part[j];
   }
   double sum = 0.0;
@@ -138,35 +136,30 @@ void exp_all(const float* x, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = exp_nonpositive(x[i]);
 }
 
-// Appends index and z = (x - max) / temperature of every element with x >= least and z >= floor, ascending by index.
-// -inf is left out. Returns how many; indices and z have room for n.
+// Writes index and z = (x - max) / temperature of every element with x >= least and z >= floor, by ascending index,
+// leaving out -inf. Returns how many. indices and z have room for n + 1.
 int64_t collect(const float* x, int64_t n, float max, float temperature, float least, float floor, int32_t* indices,
                 float* z) {
+  constexpr int kBlock = 256;
+  float scaled[kBlock];
+  uint32_t keep[kBlock];
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int have = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    float scaled[kLanes];
-    uint32_t keep[kLanes];
+  for (int64_t block = 0; block < n; block += kBlock) {
+    const int have = n - block < kBlock ? static_cast<int>(n - block) : kBlock;
     uint32_t any = 0;
-    if (have == kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        scaled[j] = (x[i + j] - max) / temperature;
-        keep[j] = static_cast<uint32_t>(x[i + j] >= least) & static_cast<uint32_t>(scaled[j] >= floor) &
-                  static_cast<uint32_t>(scaled[j] >= -3.40282347e38f);
-        any |= keep[j];
-      }
-    } else {
-      for (int j = 0; j < have; ++j) {
-        scaled[j] = (x[i + j] - max) / temperature;
-        keep[j] = x[i + j] >= least && scaled[j] >= floor && scaled[j] >= -3.40282347e38f;
-        any |= keep[j];
-      }
+    for (int i = 0; i < have; ++i) {
+      const float value = x[block + i];
+      const float s = (value - max) / temperature;
+      scaled[i] = s;
+      keep[i] = static_cast<uint32_t>(value >= least) & static_cast<uint32_t>(s >= floor) &
+                static_cast<uint32_t>(s >= -kLargest);
+      any |= keep[i];
     }
     if (any == 0) continue;
-    for (int j = 0; j < have; ++j) {
-      indices[count] = static_cast<int32_t>(i + j);
-      z[count] = scaled[j];
-      count += keep[j];
+    for (int i = 0; i < have; ++i) {
+      indices[count] = static_cast<int32_t>(block + i);
+      z[count] = scaled[i];
+      count += keep[i];
     }
   }
   return count;

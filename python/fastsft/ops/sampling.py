@@ -10,9 +10,27 @@ from fastsft import _C
 from fastsft.ops import _library
 
 
-def _native(logits: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _native(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids, logprobs = _fake(logits)
-    _C.sample(logits.contiguous(), *(p.contiguous() for p in parameters), ids, logprobs)
+    _C.sample(
+        logits.contiguous(),
+        temperature.contiguous(),
+        top_k.contiguous(),
+        top_p.contiguous(),
+        min_p.contiguous(),
+        seeds.contiguous(),
+        positions.contiguous(),
+        ids,
+        logprobs,
+    )
     return ids, logprobs
 
 

@@ -1,0 +1,296 @@
+// Off-tile sizes on exactly sized heap buffers, so that AddressSanitizer sees any access beside them; the reference is
+// the definition in float64. The precision rules are in tests/ops/test_attention.py.
+#include "fastsft/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "fastsft/isa.h"
+#include "fastsft/parallel.h"
+#include "fastsft/rng.h"
+
+using namespace fastsft;
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+Floats random_floats(int64_t n, uint64_t stream) {
+  Floats values(n);
+  for (int64_t i = 0; i < n; ++i) values[i] = 4.0f * uniform_open(philox(7, stream, i).x[0]) - 2.0f;
+  return values;
+}
+
+struct Problem {
+  AttentionShape shape;
+  std::vector<int32_t> cu_q, cu_k;
+  Floats q, k, v, dout, dlse;
+
+  int64_t total_q() const { return cu_q.back(); }
+  int64_t total_k() const { return cu_k.back(); }
+  AttentionBatch batch() const {
+    return {cu_q.data(), cu_k.data(), static_cast<int64_t>(cu_q.size()) - 1, total_q(), total_k()};
+  }
+  AttentionInput rows(const Floats& x, int64_t heads) const {
+    return {x.data(), heads * shape.head_dim, shape.head_dim};
+  }
+};
+
+Problem make_problem(const std::vector<int>& lengths_q, const std::vector<int>& lengths_k, int64_t heads_q,
+                     int64_t heads_k, int64_t dim) {
+  Problem p;
+  p.shape = {DType::kFloat32, heads_q, heads_k, dim, 1 / std::sqrt(static_cast<float>(dim)), 0.0f, true, -1, -1};
+  p.cu_q = {0};
+  p.cu_k = {0};
+  for (int n : lengths_q) p.cu_q.push_back(p.cu_q.back() + n);
+  for (int n : lengths_k) p.cu_k.push_back(p.cu_k.back() + n);
+  p.q = random_floats(p.total_q() * heads_q * dim, 1);
+  p.k = random_floats(p.total_k() * heads_k * dim, 2);
+  p.v = random_floats(p.total_k() * heads_k * dim, 3);
+  p.dout = random_floats(p.total_q() * heads_q * dim, 4);
+  p.dlse = random_floats(p.total_q() * heads_q, 5);
+  return p;
+}
+
+struct Result {
+  Doubles out, lse, dq, dk, dv;
+};
+
+Result reference(const Problem& p) {
+  const AttentionShape& s = p.shape;
+  const int64_t dim = s.head_dim, group = s.num_q_heads / s.num_kv_heads;
+  Result r{Doubles(p.q.size()), Doubles(p.dlse.size()), Doubles(p.q.size()), Doubles(p.k.size()), Doubles(p.v.size())};
+  for (std::size_t b = 0; b + 1 < p.cu_q.size(); ++b) {
+    const int64_t len_q = p.cu_q[b + 1] - p.cu_q[b], len_k = p.cu_k[b + 1] - p.cu_k[b];
+    for (int64_t i = 0; i < len_q; ++i) {
+      for (int64_t h = 0; h < s.num_q_heads; ++h) {
+        const int64_t row = ((p.cu_q[b] + i) * s.num_q_heads + h) * dim, position = i + len_k - len_q;
+        const int64_t stat = h * p.total_q() + p.cu_q[b] + i;
+        const auto key_row = [&](int64_t j) { return ((p.cu_k[b] + j) * s.num_kv_heads + h / group) * dim; };
+        const auto dot = [&](const Floats& x, const Floats& y, int64_t j) {
+          return std::inner_product(x.begin() + row, x.begin() + row + dim, y.begin() + key_row(j), 0.0);
+        };
+        Doubles probs(len_k, -INFINITY), slopes(len_k, 1.0);
+        double top = -INFINITY, total = 0, delta = 0;
+        for (int64_t j = 0; j < len_k; ++j) {
+          if (s.causal && j > position) continue;
+          if (s.window_left >= 0 && j < position - s.window_left) continue;
+          if (s.window_right >= 0 && j > position + s.window_right) continue;
+          probs[j] = dot(p.q, p.k, j) * s.scale;
+          if (s.softcap > 0) {
+            const double t = std::tanh(probs[j] / s.softcap);
+            slopes[j] = 1 - t * t;
+            probs[j] = s.softcap * t;
+          }
+          top = std::max(top, probs[j]);
+        }
+        r.lse[stat] = -INFINITY;
+        if (top == -INFINITY) continue;
+        for (double& x : probs) total += x = std::exp(x - top);
+        r.lse[stat] = top + std::log(total);
+        for (int64_t j = 0; j < len_k; ++j) {
+          probs[j] /= total;
+          delta += probs[j] * dot(p.dout, p.v, j);
+        }
+        for (int64_t j = 0; j < len_k; ++j) {
+          const double dscore =
+              probs[j] * (dot(p.dout, p.v, j) - delta + p.dlse[stat]) * slopes[j] * static_cast<double>(s.scale);
+          for (int64_t d = 0; d < dim; ++d) {
+            r.out[row + d] += probs[j] * p.v[key_row(j) + d];
+            r.dv[key_row(j) + d] += probs[j] * p.dout[row + d];
+            r.dq[row + d] += dscore * p.k[key_row(j) + d];
+            r.dk[key_row(j) + d] += dscore * p.q[row + d];
+          }
+        }
+      }
+    }
+  }
+  return r;
+}
+
+bool close(const Floats& ours, const Doubles& exact) {
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    if (std::isinf(exact[i]) ? ours[i] != exact[i] : !(std::abs(ours[i] - exact[i]) < 2e-4)) {
+      std::printf("element %zu: %g, expected %g\n", i, ours[i], exact[i]);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Runs forward and backward with outputs full of NaN, so that what is not written shows.
+void check_problem(const Problem& p) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t heads_q = p.shape.num_q_heads, heads_k = p.shape.num_kv_heads;
+  const Result exact = reference(p);
+  Floats out(p.q.size(), kNan), lse(p.dlse.size(), kNan), dq = out, dk(p.k.size(), kNan), dv = dk;
+  varlen_attention_forward(p.shape, p.batch(), p.rows(p.q, heads_q), p.rows(p.k, heads_k), p.rows(p.v, heads_k),
+                           out.data(), lse.data());
+  varlen_attention_backward(p.shape, p.batch(), p.rows(p.dout, heads_q), p.rows(p.q, heads_q), p.rows(p.k, heads_k),
+                            p.rows(p.v, heads_k), p.rows(out, heads_q), lse.data(), p.dlse.data(), dq.data(), dk.data(),
+                            dv.data());
+  CHECK(close(out, exact.out));
+  CHECK(close(lse, exact.lse));
+  CHECK(close(dq, exact.dq));
+  CHECK(close(dk, exact.dk));
+  CHECK(close(dv, exact.dv));
+}
+
+void on_every_isa(void (*run)()) {
+  set_num_threads(3);
+  for (Isa isa : available_isas()) {
+    set_isa(isa);
+    run();
+  }
+}
+
+}  // namespace
+
+TEST(packed_sequences_of_odd_lengths) {
+  on_every_isa([] {
+    check_problem(make_problem({1, 0, 67, 31, 3, 130}, {1, 0, 67, 31, 3, 130}, 4, 2, 32));
+    check_problem(make_problem({70, 9}, {70, 9}, 7, 1, 80));
+    check_problem(make_problem({65}, {65}, 1, 1, 256));
+    check_problem(make_problem({}, {}, 2, 1, 64));
+  });
+}
+
+TEST(unequal_lengths_masks_and_softcap) {
+  on_every_isa([] {
+    Problem p = make_problem({5, 90, 0, 40, 1}, {70, 33, 9, 0, 129}, 4, 2, 32);
+    check_problem(p);
+    p.shape.causal = false;
+    check_problem(p);
+    p.shape.window_left = 3, p.shape.window_right = 20;
+    check_problem(p);
+    p.shape.softcap = 1.5f;
+    check_problem(p);
+    p.shape.causal = true;
+    check_problem(p);
+  });
+}
+
+TEST(more_query_heads_than_a_tile_has_rows) {
+  on_every_isa([] { check_problem(make_problem({9, 70}, {9, 70}, 201, 1, 32)); });
+}
+
+TEST(half_precision_inputs_round_once) {
+  on_every_isa([] {
+    // Values with 3 significant bits are exact in both formats: converted by hand, the result must match float32's.
+    Problem p = make_problem({67}, {67}, 2, 1, 64);
+    for (Floats* x : {&p.q, &p.k, &p.v}) {
+      for (float& value : *x) value = std::round(value * 4) / 4;
+    }
+    Floats exact(p.q.size()), lse(p.dlse.size());
+    varlen_attention_forward(p.shape, p.batch(), p.rows(p.q, 2), p.rows(p.k, 1), p.rows(p.v, 1), exact.data(),
+                             lse.data());
+    for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      const auto narrow = [dtype](const Floats& x) {
+        std::vector<uint16_t> words;
+        for (float value : x) {
+          uint32_t bits;
+          std::memcpy(&bits, &value, 4);
+          const uint32_t rebased = value == 0 ? 0 : (bits & 0x7fffffffu) - (112u << 23);
+          words.push_back(static_cast<uint16_t>(
+              dtype == DType::kBFloat16 ? bits >> 16 : ((bits >> 16) & 0x8000u) | (rebased >> 13)));
+        }
+        return words;
+      };
+      const auto q = narrow(p.q), k = narrow(p.k), v = narrow(p.v);
+      std::vector<uint16_t> out(q.size());
+      p.shape.dtype = dtype;
+      const int64_t dim = p.shape.head_dim;
+      varlen_attention_forward(p.shape, p.batch(), {q.data(), 2 * dim, dim}, {k.data(), dim, dim}, {v.data(), dim, dim},
+                               out.data(), lse.data());
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        float value;
+        uint32_t bits = out[i];
+        if (dtype == DType::kBFloat16) {
+          bits <<= 16;
+          std::memcpy(&value, &bits, 4);
+        } else {
+          const int exponent = static_cast<int>(bits >> 10 & 31);
+          const auto fraction = static_cast<float>(bits & 1023);
+          value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+          if (bits & 0x8000u) value = -value;
+        }
+        const double half_ulp = std::ldexp(std::abs(exact[i]), dtype == DType::kBFloat16 ? -8 : -11) + 0x1p-25;
+        CHECK(std::abs(value - exact[i]) <= half_ulp * (1 + 1e-5));
+      }
+    }
+  });
+}
+
+TEST(paged_equals_packed_bit_for_bit) {
+  on_every_isa([] {
+    const int64_t heads_q = 6, heads_k = 2, dim = 32, block_size = 5;
+    const std::vector<int32_t> contexts = {1, 71, 33};
+    const Problem p = make_problem({1, 71, 33}, {1, 71, 33}, heads_q, heads_k, dim);
+    const int64_t row = heads_k * dim, max_blocks = 16, num_blocks = 30;
+    std::vector<int32_t> table(3 * max_blocks, -1);
+    Floats k_cache(num_blocks * block_size * row, NAN), v_cache = k_cache;
+    int32_t block = 0;
+    for (int b = 0; b < 3; ++b) {
+      for (int64_t j = 0; j < contexts[b]; ++j) {
+        if (j % block_size == 0) table[b * max_blocks + j / block_size] = (block++ * 7 + 3) % num_blocks;
+        const int64_t to = (table[b * max_blocks + j / block_size] * block_size + j % block_size) * row;
+        const int64_t from = (p.cu_k[b] + j) * row;
+        std::copy_n(p.k.begin() + from, row, k_cache.begin() + to);
+        std::copy_n(p.v.begin() + from, row, v_cache.begin() + to);
+      }
+    }
+    PagedCache cache{};
+    cache.k = k_cache.data(), cache.v = v_cache.data();
+    for (int64_t* strides : {cache.k_strides, cache.v_strides}) {
+      strides[0] = block_size * row, strides[1] = row, strides[2] = dim;
+    }
+    cache.num_blocks = num_blocks, cache.block_size = block_size, cache.max_blocks = max_blocks;
+    cache.block_table = table.data(), cache.context_lens = contexts.data();
+    Floats packed(p.q.size()), paged(p.q.size());
+    varlen_attention_forward(p.shape, p.batch(), p.rows(p.q, heads_q), p.rows(p.k, heads_k), p.rows(p.v, heads_k),
+                             packed.data(), nullptr);
+    paged_attention_forward(p.shape, p.cu_q.data(), 3, p.total_q(), p.rows(p.q, heads_q), cache, paged.data());
+    CHECK(paged == packed);
+
+    // Decode: only the last query of each sequence.
+    Floats last, out(3 * heads_q * dim);
+    for (int b = 0; b < 3; ++b) {
+      const auto end = p.q.begin() + p.cu_q[b + 1] * heads_q * dim;
+      last.insert(last.end(), end - heads_q * dim, end);
+    }
+    const std::vector<int32_t> one_each = {0, 1, 2, 3};
+    paged_attention_forward(p.shape, one_each.data(), 3, 3, p.rows(last, heads_q), cache, out.data());
+    for (int b = 0; b < 3; ++b) {
+      CHECK(std::equal(out.begin() + b * heads_q * dim, out.begin() + (b + 1) * heads_q * dim,
+                       packed.begin() + (p.cu_q[b + 1] - 1) * heads_q * dim));
+    }
+    table[0] = num_blocks;
+    CHECK_THROWS(paged_attention_forward(p.shape, one_each.data(), 3, 3, p.rows(last, heads_q), cache, out.data()),
+                 Error);
+  });
+}
+
+TEST(bad_arguments) {
+  Problem p = make_problem({3}, {3}, 2, 1, 32);
+  Floats out(p.q.size());
+  const auto run = [&] {
+    varlen_attention_forward(p.shape, p.batch(), p.rows(p.q, 2), p.rows(p.k, 1), p.rows(p.v, 1), out.data(), nullptr);
+  };
+  run();
+  p.shape.head_dim = 48;
+  CHECK_THROWS(run(), Error);
+  p.shape.head_dim = 32, p.shape.num_kv_heads = 3;
+  CHECK_THROWS(run(), Error);
+  p.shape.num_kv_heads = 1, p.shape.window_left = -2;
+  CHECK_THROWS(run(), Error);
+  p.shape.window_left = -1, p.cu_q = {1, 3};
+  CHECK_THROWS(run(), Error);
+}
+
+TEST_MAIN()

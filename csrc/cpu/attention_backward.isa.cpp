@@ -42,67 +42,73 @@ Block carve(float* scratch, int64_t dim, int64_t rows) {
   return b;
 }
 
-void load_queries(const BackwardArgs& args, int64_t kv_head, int64_t first_token, int64_t tokens, float query_factor,
-                  const Block& b) {
+FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, int64_t first_token, int64_t tokens,
+                                   float query_factor, const Block& b) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group, used = tokens * group;
-  for (int64_t r = 0; r < used; ++r) {
-    const int64_t token = first_token + r / group, head = kv_head * group + r % group;
-    const auto row = [&](const AttentionInput& x) {
-      return element(dtype, x.data, token * x.token_stride + head * x.head_stride);
-    };
-    load_row(dtype, row(args.q), dim, query_factor, b.queries + r * dim);
-    load_row(dtype, row(args.dout), dim, 1.0f, b.douts + r * dim);
-    const float lse = args.lse[head * args.total_q + token];
-    b.lse[r] = lse == -INFINITY ? INFINITY : lse;  // exp(s - inf) = 0: a row that sees no key
-    b.delta[r] = args.delta[head * args.total_q + token];
+  const void *q_rows[kKeyBlock], *dout_rows[kKeyBlock];
+  for (int64_t begin = 0; begin < used; begin += kKeyBlock) {
+    const int64_t n = smaller(used - begin, kKeyBlock);
+    int64_t token = first_token + begin / group, member = begin % group;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t head = kv_head * group + member;
+      q_rows[i] = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
+      dout_rows[i] = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
+      const float lse = args.lse[head * args.total_q + token];
+      b.lse[begin + i] = lse == -INFINITY ? INFINITY : lse;  // exp(s - inf) = 0: a row that sees no key
+      b.delta[begin + i] = args.delta[head * args.total_q + token];
+      if (++member == group) {
+        member = 0;
+        ++token;
+      }
+    }
+    load_rows(dtype, q_rows, n, dim, query_factor, b.queries + begin * dim);
+    load_rows(dtype, dout_rows, n, dim, 1.0f, b.douts + begin * dim);
   }
   const int64_t rows = round_up(used, kStrip);
-  for (int64_t i = used * dim; i < rows * dim; i += kLanes) {
-    store(b.queries + i, Vec{});
-    store(b.douts + i, Vec{});
-  }
+  fill_zero(b.queries + used * dim, b.queries + rows * dim);
+  fill_zero(b.douts + used * dim, b.douts + rows * dim);
   for (int64_t r = used; r < rows; ++r) {
     b.lse[r] = INFINITY;
     b.delta[r] = 0;
   }
 }
 
-// From S and dP to P and dS for one row, columns [begin, end); `band` is null where every column is visible.
-FASTSFT_INLINE void score_gradient(float* probs, float* dscores, int64_t begin, int64_t end, float lse, float delta,
-                                   float softcap, const Band* band) {
-  for (int64_t j = begin; j < end; j += kLanes) {
-    Vec score = load(probs + j), slope = splat(1.0f);
-    if (softcap > 0) {
-      const Vec t = tanh_of(score);
-      slope = 1.0f - t * t;
-      score = t * softcap;
+// From S and dP to P and dS for one strip, columns [begin, end). bands: what each row sees, or null if every column.
+template <bool kCapped, bool kCut>
+FASTSFT_NOINLINE void score_gradients(float* probs, float* dscores, int64_t begin, int64_t end, const float* lse,
+                                      const float* delta, float softcap, const Band* bands) {
+  for (int i = 0; i < kStrip; ++i) {
+    for (int64_t j = i * kKeyBlock + begin; j < i * kKeyBlock + end; j += kLanes) {
+      Vec score = load(probs + j), t{};
+      if (kCapped) {
+        t = tanh_of(score);
+        score = t * softcap;
+      }
+      Vec p = exp_nonpositive(score - lse[i]);
+      Vec ds = p * (load(dscores + j) - delta[i]);
+      if (kCapped) ds *= 1.0f - t * t;
+      if (kCut) {
+        const VecInt visible = inside(bands[i], j - i * kKeyBlock);
+        p = select(visible, p, Vec{});
+        ds = select(visible, ds, Vec{});
+      }
+      store(probs + j, p);
+      store(dscores + j, ds);
     }
-    Vec p = exp_nonpositive(score - lse);
-    Vec ds = p * (load(dscores + j) - delta);
-    if (softcap > 0) ds *= slope;
-    if (band != nullptr) {
-      const VecInt visible = inside(*band, j);
-      p = select(visible, p, Vec{});
-      ds = select(visible, ds, Vec{});
-    }
-    store(probs + j, p);
-    store(dscores + j, ds);
   }
 }
 
-}  // namespace
-
-void attention_backward_prepare(const BackwardArgs& args, int64_t begin, int64_t end) {
-  const DType dtype = args.shape.dtype;
+template <DType kDType>
+void prepare_as(const BackwardArgs& args, int64_t begin, int64_t end) {
   const int64_t dim = args.shape.head_dim, heads = args.shape.num_q_heads;
   for (int64_t row = begin * heads; row < end * heads; row += kLanes) {
     const int64_t have = smaller<int64_t>(kLanes, end * heads - row);
     const void *outs[kLanes], *douts[kLanes];
-    for (int64_t i = 0; i < have; ++i) {
-      const int64_t token = (row + i) / heads, head = (row + i) % heads;
-      outs[i] = element(dtype, args.out.data, token * args.out.token_stride + head * args.out.head_stride);
-      douts[i] = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t used = row + smaller(i, have - 1), token = used / heads, head = used % heads;
+      outs[i] = element(kDType, args.out.data, token * args.out.token_stride + head * args.out.head_stride);
+      douts[i] = element(kDType, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
     }
     // Summed in the order of the product dP = dO V^T, so that dP - delta is exactly 0 where a row sees a single key.
     Vec sum{};
@@ -110,8 +116,8 @@ void attention_backward_prepare(const BackwardArgs& args, int64_t begin, int64_t
       Vec chain{};
       for (int64_t d = start; d < smaller(start + kChain, dim); d += kLanes) {
         float x[kLanes * kLanes], y[kLanes * kLanes];
-        load_transposed(dtype, outs, have, d, kLanes, x, kLanes);
-        load_transposed(dtype, douts, have, d, kLanes, y, kLanes);
+        load_transposed_as<kDType>(outs, kLanes, d, kLanes, x, kLanes);
+        load_transposed_as<kDType>(douts, kLanes, d, kLanes, y, kLanes);
 #pragma GCC unroll 1  // straight-line sums would be reassociated
         for (int64_t i = 0; i < kLanes; ++i) chain += load(x + i * kLanes) * load(y + i * kLanes);
       }
@@ -122,9 +128,19 @@ void attention_backward_prepare(const BackwardArgs& args, int64_t begin, int64_t
       args.delta[index] = sum[i] - (args.dlse == nullptr ? 0.0f : args.dlse[index]);
       if (args.lse[index] != -INFINITY) continue;
       for (int64_t d = 0; d < dim; d += kLanes) {
-        store_from_float(dtype, element(dtype, args.dq, (token * heads + head) * dim), d, Vec{});
+        store_from_float(kDType, element(kDType, args.dq, (token * heads + head) * dim), d, Vec{});
       }
     }
+  }
+}
+
+}  // namespace
+
+void attention_backward_prepare(const BackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.shape.dtype) {
+    case DType::kFloat32: return prepare_as<DType::kFloat32>(args, begin, end);
+    case DType::kBFloat16: return prepare_as<DType::kBFloat16>(args, begin, end);
+    case DType::kFloat16: return prepare_as<DType::kFloat16>(args, begin, end);
   }
 }
 
@@ -146,14 +162,12 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
     for (int64_t j = 0; j < n; ++j) {
       const int64_t token = item.k_first + start + j;
       addresses[j] = element(dtype, source.data, token * source.token_stride + item.kv_head * source.head_stride);
-      if (is_key) load_row(dtype, addresses[j], dim, 1.0f, b.keys + j * dim);
     }
     load_transposed(dtype, addresses, n, 0, dim, is_key ? b.keys_t : b.values_t, kKeyBlock);
+    if (is_key) load_rows(dtype, addresses, n, dim, 1.0f, b.keys);
   }
-  for (int64_t i = 0; i < round_up(n, kStrip) * dim; i += kLanes) {
-    store(b.dkeys + i, Vec{});
-    store(b.dvalues + i, Vec{});
-  }
+  fill_zero(b.dkeys, b.dkeys + kKeyBlock * dim);
+  fill_zero(b.dvalues, b.dvalues + kKeyBlock * dim);
 
   const int64_t queries_begin = larger<int64_t>(start - right - shift, 0);
   const int64_t queries_end = smaller<int64_t>(start + n + left - shift, item.num_q);
@@ -177,16 +191,19 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
       const Band bottom = visible_band(position + last_token, left, right, start, n);
       if (top.first >= bottom.last) continue;
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-      product<Start::kZero>(b.queries + row * dim, dim, 1, b.keys_t + begin, kKeyBlock,
-                            b.probs + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
-      product<Start::kZero>(b.douts + row * dim, dim, 1, b.values_t + begin, kKeyBlock,
-                            b.dscores + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
-      const bool is_cut = bottom.first > begin || top.last < end;
-      for (int64_t r = row; r < row + kStrip; ++r) {
-        const Band band = visible_band(position + smaller(r, used - 1) / group, left, right, start, n);
-        score_gradient(b.probs + r * kKeyBlock, b.dscores + r * kKeyBlock, begin, end, b.lse[r], b.delta[r], softcap,
-                       is_cut ? &band : nullptr);
+      product<Start::kZero, Left::kRows>(b.queries + row * dim, dim, b.keys_t + begin, kKeyBlock,
+                                         b.probs + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
+      product<Start::kZero, Left::kRows>(b.douts + row * dim, dim, b.values_t + begin, kKeyBlock,
+                                         b.dscores + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
+      float *probs = b.probs + row * kKeyBlock, *dscores = b.dscores + row * kKeyBlock;
+      Band bands[kStrip];
+      for (int i = 0; i < kStrip; ++i) {
+        bands[i] = visible_band(position + smaller(row + i, used - 1) / group, left, right, start, n);
       }
+      const bool is_cut = bottom.first > begin || top.last < end;
+      const auto gradients = softcap > 0 ? (is_cut ? score_gradients<true, true> : score_gradients<true, false>)
+                                         : (is_cut ? score_gradients<false, true> : score_gradients<false, false>);
+      gradients(probs, dscores, begin, end, b.lse + row, b.delta + row, softcap, bands);
     }
 
     // Keys in strips; the rows that see any key of a strip are those of a contiguous range of tokens.
@@ -195,10 +212,10 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
       const int64_t from = larger<int64_t>(start + key - right - position, 0) * group;
       const int64_t to = smaller(start + last_key + left - position + 1, tokens) * group;
       if (from >= to) continue;
-      product<Start::kAdd>(b.probs + from * kKeyBlock + key, 1, kKeyBlock, b.douts + from * dim, dim,
-                           b.dvalues + key * dim, dim, nullptr, to - from, dim);
-      product<Start::kAdd>(b.dscores + from * kKeyBlock + key, 1, kKeyBlock, b.queries + from * dim, dim,
-                           b.dkeys + key * dim, dim, nullptr, to - from, dim);
+      product<Start::kAdd, Left::kColumns>(b.probs + from * kKeyBlock + key, kKeyBlock, b.douts + from * dim, dim,
+                                           b.dvalues + key * dim, dim, nullptr, to - from, dim);
+      product<Start::kAdd, Left::kColumns>(b.dscores + from * kKeyBlock + key, kKeyBlock, b.queries + from * dim, dim,
+                                           b.dkeys + key * dim, dim, nullptr, to - from, dim);
     }
 
     if (is_shared && !is_first) {
@@ -212,11 +229,11 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
       const int64_t depth = larger<int64_t>(bottom.last - top.first, 0);
       const float* dscores = b.dscores + row * kKeyBlock + top.first;
       if (is_first) {
-        product<Start::kZero>(dscores, kKeyBlock, 1, b.keys + top.first * dim, dim, dqueries + row * dim, dim, nullptr,
-                              depth, dim);
+        product<Start::kZero, Left::kRows>(dscores, kKeyBlock, b.keys + top.first * dim, dim, dqueries + row * dim, dim,
+                                           nullptr, depth, dim);
       } else if (depth > 0) {
-        product<Start::kAdd>(dscores, kKeyBlock, 1, b.keys + top.first * dim, dim, dqueries + row * dim, dim, nullptr,
-                             depth, dim);
+        product<Start::kAdd, Left::kRows>(dscores, kKeyBlock, b.keys + top.first * dim, dim, dqueries + row * dim, dim,
+                                          nullptr, depth, dim);
       }
     }
     if (is_last) {

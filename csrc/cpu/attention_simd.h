@@ -31,6 +31,8 @@ typedef uint32_t VecBits __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecHalf __attribute__((vector_size(kVectorBytes / 2)));
 
 #define FASTSFT_INLINE inline __attribute__((always_inline))
+// Loops that share a function also share its 16 address registers; a call costs less than the spills.
+#define FASTSFT_NOINLINE __attribute__((noinline, unused)) static
 
 template <typename T>
 FASTSFT_INLINE T smaller(T a, T b) {
@@ -137,12 +139,28 @@ FASTSFT_INLINE void* element(DType dtype, void* data, int64_t index) {
   return static_cast<char*>(data) + index * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
-// panel row = row * factor, as float32
-FASTSFT_INLINE void load_row(DType dtype, const void* row, int64_t n, float factor, float* panel) {
-  for (int64_t i = 0; i < n; i += kLanes) store(panel + i, load_as_float(dtype, row, i) * factor);
+// panel[row] = rows[row] * factor as float32, `dim` elements each
+template <DType kDType>
+FASTSFT_INLINE void load_rows_as(const void* const* rows, int64_t n, int64_t dim, float factor, float* panel) {
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      store(panel + row * dim + i, load_as_float(kDType, rows[row], i) * factor);
+    }
+  }
 }
-FASTSFT_INLINE void store_row(DType dtype, const float* panel, int64_t n, float factor, void* row) {
+FASTSFT_NOINLINE void load_rows(DType dtype, const void* const* rows, int64_t n, int64_t dim, float factor,
+                                float* panel) {
+  switch (dtype) {
+    case DType::kFloat32: return load_rows_as<DType::kFloat32>(rows, n, dim, factor, panel);
+    case DType::kBFloat16: return load_rows_as<DType::kBFloat16>(rows, n, dim, factor, panel);
+    case DType::kFloat16: return load_rows_as<DType::kFloat16>(rows, n, dim, factor, panel);
+  }
+}
+FASTSFT_NOINLINE void store_row(DType dtype, const float* panel, int64_t n, float factor, void* row) {
   for (int64_t i = 0; i < n; i += kLanes) store_from_float(dtype, row, i, load(panel + i) * factor);
+}
+FASTSFT_NOINLINE void fill_zero(float* begin, const float* end) {
+  for (; begin < end; begin += kLanes) store(begin, Vec{});
 }
 
 // One step of the butterfly that transposes kLanes vectors: rows i and i + kXor exchange their off-diagonal lanes.
@@ -165,16 +183,27 @@ FASTSFT_INLINE void transpose(Vec* rows) {
 
 // columns[d * stride + j] = element first + d of row j, for d < dim and j < n rounded up to whole vectors; rows past n
 // count as zeros.
-FASTSFT_INLINE void load_transposed(DType dtype, const void* const* rows, int64_t n, int64_t first, int64_t dim,
-                                    float* columns, int64_t stride) {
+template <DType kDType>
+FASTSFT_INLINE void load_transposed_as(const void* const* rows, int64_t n, int64_t first, int64_t dim, float* columns,
+                                       int64_t stride) {
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t have = smaller<int64_t>(kLanes, n - j);
     for (int64_t d = 0; d < dim; d += kLanes) {
       Vec block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) block[i] = i < have ? load_as_float(dtype, rows[j + i], first + d) : Vec{};
+      for (int64_t i = 0; i < kLanes; ++i) {
+        block[i] = i < have ? load_as_float(kDType, rows[j + i], first + d) : Vec{};
+      }
       transpose(block);
       for (int64_t i = 0; i < kLanes; ++i) store(columns + (d + i) * stride + j, block[i]);
     }
+  }
+}
+FASTSFT_NOINLINE void load_transposed(DType dtype, const void* const* rows, int64_t n, int64_t first, int64_t dim,
+                                      float* columns, int64_t stride) {
+  switch (dtype) {
+    case DType::kFloat32: return load_transposed_as<DType::kFloat32>(rows, n, first, dim, columns, stride);
+    case DType::kBFloat16: return load_transposed_as<DType::kBFloat16>(rows, n, first, dim, columns, stride);
+    case DType::kFloat16: return load_transposed_as<DType::kFloat16>(rows, n, first, dim, columns, stride);
   }
 }
 
@@ -235,13 +264,14 @@ FASTSFT_INLINE Vec tanh_of(Vec x) {
 // ------------------------------------------------------------------------------------------------------
 
 enum class Start { kZero, kAdd, kScale };
+enum class Left { kRows, kColumns };  // a(i, k) is A[i * lda + k] or A[k * lda + i]
 
 // C = product, C + product, or C * factors + product (factors per row), for kStrip rows and kVecs * kLanes columns;
-// product[i, ...] = sum_k a(i, k) * B[k, ...] with a(i, k) = A[i * row_stride + k * depth_stride], one fused chain per
-// element in ascending k. Starting the chain from zero, not from C, keeps the rounding error of long sums low.
-template <int kVecs, Start kStart>
-FASTSFT_INLINE void product_block(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
-                                  float* c, int64_t ldc, const float* factors, int64_t depth) {
+// product[i, ...] = sum_k a(i, k) * B[k, ...], one fused chain per element in ascending k. Starting the chain from
+// zero, not from C, keeps the rounding error of long sums low.
+template <int kVecs, Start kStart, Left kLeft>
+FASTSFT_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                  const float* factors, int64_t depth) {
   Vec sum[kStrip][kVecs];
   for (int i = 0; i < kStrip; ++i) {
     for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
@@ -249,9 +279,8 @@ FASTSFT_INLINE void product_block(const float* a, int64_t row_stride, int64_t de
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[kVecs];
     for (int j = 0; j < kVecs; ++j) row[j] = load(b + k * ldb + j * kLanes);
-    const float* column = a + k * depth_stride;
     for (int i = 0; i < kStrip; ++i) {
-      const float x = column[i * row_stride];
+      const float x = kLeft == Left::kRows ? a[i * lda + k] : a[k * lda + i];
       for (int j = 0; j < kVecs; ++j) sum[i][j] += x * row[j];
     }
   }
@@ -267,23 +296,22 @@ FASTSFT_INLINE void product_block(const float* a, int64_t row_stride, int64_t de
 
 // The same for any width that is a multiple of kLanes. Chains longer than kChain are cut, which bounds their error.
 inline constexpr int64_t kChain = 64;
-template <Start kStart>
-FASTSFT_INLINE void product(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
-                            float* c, int64_t ldc, const float* factors, int64_t depth, int64_t width) {
-  const int64_t first = smaller(depth, kChain);
+template <Start kStart, Left kLeft>
+FASTSFT_NOINLINE void product_links(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                    const float* factors, int64_t depth, int64_t width) {
   int64_t n = 0;
   for (; n + 2 * kLanes <= width; n += 2 * kLanes) {
-    product_block<2, kStart>(a, row_stride, depth_stride, b + n, ldb, c + n, ldc, factors, first);
+    product_block<2, kStart, kLeft>(a, lda, b + n, ldb, c + n, ldc, factors, depth);
   }
-  if (n < width) product_block<1, kStart>(a, row_stride, depth_stride, b + n, ldb, c + n, ldc, factors, first);
-  for (int64_t k = first; k < depth; k += kChain) {
-    const int64_t links = smaller(depth - k, kChain);
-    const float *a_k = a + k * depth_stride, *b_k = b + k * ldb;
-    for (n = 0; n + 2 * kLanes <= width; n += 2 * kLanes) {
-      product_block<2, Start::kAdd>(a_k, row_stride, depth_stride, b_k + n, ldb, c + n, ldc, nullptr, links);
-    }
-    if (n < width)
-      product_block<1, Start::kAdd>(a_k, row_stride, depth_stride, b_k + n, ldb, c + n, ldc, nullptr, links);
+  if (n < width) product_block<1, kStart, kLeft>(a, lda, b + n, ldb, c + n, ldc, factors, depth);
+}
+template <Start kStart, Left kLeft>
+FASTSFT_INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                            const float* factors, int64_t depth, int64_t width) {
+  product_links<kStart, kLeft>(a, lda, b, ldb, c, ldc, factors, smaller(depth, kChain), width);
+  for (int64_t k = kChain; k < depth; k += kChain) {
+    product_links<Start::kAdd, kLeft>(a + k * (kLeft == Left::kRows ? 1 : lda), lda, b + k * ldb, ldb, c, ldc, nullptr,
+                                      smaller(depth - k, kChain), width);
   }
 }
 

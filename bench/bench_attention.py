@@ -1,0 +1,160 @@
+"""Packed and paged attention against what plain torch offers, on the same inputs in the same process.
+
+Rivals: ``sdpa each`` (scaled_dot_product_attention one sequence at a time), ``sdpa padded`` (padded to the longest, the
+copies in and out included) and ``sdpa mask`` (one call with a dense block-diagonal mask). Every contestant passes a
+correctness gate before it is timed. ``extra_info`` holds the rate in GFLOP/s of visible work and the rate of a large
+torch matrix product in the same dtype as the machine's limit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import MIXES_2K, QWEN_05B, Heads, Mix
+
+from fastsft import _C
+from fastsft.ops import paged_attention, varlen_attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def sdpa(q, k, v, **options):
+    """[B, T, H, D] in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).transpose(1, 2)
+
+
+def fastsft_packed(mix: Mix):
+    cu_seqlens = mix.cu_seqlens
+    return lambda q, k, v: varlen_attention(q, k, v, cu_seqlens)
+
+
+def sdpa_each(mix: Mix):
+    def run(q, k, v):
+        parts = zip(*(x.split(mix.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([sdpa(*(x[None] for x in part), is_causal=True)[0] for part in parts])
+
+    return run
+
+
+def sdpa_padded(mix: Mix):
+    longest = max(mix.lengths)
+    rows = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(mix.lengths)])
+
+    def pad(x):
+        padded = x.new_zeros(len(mix.lengths) * longest, *x.shape[1:]).index_copy(0, rows, x)
+        return padded.unflatten(0, (-1, longest))
+
+    return lambda q, k, v: sdpa(pad(q), pad(k), pad(v), is_causal=True).flatten(0, 1).index_select(0, rows)
+
+
+def sdpa_mask(mix: Mix):
+    owner = torch.repeat_interleave(torch.arange(len(mix.lengths)), torch.tensor(mix.lengths))
+    mask = (owner[:, None] == owner[None, :]).tril()
+    return lambda q, k, v: sdpa(q[None], k[None], v[None], attn_mask=mask)[0]
+
+
+CONTESTANTS = {
+    "fastsft": fastsft_packed,
+    "sdpa each": sdpa_each,
+    "sdpa padded": sdpa_padded,
+    "sdpa mask": sdpa_mask,
+}
+
+
+def inputs(mix: Mix, heads: Heads, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(mix.tokens, n, heads.dim, generator=generator).to(dtype)
+        for n in (heads.query, heads.key, heads.key, heads.query)
+    ]
+
+
+def gradients(function, q, k, v, upstream):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out, leaves, upstream)
+
+
+def gate(results, expected, low) -> None:
+    """Each result's error is at most twice (and a little) that of per-sequence SDPA in the same dtype."""
+    for ours, exact, other in zip(results, expected, low, strict=True):
+        slack = 1e-5 * exact.norm()
+        assert (ours.double() - exact).norm() <= 2 * (other.double() - exact).norm() + slack
+
+
+@pytest.fixture(scope="session")
+def product_rate():
+    """GFLOP/s of a large torch matrix product, by dtype."""
+    torch.set_num_threads(_C.num_threads())
+    rates = {}
+    for name, dtype in DTYPES.items():
+        a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        seconds = []
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - start)
+        rates[name] = 2 * 1024**3 / statistics.median(seconds) / 1e9
+    return rates
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("mix", MIXES_2K, ids=lambda mix: mix.name)
+def test_packed(benchmark, product_rate, mix, mode, dtype, contestant):
+    benchmark.group = f"varlen_attention {QWEN_05B.name} {mix.name} {dtype} {mode}"
+    q, k, v, upstream = inputs(mix, QWEN_05B, DTYPES[dtype])
+    function = CONTESTANTS[contestant](mix)
+    if contestant != "sdpa each":
+        reference = sdpa_each(mix)
+        exact = gradients(reference, *(x.double() for x in (q, k, v, upstream)))
+        gate(gradients(function, q, k, v, upstream), exact, gradients(reference, q, k, v, upstream))
+    if mode == "forward":
+        benchmark(function, q, k, v)
+    else:
+        benchmark(gradients, function, q, k, v, upstream)
+    products = 2 if mode == "forward" else 7
+    flops = products * 2 * mix.causal_pairs * QWEN_05B.query * QWEN_05B.dim
+    if benchmark.stats:  # absent with --benchmark-disable
+        benchmark.extra_info["GFLOP/s"] = round(flops / benchmark.stats["median"] / 1e9, 1)
+        benchmark.extra_info["torch matmul GFLOP/s"] = round(product_rate[dtype], 1)
+
+
+def gathered_sdpa(q, k_cache, v_cache, table, cu_seqlens, context_lens):
+    """Decode for contexts of equal length, the kindest case for a gather: one batched call."""
+    length = int(context_lens[0])
+    k, v = (cache[table.long()].flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+    return sdpa(q[:, None], k, v)[:, 0]
+
+
+@pytest.mark.parametrize("contestant", ["fastsft", "gather + sdpa"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sequences", "context"), [(1, 1024), (16, 512)])
+def test_decode(benchmark, product_rate, sequences, context, dtype, contestant):
+    benchmark.group = f"paged_attention {QWEN_05B.name} decode {sequences}x{context} {dtype}"
+    block_size, heads = 16, QWEN_05B
+    blocks = sequences * context // block_size
+    generator = torch.Generator().manual_seed(0)
+    k_cache, v_cache = (
+        torch.randn(blocks, block_size, heads.key, heads.dim, generator=generator).to(DTYPES[dtype]) for _ in range(2)
+    )
+    q = torch.randn(sequences, heads.query, heads.dim, generator=generator).to(DTYPES[dtype])
+    table = torch.randperm(blocks, generator=generator).int().view(sequences, -1)
+    arguments = (q, k_cache, v_cache, table, uniform_offsets(sequences), torch.full((sequences,), context).int())
+    exact = gathered_sdpa(*(x.double() for x in arguments[:3]), *arguments[3:])
+    function = paged_attention if contestant == "fastsft" else gathered_sdpa
+    gate([function(*arguments)], [exact], [gathered_sdpa(*arguments)])
+    benchmark(function, *arguments)
+    if benchmark.stats:
+        read = k_cache.nbytes + v_cache.nbytes
+        benchmark.extra_info["cache GB/s"] = round(read / benchmark.stats["median"] / 1e9, 2)
+
+
+def uniform_offsets(sequences: int) -> torch.Tensor:
+    return torch.arange(sequences + 1, dtype=torch.int32)

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "attention_kernels.h"
@@ -29,6 +31,7 @@ namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 constexpr int64_t kForwardRows = 192;  // rows that share one conversion of a key block
+constexpr int64_t kDeltaTokens = 32;   // queries per unit of the first backward pass
 
 // Grows to the largest unit a thread has run and is kept: a page fault per call would cost more than a short sequence.
 float* thread_scratch(int64_t floats) {
@@ -110,6 +113,14 @@ void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
       run_item(args, items[i], thread_scratch(2 * kKeyBlock * dim + rows * (2 * dim + 2) + 8 * kKeyBlock));
     }
   });
+}
+
+// The queries before key 0's reach are in no item.
+void zero_unseen_queries(const BackwardArgs& args, int64_t q_first, int64_t num_q, int64_t num_k) {
+  const int64_t unseen = num_k == 0 ? num_q : std::clamp<int64_t>(num_q - num_k - args.mask.right, 0, num_q);
+  const auto row =
+      static_cast<std::size_t>(args.shape.num_q_heads * args.shape.head_dim) * dtype_size(args.shape.dtype);
+  std::memset(static_cast<char*>(args.dq) + q_first * row, 0, unseen * row);
 }
 
 }  // namespace
@@ -201,6 +212,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
   };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
   std::vector<BackwardItem> items;
+  std::vector<std::pair<int64_t, int64_t>> delta_ranges;
   int64_t shared_tiles = 0;
   for (const int64_t b : order) {
     BackwardItem item{};
@@ -214,6 +226,10 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
       }
     }
     shared_tiles += tiles * shape.num_kv_heads;
+    for (int64_t begin = 0; tiles > 0 && begin < item.num_q; begin += kDeltaTokens) {
+      delta_ranges.emplace_back(item.q_first + begin, item.q_first + std::min(begin + kDeltaTokens, item.num_q));
+    }
+    zero_unseen_queries(args, item.q_first, item.num_q, item.num_k);
   }
   const int64_t rows = tile_rows(args.tile_tokens, group);
   const auto dq_sums = std::make_unique_for_overwrite<float[]>(shared_tiles * rows * dim);
@@ -221,8 +237,10 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
   args.dq_sums = dq_sums.get();
   args.blocks_done = blocks_done.get();
 
-  const auto prepare = FASTSFT_ISA_SELECT(attention_backward_prepare);
-  parallel_for(batch.total_q, 64, [&](int64_t begin, int64_t end) { prepare(args, begin, end); });
+  const auto run_delta = FASTSFT_ISA_SELECT(attention_backward_delta);
+  parallel_for(static_cast<int64_t>(delta_ranges.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_delta(args, delta_ranges[i].first, delta_ranges[i].second);
+  });
   const auto run_item = FASTSFT_ISA_SELECT(attention_backward_item);
   const int64_t scratch = 5 * kKeyBlock * dim + rows * (3 * dim + 2 * kKeyBlock + 2);
   parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {

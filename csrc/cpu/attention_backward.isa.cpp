@@ -43,7 +43,7 @@ Block carve(float* scratch, int64_t dim, int64_t rows) {
 }
 
 FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, int64_t first_token, int64_t tokens,
-                                   float query_factor, const Block& b) {
+                                   float query_factor, bool is_whole, const Block& b) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group, used = tokens * group;
   const void *q_rows[kKeyBlock], *dout_rows[kKeyBlock];
@@ -56,7 +56,9 @@ FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, in
       dout_rows[i] = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
       const float lse = args.lse[head * args.total_q + token];
       b.lse[begin + i] = lse == -INFINITY ? INFINITY : lse;  // exp(s - inf) = 0: a row that sees no key
-      b.delta[begin + i] = args.delta[head * args.total_q + token];
+      const int64_t index = head * args.total_q + token;
+      const float dlse = args.dlse == nullptr ? 0.0f : args.dlse[index];
+      b.delta[begin + i] = is_whole ? -dlse : args.delta[index];
       if (++member == group) {
         member = 0;
         ++token;
@@ -75,32 +77,48 @@ FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, in
 }
 
 // From S and dP to P and dS for one strip, columns [begin, end). bands: what each row sees, or null if every column.
-template <bool kCapped, bool kCut>
+// kWhole: the columns are all the keys there are, so delta = sum(P * dP) - dlse, and `delta` holds -dlse.
+template <bool kCapped, bool kWhole>
 FASTSFT_NOINLINE void score_gradients(float* probs, float* dscores, int64_t begin, int64_t end, const float* lse,
                                       const float* delta, float softcap, const Band* bands) {
+  float slopes[kKeyBlock];  // of the cap at each score
   for (int i = 0; i < kStrip; ++i) {
-    for (int64_t j = i * kKeyBlock + begin; j < i * kKeyBlock + end; j += kLanes) {
-      Vec score = load(probs + j), t{};
+    float *prob = probs + i * kKeyBlock, *dscore = dscores + i * kKeyBlock;
+    Vec sum{};
+    for (int64_t j = begin; j < end; j += kLanes) {
+      Vec score = load(prob + j), dp = load(dscore + j), slope = splat(1.0f);
       if (kCapped) {
-        t = tanh_of(score);
+        const Vec t = tanh_of(score);
         score = t * softcap;
+        slope = 1.0f - t * t;
       }
       Vec p = exp_nonpositive(score - lse[i]);
-      Vec ds = p * (load(dscores + j) - delta[i]);
-      if (kCapped) ds *= 1.0f - t * t;
-      if (kCut) {
-        const VecInt visible = inside(bands[i], j - i * kKeyBlock);
+      if (bands != nullptr) {
+        const VecInt visible = inside(bands[i], j);
         p = select(visible, p, Vec{});
-        ds = select(visible, ds, Vec{});
+        dp = select(visible, dp, Vec{});
       }
-      store(probs + j, p);
-      store(dscores + j, ds);
+      store(prob + j, p);
+      if (kWhole) {
+        sum += p * dp;
+        store(dscore + j, dp);
+        if (kCapped) store(slopes + j, slope);
+      } else {
+        const Vec ds = p * (dp - delta[i]);
+        store(dscore + j, kCapped ? ds * slope : ds);
+      }
+    }
+    if (!kWhole) continue;
+    const float offset = delta[i] + sum_lanes(sum);
+    for (int64_t j = begin; j < end; j += kLanes) {
+      const Vec ds = load(prob + j) * (load(dscore + j) - offset);
+      store(dscore + j, kCapped ? ds * load(slopes + j) : ds);
     }
   }
 }
 
 template <DType kDType>
-void prepare_as(const BackwardArgs& args, int64_t begin, int64_t end) {
+void delta_as(const BackwardArgs& args, int64_t begin, int64_t end) {
   const int64_t dim = args.shape.head_dim, heads = args.shape.num_q_heads;
   for (int64_t row = begin * heads; row < end * heads; row += kLanes) {
     const int64_t have = smaller<int64_t>(kLanes, end * heads - row);
@@ -126,21 +144,17 @@ void prepare_as(const BackwardArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < have; ++i) {
       const int64_t token = (row + i) / heads, head = (row + i) % heads, index = head * args.total_q + token;
       args.delta[index] = sum[i] - (args.dlse == nullptr ? 0.0f : args.dlse[index]);
-      if (args.lse[index] != -INFINITY) continue;
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        store_from_float(kDType, element(kDType, args.dq, (token * heads + head) * dim), d, Vec{});
-      }
     }
   }
 }
 
 }  // namespace
 
-void attention_backward_prepare(const BackwardArgs& args, int64_t begin, int64_t end) {
+void attention_backward_delta(const BackwardArgs& args, int64_t begin, int64_t end) {
   switch (args.shape.dtype) {
-    case DType::kFloat32: return prepare_as<DType::kFloat32>(args, begin, end);
-    case DType::kBFloat16: return prepare_as<DType::kBFloat16>(args, begin, end);
-    case DType::kFloat16: return prepare_as<DType::kFloat16>(args, begin, end);
+    case DType::kFloat32: return delta_as<DType::kFloat32>(args, begin, end);
+    case DType::kBFloat16: return delta_as<DType::kBFloat16>(args, begin, end);
+    case DType::kFloat16: return delta_as<DType::kFloat16>(args, begin, end);
   }
 }
 
@@ -154,6 +168,7 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
   const int64_t left = args.mask.left, right = args.mask.right;
   const int64_t start = item.block * kKeyBlock;
   const int64_t n = smaller<int64_t>(kKeyBlock, item.num_k - start);
+  const bool is_whole = item.num_k <= kKeyBlock;  // this block is all there is
   const int64_t shift = item.num_k - item.num_q;  // key position of query 0
 
   const void* addresses[kKeyBlock];
@@ -175,7 +190,7 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
     const int64_t token0 = tile * args.tile_tokens;
     const int64_t tokens = smaller(args.tile_tokens, item.num_q - token0);
     const int64_t position = token0 + shift, used = tokens * group, rows = round_up(used, kStrip);
-    load_queries(args, item.kv_head, item.q_first + token0, tokens, query_factor, b);
+    load_queries(args, item.kv_head, item.q_first + token0, tokens, query_factor, is_whole, b);
 
     // The tile's key blocks, and whose turn this item's is.
     const int64_t first_block = larger<int64_t>(position - left, 0) / kKeyBlock;
@@ -201,9 +216,9 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
         bands[i] = visible_band(position + smaller(row + i, used - 1) / group, left, right, start, n);
       }
       const bool is_cut = bottom.first > begin || top.last < end;
-      const auto gradients = softcap > 0 ? (is_cut ? score_gradients<true, true> : score_gradients<true, false>)
-                                         : (is_cut ? score_gradients<false, true> : score_gradients<false, false>);
-      gradients(probs, dscores, begin, end, b.lse + row, b.delta + row, softcap, bands);
+      const auto gradients = softcap > 0 ? (is_whole ? score_gradients<true, true> : score_gradients<true, false>)
+                                         : (is_whole ? score_gradients<false, true> : score_gradients<false, false>);
+      gradients(probs, dscores, begin, end, b.lse + row, b.delta + row, softcap, is_cut ? bands : nullptr);
     }
 
     // Keys in strips; the rows that see any key of a strip are those of a contiguous range of tokens.

@@ -56,7 +56,7 @@ struct BackwardArgs {
   AttentionInput q, k, v, out, dout;
   const float* lse;
   const float* dlse;
-  float* delta;  // [Hq, Tq]: rowsum(dout * out) - dlse
+  float* delta;  // [Hq, Tq]: rowsum(dout * out) - dlse; set for sequences with more than kKeyBlock keys only
   void *dq, *dk, *dv;
   float* dq_sums;                      // float32 sums of the query tiles that several key blocks contribute to
   std::atomic<int32_t>* blocks_done;   // per tile in dq_sums: key blocks added so far
@@ -83,7 +83,7 @@ void finish_turn(std::atomic<int32_t>& done);
 
 FASTSFT_ISA_DECLARE(void, attention_forward_item, const ForwardArgs& args, const ForwardItem& item, float* scratch)
 FASTSFT_ISA_DECLARE(void, attention_backward_item, const BackwardArgs& args, const BackwardItem& item, float* scratch)
-// delta for tokens [begin, end); sets dq = 0 where no key is seen (lse = -infinity).
-FASTSFT_ISA_DECLARE(void, attention_backward_prepare, const BackwardArgs& args, int64_t begin, int64_t end)
+// delta of queries [begin, end)
+FASTSFT_ISA_DECLARE(void, attention_backward_delta, const BackwardArgs& args, int64_t begin, int64_t end)
 
 }  // namespace fastsft

@@ -78,6 +78,17 @@ def test_matches_reference_on_every_instruction_set(isa, heads, dtype):
     check(LENGTHS, LENGTHS, heads, 64, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_float32_rounded_once(isa, dtype):
+    """Same inputs, so the float32 result rounded by torch is what must come out, subnormals and overflow included."""
+    q, k, v = qkv([257], [257], (4, 2), 64, dtype)
+    size = torch.logspace(-9, 5, 257)[:, None, None]
+    v = (v * size).to(dtype).clamp(-6e4, 6e4)
+    v[200:203, :, :2] = torch.finfo(dtype).max
+    wide = varlen_attention(q.float(), k.float(), v.float(), offsets([257]), softcap=5.0)
+    assert torch.equal(varlen_attention(q, k, v, offsets([257]), softcap=5.0), wide.to(dtype))
+
+
 @pytest.mark.parametrize("dim", attention.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims(isa, dim, dtype):

@@ -172,7 +172,7 @@ def _native_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fake_forward(q, k, v, cu_q, cu_k)
-    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, *options, out, lse)
+    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, *options, out=out, lse=lse)
     return out, lse
 
 
@@ -183,12 +183,12 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 def _native_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _fake_backward(dout, q, k, v)
+    dq, dk, dv = _fake_backward(dout, q, k, v)
     if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    _C.varlen_attention_bwd(dout, q, k, v, out, lse, dlse, *rest, *gradients)
-    return gradients
+    _C.varlen_attention_bwd(dout, q, k, v, out, lse, dlse, *rest, dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv
 
 
 def _fake_paged(q: Tensor, *_: Any) -> Tensor:
@@ -197,7 +197,7 @@ def _fake_paged(q: Tensor, *_: Any) -> Tensor:
 
 def _native_paged(q: Tensor, *rest: Any) -> Tensor:
     out = q.new_empty(q.shape)
-    _C.paged_attention(q, *rest, out)
+    _C.paged_attention(q, *rest, out=out)
     return out
 
 

@@ -169,10 +169,19 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *
 
 
 def _native_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fake_forward(q, k, v, cu_q, cu_k)
-    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, *options, out=out, lse=lse)
+    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, causal, scale, left, right, softcap, out, lse)
     return out, lse
 
 
@@ -181,13 +190,29 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 
 
 def _native_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, *rest: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _fake_backward(dout, q, k, v)
     if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
         dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    _C.varlen_attention_bwd(dout, q, k, v, out, lse, dlse, *rest, dq=dq, dk=dk, dv=dv)
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    _C.varlen_attention_bwd(
+        dout, q, k, v, out, lse, dlse, cu_q, cu_k, causal, scale, left, right, softcap, dq, dk, dv
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -195,9 +220,21 @@ def _fake_paged(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _native_paged(q: Tensor, *rest: Any) -> Tensor:
+def _native_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    cu_q: Tensor,
+    lens: Tensor,
+    causal: bool,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> Tensor:
     out = q.new_empty(q.shape)
-    _C.paged_attention(q, *rest, out=out)
+    _C.paged_attention(q, k_cache, v_cache, table, cu_q, lens, causal, scale, left, right, softcap, out)
     return out
 
 

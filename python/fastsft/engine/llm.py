@@ -1,0 +1,217 @@
+"""The engine's front: prompts in, text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsft.engine.blocks import BlockAllocator, KVCache
+from fastsft.engine.decode import decode, draw
+from fastsft.engine.prefill import prefill
+from fastsft.engine.request import (
+    Detokenizer,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    as_prompt,
+    draw_seed,
+)
+from fastsft.engine.scheduler import Scheduler
+from fastsft.models.decoder import Decoder
+from fastsft.models.tokenizer import Tokenizer
+from fastsft.models.weights import load_model
+
+FIM_MARKERS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+class LLM:
+    """Batched generation over a paged key-value cache.
+
+    Args:
+        model: a Hugging Face folder, or a loaded decoder (then ``tokenizer`` must be given too).
+        dtype: of the weights and the cache, for a folder.
+        block_size: tokens per cache block.
+        kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
+        max_num_seqs: sequences running at once.
+        max_batched_tokens: prompt tokens computed in one step.
+
+    Raises:
+        ValueError: a cache too small for one block, or arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 16,
+        kv_cache_bytes: int = 256 << 20,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        max_batched_tokens: int = 4096,
+    ) -> None:
+        if isinstance(model, Decoder):
+            if tokenizer is None:
+                raise ValueError("LLM: tokenizer: needed beside a loaded model")
+            self.model, self.tokenizer = model, tokenizer
+        else:
+            self.model = load_model(Path(model), dtype=dtype)
+            self.tokenizer = tokenizer or Tokenizer.from_folder(model)
+        config = self.model.config
+        weights = self.model.lm_head_weight
+        if num_blocks is None:
+            num_blocks = kv_cache_bytes // KVCache.bytes_per_block(config, block_size, weights.dtype)
+        if num_blocks < 1 or block_size < 1 or max_num_seqs < 1 or max_batched_tokens < 1:
+            raise ValueError(
+                "LLM: expected at least 1 each, got "
+                f"{num_blocks=}, {block_size=}, {max_num_seqs=}, {max_batched_tokens=} ({kv_cache_bytes=})"
+            )
+        self._cache = KVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=weights.dtype)
+        self._allocator = BlockAllocator(num_blocks)
+        self._capacity = min(num_blocks * block_size, config.max_position_embeddings)
+        self._scheduler = Scheduler(
+            self._allocator, block_size=block_size, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: str | dict[str, Any] | list[str] | list[dict[str, Any]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt.
+
+        Args:
+            prompts: a text, ``{"prompt_token_ids": [...]}``, or a list of either.
+            params: one for all prompts, or one per prompt.
+            progress: called with (finished, all) sequences.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            ValueError: an empty prompt, one that does not fit the cache or the model's context (with the numbers), or a
+                wrong number of params.
+        """
+        listed: list[Any] = prompts if isinstance(prompts, list) else [prompts]
+        each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise ValueError(f"generate: params: expected {len(listed)}, one per prompt, got {len(each)}")
+        requests = [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(listed, each, strict=True))]
+        sequences = [s for _, group in requests for s in group]
+        try:
+            for _, group in requests:
+                self._scheduler.add(group[0])
+            while self._scheduler.busy:
+                self._step()
+                if progress:
+                    progress(sum(s.finish_reason is not None for s in sequences), len(sequences))
+        finally:
+            self._scheduler.waiting.clear()
+            for sequence in list(self._scheduler.running):
+                self._scheduler.finish(sequence)
+        return [
+            RequestOutput(text, tuple(group[0].tokens[: group[0].prompt_len]), tuple(s.output() for s in group))
+            for text, group in requests
+        ]
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, written out by the model's chat template."""
+        several = [m for m in messages if isinstance(m, list)] or [messages]
+        return self.generate(
+            [self.tokenizer.render_chat(m, add_generation_prompt=True, **template) for m in several],  # type: ignore[arg-type]
+            params,
+        )
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        markers: tuple[str, str, str] = FIM_MARKERS,
+    ) -> RequestOutput:
+        """The text between ``prefix`` and ``suffix``, asked for in prefix-suffix-middle order.
+
+        Raises:
+            ValueError: one of the ``markers`` is not a token of this model.
+        """
+        ids = []
+        for marker in markers:
+            found = self.tokenizer.token_id(marker)
+            if found is None:
+                raise ValueError(f"infill: markers: {marker!r} is not a token of this model")
+            ids.append(found)
+        encode = self.tokenizer.encode
+        prompt = [*self.tokenizer.prefix_ids, ids[0], *encode(prefix), ids[1], *encode(suffix), ids[2]]
+        return self.generate({"prompt_token_ids": prompt}, params)[0]
+
+    def _request(self, number: int, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Sequence]]:
+        text, ids = as_prompt(prompt)
+        if ids is None:
+            ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text or "")]
+            if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text, from a chat template, brought its own
+                ids = ids[1:]
+        if not ids:
+            raise ValueError(f"generate: prompts[{number}]: expected at least one token, got an empty prompt")
+        vocabulary = self.model.config.vocab_size
+        if not all(0 <= t < vocabulary for t in ids):
+            raise ValueError(f"generate: prompts[{number}]: expected token ids below {vocabulary}, got {max(ids)}")
+        if len(ids) >= self._capacity:
+            raise ValueError(
+                f"generate: prompts[{number}]: {len(ids)} tokens leave no room to generate: the cache holds "
+                f"{self._allocator.num_blocks * self._cache.block_size}, the model's context is "
+                f"{self.model.config.max_position_embeddings}"
+            )
+        seed = draw_seed() if params.seed is None else params.seed
+        limit = min(len(ids) + params.max_tokens, self._capacity)
+        group = [
+            Sequence(
+                number, i, list(ids), len(ids), limit, params, Detokenizer(self.tokenizer, params.skip_special_tokens),
+                seed + i,
+            )
+            for i in range(params.n)
+        ]  # fmt: skip
+        group[0].siblings = group[1:]
+        return text, group
+
+    def _step(self) -> None:
+        step = self._scheduler.schedule()
+        if step.prefill:
+            complete, logits = prefill(self.model, self._cache, step.work)
+            if logits is None:
+                return
+            complete, logits = self._fork(complete, logits)
+        else:
+            complete = [s for s, _ in step.work]
+            logits = decode(self.model, self._cache, complete)
+        draw(complete, logits, self.tokenizer.eos_ids)
+        for sequence in complete:
+            if sequence.finish_reason is not None:
+                self._scheduler.finish(sequence)
+
+    def _fork(self, complete: list[Sequence], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Let the siblings of a computed prompt draw from the same logits."""
+        rows = list(range(len(complete)))
+        for row, parent in enumerate(list(complete)):
+            for child in parent.siblings:
+                copy = self._scheduler.fork(parent, child)
+                if copy is not None:
+                    self._cache.copy_block(*copy)
+                if child.computed:
+                    complete.append(child)
+                    rows.append(row)
+            parent.siblings = []
+        return complete, logits[rows]

@@ -129,11 +129,9 @@ class LLM:
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, written out by the model's chat template."""
-        several = [m for m in messages if isinstance(m, list)] or [messages]
-        return self.generate(
-            [self.tokenizer.render_chat(m, add_generation_prompt=True, **template) for m in several],  # type: ignore[arg-type]
-            params,
-        )
+        several: list[Any] = messages if isinstance(messages[0], list) else [messages]
+        prompts = [self.tokenizer.render_chat(m, add_generation_prompt=True, **template) for m in several]
+        return self.generate(prompts, params)
 
     def infill(
         self,

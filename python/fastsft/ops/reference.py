@@ -114,6 +114,125 @@ def paged_attention(
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
+def objective_loss(
+    objective: str, logprob: torch.Tensor, entropy: torch.Tensor, ref: torch.Tensor | None, a: float
+) -> torch.Tensor:
+    """psi(l) per token as OBJECTIVES in ops/loss.py names it, with sg(.) as detach."""
+    p = logprob.exp()
+    if objective == "dft":
+        return -p.detach() * logprob
+    if objective == "power":
+        return (1 - p**a) / a
+    if objective == "threshold":
+        return -(p >= a).to(p.dtype) * logprob
+    if objective == "focal":
+        return -((1 - p) ** a).detach() * logprob
+    if objective == "entropy_gate":
+        return -torch.exp(-entropy).detach() * logprob
+    if ref is not None:
+        ratio = torch.exp(logprob - ref)
+        if objective == "ratio_clip":
+            return -torch.minimum(ratio, ratio.clamp(1 - a, 1 + a))
+        return -logprob + a * (1 / ratio - (ref - logprob) - 1)
+    return -logprob
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
+    *,
+    objective: str = "nll",
+    argument: float = 0.0,
+    ref_logprobs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | None = None,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """All logits at once, then the formula of fastsft/loss.h, differentiable by autograd."""
+    kept = targets != ignore_index
+    weights = kept.to(hidden.dtype) if token_weights is None else torch.where(kept, token_weights, 0).to(hidden.dtype)
+    rows = weights != 0
+    hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    log_p = torch.log_softmax(logits, -1)
+    logprob = log_p.gather(1, targets[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss = objective_loss(objective, logprob, entropy, None if ref_logprobs is None else ref_logprobs[rows], argument)
+    loss = loss + label_smoothing * (logprob - log_p.mean(-1)) + z_loss * torch.logsumexp(logits, -1) ** 2
+    loss = loss * weights
+    if reduction == "none":
+        return loss.new_zeros(rows.shape).masked_scatter(rows, loss)
+    if reduction == "sum":
+        return loss.sum()
+    divisor = float(weights.sum()) if normalizer is None else normalizer
+    return loss.sum() / divisor if divisor else loss.sum() * 0
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and entropy, [T] each; 0 at ignored targets."""
+    kept = targets != ignore_index
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = torch.log_softmax(logits, -1)
+    logprob = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(kept, logprob, 0), torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0)
+
+
+def loss_rows(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    grad_weights: torch.Tensor,
+    entropy_grads: torch.Tensor | None,
+    ref: torch.Tensor | None,
+    objective: int,
+    argument: float,
+    softcap: float,
+    temperature: float,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[torch.Tensor, ...]:
+    """The row kernel of fastsft/loss.h: (loss, logprob, entropy, weight, gradient of the logits)."""
+    name = ("nll", "dft", "power", "threshold", "focal", "entropy_gate", "ratio_clip", "k3")[objective]
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        u = z if bias is None else z + bias
+        if softcap > 0:
+            u = softcap * torch.tanh(u / softcap)
+        u = u / temperature
+        log_p = torch.log_softmax(u, -1)
+        logprob = log_p.gather(1, targets[:, None])[:, 0]
+        entropy = -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+        psi = objective_loss(name, logprob, entropy, ref, argument)
+        (weight,) = torch.autograd.grad(-psi.sum(), logprob, retain_graph=True)
+        loss = psi + label_smoothing * (logprob - log_p.mean(-1)) + z_loss * torch.logsumexp(u, -1) ** 2
+        total = (grad_weights * loss).sum()
+        if entropy_grads is not None:
+            total = total + (entropy_grads * entropy).sum()
+        (gradient,) = torch.autograd.grad(total, z)
+    return (token_weights * loss).detach(), logprob.detach(), entropy.detach(), token_weights * weight, gradient
+
+
 # --- fill in the middle ---------------------------------------------------------------------------------------------
 
 

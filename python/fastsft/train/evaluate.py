@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -30,10 +31,10 @@ class EvalResult:
 def batch_loss(model: Decoder, batch: VarlenBatch, *, normalizer: float) -> torch.Tensor:
     """sum_t weight_t * nll_t / normalizer over one packed batch; float32, differentiable."""
     hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
-    loss: torch.Tensor = ops.linear_cross_entropy(
+    loss = ops.linear_cross_entropy(
         hidden_TD, model.lm_head_weight, batch.targets, batch.weights, normalizer=normalizer
     )
-    return loss
+    return cast(torch.Tensor, loss)  # a tuple only with return_aux
 
 
 @torch.inference_mode()

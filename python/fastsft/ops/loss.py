@@ -77,8 +77,8 @@ def linear_cross_entropy(
         ref_logprobs: float32 [T], for ``ratio_clip`` and ``k3``.
         cu_seqlens: reserved for objectives over whole sequences; none of the above takes it.
         bias: [V].
-        reduction: ``mean`` divides by the sum of the weights of the tokens kept, or by ``normalizer``; ``sum``; ``none``
-            (whose backward pass costs a fourth product, since each token has its own upstream gradient).
+        reduction: ``mean`` divides by the sum of the weights of the tokens kept, or by ``normalizer``; ``sum``;
+            ``none`` (its backward pass costs a fourth product, as each token has its own upstream gradient).
         normalizer: the divisor of ``mean``: over the micro-batches of one optimizer step it is their summed weight.
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 leaves them.
         temperature: divides the logits.
@@ -145,7 +145,8 @@ def linear_logprobs(
     op = "linear_logprobs"
     _check(op, hidden, weight, targets, bias, softcap)
     weights = _weights(op, targets, None, ignore_index)
-    logprob, entropy = _LogProbs.apply(hidden, weight, bias, targets, weights, float(softcap))  # type: ignore[no-untyped-call]
+    inputs = (hidden, weight, bias, targets, weights, float(softcap))
+    logprob, entropy = _LogProbs.apply(*inputs)  # type: ignore[no-untyped-call]
     return (logprob, entropy) if return_entropy else logprob
 
 

@@ -119,6 +119,8 @@ def objective_loss(
 ) -> torch.Tensor:
     """psi(l) per token as OBJECTIVES in ops/loss.py names it, with sg(.) as detach."""
     p = logprob.exp()
+    if objective == "nll":
+        return -logprob
     if objective == "dft":
         return -p.detach() * logprob
     if objective == "power":
@@ -129,12 +131,12 @@ def objective_loss(
         return -((1 - p) ** a).detach() * logprob
     if objective == "entropy_gate":
         return -torch.exp(-entropy).detach() * logprob
-    if ref is not None:
-        ratio = torch.exp(logprob - ref)
-        if objective == "ratio_clip":
-            return -torch.minimum(ratio, ratio.clamp(1 - a, 1 + a))
-        return -logprob + a * (1 / ratio - (ref - logprob) - 1)
-    return -logprob
+    if ref is None:
+        raise ValueError(f"{objective}: needs ref")
+    ratio = torch.exp(logprob - ref)
+    if objective == "ratio_clip":
+        return -torch.minimum(ratio, ratio.clamp(1 - a, 1 + a))
+    return -logprob + a * (1 / ratio - (ref - logprob) - 1)
 
 
 def linear_cross_entropy(

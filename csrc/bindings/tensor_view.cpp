@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <string_view>
 
 namespace fastsft::bindings {
 namespace {
@@ -147,6 +148,12 @@ TensorView view_of(py::handle object) {
   return from_attributes(object);
 }
 
+// Builds its texts only when the condition fails: a call checks a dozen tensors and takes microseconds.
+#define REQUIRE(condition, ...)                    \
+  do {                                             \
+    if (!(condition)) require(false, __VA_ARGS__); \
+  } while (0)
+
 void Check::require(bool condition, const char* name, const std::string& expected, const std::string& got) const {
   FASTSFT_CHECK(condition, op_, ": ", name, ": expected ", expected, ", got ", got);
 }
@@ -158,27 +165,29 @@ int64_t Check::size(const std::string& letter) const {
 }
 
 void Check::bind(const char* name, const TensorView& view, const char* dims) {
-  std::istringstream words(dims);
-  std::vector<std::string> letters;
-  for (std::string word; words >> word;) letters.push_back(word);
-  require(static_cast<int>(letters.size()) == view.ndim, name, "[" + std::string(dims) + "]", view.describe());
+  const std::string_view words(dims);
+  const auto count = words.empty() ? 0 : std::count(words.begin(), words.end(), ' ') + 1;
+  REQUIRE(count == view.ndim, name, "[" + std::string(dims) + "]", view.describe());
+  std::size_t start = 0;
   for (int i = 0; i < view.ndim; ++i) {
-    std::string letter = letters[i];
+    const std::size_t end = std::min(words.find(' ', start), words.size());
+    std::string letter(words.substr(start, end - start));
+    start = end + 1;
     int64_t size = view.shape[i];
     if (std::isdigit(static_cast<unsigned char>(letter[0]))) {
-      require(size == std::stoll(letter), name, "[" + std::string(dims) + "]", view.describe());
+      REQUIRE(size == std::stoll(letter), name, "[" + std::string(dims) + "]", view.describe());
       continue;
     }
     if (const auto plus = letter.find('+'); plus != std::string::npos) {
       size -= std::stoll(letter.substr(plus + 1));
       letter.resize(plus);
-      require(size >= 0, name, "[" + std::string(dims) + "]", view.describe());
+      REQUIRE(size >= 0, name, "[" + std::string(dims) + "]", view.describe());
     }
     const auto [entry, fresh] = sizes_.emplace(letter, size);
     FASTSFT_CHECK(fresh || entry->second == size, op_, ": ", name, ": dimension ", i, " makes ", letter, " = ", size,
                   ", but earlier arguments made it ", entry->second);
   }
-  require(device_ == 0 || device_ == view.device.type, name,
+  REQUIRE(device_ == 0 || device_ == view.device.type, name,
           device_ == dlpack::kCuda ? "a CUDA tensor" : "a CPU tensor", view.describe());
   device_ = view.device.type;
   if (view.on_cuda()) stream_ = view.stream;
@@ -187,7 +196,7 @@ void Check::bind(const char* name, const TensorView& view, const char* dims) {
 TensorView Check::typed(const char* name, py::handle object, const char* dims, dlpack::TypeCode code, int bits) {
   const TensorView view = view_of(object);
   const dlpack::DataType wanted{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
-  require(view.dtype.code == wanted.code && view.dtype.bits == wanted.bits && view.contiguous(), name,
+  REQUIRE(view.dtype.code == wanted.code && view.dtype.bits == wanted.bits && view.contiguous(), name,
           "contiguous " + type_name(wanted) + "[" + dims + "]",
           view.describe() + (view.contiguous() ? "" : ", not contiguous"));
   bind(name, view, dims);
@@ -205,11 +214,11 @@ TensorView Check::floats(const char* name, py::handle object, const char* dims, 
   const TensorView view = view_of(object);
   const bool is_float = (view.dtype.code == dlpack::kFloat && (view.dtype.bits == 32 || view.dtype.bits == 16)) ||
                         (view.dtype.code == dlpack::kBFloat && view.dtype.bits == 16);
-  require(is_float, name, "float32, bfloat16 or float16 [" + std::string(dims) + "]", view.describe());
+  REQUIRE(is_float, name, "float32, bfloat16 or float16 [" + std::string(dims) + "]", view.describe());
   if (contiguous) {
-    require(view.contiguous(), name, "a contiguous tensor", view.describe() + ", not contiguous");
+    REQUIRE(view.contiguous(), name, "a contiguous tensor", view.describe() + ", not contiguous");
   } else if (view.ndim > 0 && view.numel() > 0) {
-    require(view.shape[view.ndim - 1] == 1 || view.strides[view.ndim - 1] == 1, name, "a contiguous last dimension",
+    REQUIRE(view.shape[view.ndim - 1] == 1 || view.strides[view.ndim - 1] == 1, name, "a contiguous last dimension",
             view.describe() + " with last stride " + std::to_string(view.strides[view.ndim - 1]));
   }
   bind(name, view, dims);
@@ -217,7 +226,7 @@ TensorView Check::floats(const char* name, py::handle object, const char* dims, 
 }
 
 void Check::same_dtype(const char* name, const TensorView& view, const TensorView& like) const {
-  require(view.dtype.code == like.dtype.code && view.dtype.bits == like.dtype.bits, name, type_name(like.dtype),
+  REQUIRE(view.dtype.code == like.dtype.code && view.dtype.bits == like.dtype.bits, name, type_name(like.dtype),
           view.describe());
 }
 

@@ -30,8 +30,9 @@ void finish_turn(std::atomic<int32_t>& done) { done.fetch_add(1, std::memory_ord
 namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
-constexpr int64_t kForwardRows = 192;  // rows that share one conversion of a key block
-constexpr int64_t kDeltaTokens = 32;   // queries per unit of the first backward pass
+constexpr int64_t kForwardRows = 192;              // rows that share one conversion of a key block
+constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
+constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
 // Grows to the largest unit a thread has run and is kept: a page fault per call would cost more than a short sequence.
 float* thread_scratch(int64_t floats) {
@@ -97,8 +98,8 @@ void add_forward_items(const ForwardArgs& args, int64_t q_first, int64_t num_q, 
     item.k_first = k_first;
     item.num_k = num_k;
     item.table = table;
-    const int64_t middle = keys_seen(args.mask, item.position + item.num_q / 2, num_k);
-    item.cost = item.num_q * (middle + 16);
+    const int64_t keys = keys_seen(args.mask, item.position + item.num_q / 2, num_k);
+    item.cost = (keys * (tile_rows(item.num_q, args.group) + 2) + 16) * 2 * args.shape.head_dim;
     for (item.kv_head = 0; item.kv_head < args.shape.num_kv_heads; ++item.kv_head) items.push_back(item);
   }
 }
@@ -106,8 +107,10 @@ void add_forward_items(const ForwardArgs& args, int64_t q_first, int64_t num_q, 
 void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
   std::sort(items.begin(), items.end(), [](const ForwardItem& a, const ForwardItem& b) { return a.cost > b.cost; });
   const auto run_item = FASTSFT_ISA_SELECT(attention_forward_item);
-  const int64_t dim = args.shape.head_dim;
-  parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+  const int64_t dim = args.shape.head_dim, count = static_cast<int64_t>(items.size());
+  int64_t cost = 0;
+  for (const ForwardItem& item : items) cost += item.cost;
+  parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t rows = tile_rows(items[i].num_q, args.group);
       run_item(args, items[i], thread_scratch(2 * kKeyBlock * dim + rows * (2 * dim + 2) + 8 * kKeyBlock));
@@ -242,8 +245,11 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
     for (int64_t i = begin; i < end; ++i) run_delta(args, delta_ranges[i].first, delta_ranges[i].second);
   });
   const auto run_item = FASTSFT_ISA_SELECT(attention_backward_item);
+  int64_t cost = 0;
+  for (const int64_t b : order) cost += pairs(b) * shape.num_q_heads * dim * 5;
+  const int64_t count = static_cast<int64_t>(items.size());
   const int64_t scratch = 5 * kKeyBlock * dim + rows * (3 * dim + 2 * kKeyBlock + 2);
-  parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* buffer;
       try {

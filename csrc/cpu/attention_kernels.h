@@ -44,7 +44,7 @@ struct ForwardItem {
   int64_t num_k;         // keys of the sequence
   const int32_t* table;  // the sequence's row of the block table, or null
   int64_t kv_head;
-  int64_t cost;
+  int64_t cost;  // in multiply-adds, about
 };
 
 struct BackwardArgs {

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from fastsft.verify.passk import Task, evaluate_tasks, extract_code, pass_at_k, read_tasks
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 5, 2), (7, 3, 5), (6, 0, 6)])
+def test_against_enumeration(n: int, c: int, k: int) -> None:
+    draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+
+
+def test_impossible_numbers() -> None:
+    for n, c, k in ((1, 2, 1), (3, 1, 4), (3, -1, 1), (3, 1, 0)):
+        with pytest.raises(ValueError, match="pass_at_k: expected"):
+            pass_at_k(n, c, k)
+
+
+def test_tasks_are_executed() -> None:
+    tasks = [Task("double", "", "assert f(3) == 6"), Task("head", "", "assert g(1) == 2", prefix="def g(x):\n")]
+    samples = [["def f(x):\n    return x * 2", "def f(x):\n    return x", "def f("], ["    return x + 1"] * 3]
+    report = evaluate_tasks(tasks, samples, k=(1, 2))
+    assert [t.passed for t in report.tasks] == [1, 3]
+    assert report.pass_at[1] == pytest.approx((1 / 3 + 1) / 2)
+    assert report.pass_at[2] == pytest.approx((2 / 3 + 1) / 2)
+    assert report.statuses == {"ok": 4, "error": 2}
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        evaluate_tasks(tasks, [["a"], ["b"]], k=(2,))
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl.gz"
+    human_eval = {
+        "task_id": "HumanEval/0",
+        "prompt": "def inc(x):\n",
+        "entry_point": "inc",
+        "canonical_solution": "    return x + 1\n",
+        "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+    }
+    own = {"task_id": "own", "prompt": "p", "check": "assert True"}
+    with gzip.open(path, "wt") as stream:
+        stream.write(json.dumps(human_eval) + "\n\n" + json.dumps(own) + "\n")
+    tasks = read_tasks(path)
+    assert [t.task_id for t in tasks] == ["HumanEval/0", "own"]
+    assert evaluate_tasks(tasks, [["    return x + 1\n"], [""]]).pass_at[1] == 1.0
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(own) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"broken.jsonl:2: expected task_id"):
+        read_tasks(broken)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("def f(): pass", "def f(): pass"),
+        ("Sure:\n```python\ndef f(): pass\n```\nDone.", "def f(): pass\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```x = 1```", "x = 1"),
+        ("```py\nx = 1", "x = 1"),
+    ],
+)
+def test_extract_code(answer: str, code: str) -> None:
+    assert extract_code(answer) == code

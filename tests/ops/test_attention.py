@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastsft import _C
 from fastsft.ops import attention, reference, varlen_attention
@@ -105,6 +107,25 @@ def test_softcap(isa, softcap):
     check(LENGTHS, LENGTHS, (4, 2), 64, torch.float32, softcap=softcap, scale=0.5)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_batch(data):
+    count = data.draw(st.integers(1, 5))
+    lengths = st.lists(st.integers(0, 140), min_size=count, max_size=count)
+    heads_k, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    reach = st.integers(-1, 150)
+    check(
+        data.draw(lengths),
+        data.draw(lengths),
+        (heads_k * group, heads_k),
+        data.draw(st.sampled_from([32, 80])),
+        torch.float32,
+        causal=data.draw(st.booleans()),
+        window=data.draw(st.none() | st.tuples(reach, reach)),
+        softcap=data.draw(st.sampled_from([0.0, 2.0])),
+    )
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 31, 257])
 def test_one_sequence(tokens):
     check([tokens], [tokens], (2, 1), 64, torch.float32)
@@ -124,6 +145,9 @@ def test_no_sequences():
     out, lse = varlen_attention(q, k, v, offsets([]), return_lse=True)
     assert out.shape == (0, 2, 32)
     assert lse.shape == (2, 0)
+    arguments = (out, q, k, v, out, lse, None, offsets([]), offsets([]), *options_of())
+    for backward in (attention._native_backward, attention._torch_backward):
+        assert [x.shape for x in backward(*arguments)] == [x.shape for x in (q, k, v)]
 
 
 def test_no_leak_packed_equals_each_sequence_alone_bit_for_bit():

@@ -273,6 +273,8 @@ def _torch_backward(
     cu_k: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_q.numel() == 1:  # no sequence, hence no graph to differentiate
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.enable_grad():
         q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
         outputs = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **_reference_options(*options))

@@ -36,22 +36,28 @@ uint64_t key_of(const uint32_t* values, int64_t n) {
   return h ^ (h >> 29);
 }
 
-// Groups the given rows by the key of columns [first, first + width); rows alone with their key are left out.
+// Groups the given rows by columns [first, first + width); rows alone with their values are left out.
 Buckets group(const uint32_t* signatures, int64_t num_perm, int64_t first, int64_t width,
               const std::vector<Row>& rows) {
   const std::size_t slots = std::bit_ceil(2 * rows.size() + 1);
   struct Slot {
-    uint64_t key;
-    Row row_plus_one;
+    uint32_t tag;      // of the key; spares most looks at the rows themselves
+    Row row_plus_one;  // 0: free
   };
   std::vector<Slot> table(slots, Slot{0, 0});
   Buckets buckets;
   for (const Row row : rows) {
-    const uint64_t key = key_of(signatures + row * num_perm + first, width);
+    const uint32_t* values = signatures + row * num_perm + first;
+    const uint64_t key = key_of(values, width);
+    const uint32_t tag = static_cast<uint32_t>(key >> 32);
+    const auto differs = [&](const Slot& slot) {
+      return slot.tag != tag ||
+             !std::equal(values, values + width, signatures + (slot.row_plus_one - 1) * num_perm + first);
+    };
     std::size_t at = key & (slots - 1);
-    while (table[at].row_plus_one != 0 && table[at].key != key) at = (at + 1) & (slots - 1);
+    while (table[at].row_plus_one != 0 && differs(table[at])) at = (at + 1) & (slots - 1);
     if (table[at].row_plus_one == 0) {
-      table[at] = {key, row + 1};
+      table[at] = {tag, row + 1};
     } else {
       buckets.emplace_back(table[at].row_plus_one - 1, row);
     }
@@ -183,9 +189,7 @@ void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, doubl
   Components components(n);
   std::vector<Row> distinct(n);
   for (int64_t i = 0; i < n; ++i) distinct[i] = static_cast<Row>(i);
-  for (const auto& [first, later] : group(signatures, num_perm, 0, num_perm, distinct)) {
-    if (std::equal(row(first), row(first) + num_perm, row(later))) components.join(first, later);
-  }
+  for (const auto& [first, later] : group(signatures, num_perm, 0, num_perm, distinct)) components.join(first, later);
   std::erase_if(distinct, [&](Row i) { return components.find(i) != i; });
 
   std::vector<Buckets> bands(shape.bands);

@@ -7,7 +7,8 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
-// The compiler's vector extension: arithmetic on these is lane by lane, in whatever registers the target has.
+// The compiler's vector extension: arithmetic on these is lane by lane. The width is the
+// target's own: wider types are correct too, but are taken apart element by element.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -17,8 +18,10 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 typedef uint32_t Vec __attribute__((vector_size(kVectorBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kBlock = 64;  // bytes classified at a time
+constexpr uint64_t kTopBit = uint64_t{1} << 63;
 
 inline Vec load(const uint32_t* from) {
   Vec v;
@@ -42,19 +45,19 @@ inline uint32_t fmix32(uint32_t h) {
 
 // Lower-cases 64 bytes in place and returns one bit per byte: is it part of a word?
 inline uint64_t classify(uint8_t* bytes) {
-  uint8_t word[kBlock];
-  for (int j = 0; j < kBlock; ++j) {
-    const uint8_t upper = static_cast<uint8_t>(bytes[j] - 'A') < 26;
-    const uint8_t c = static_cast<uint8_t>(bytes[j] | (upper << 5));
-    const uint8_t letter = static_cast<uint8_t>(c - 'a') < 26;
-    const uint8_t digit = static_cast<uint8_t>(c - '0') < 10;
-    word[j] = static_cast<uint8_t>(letter | digit | (c == '_') | (c >> 7));
-    bytes[j] = c;
+  uint8_t bits[kBlock];
+  for (int at = 0; at < kBlock; at += kVectorBytes) {
+    Bytes c;
+    std::memcpy(&c, bytes + at, sizeof(c));
+    c |= reinterpret_cast<Bytes>(c - 'A' < 26) & 0x20;  // a comparison gives 0 or -1 in each byte
+    const Bytes word = reinterpret_cast<Bytes>((c - 'a' < 26) | (c - '0' < 10) | (c == '_') | (c >= 0x80)) & 1;
+    std::memcpy(bytes + at, &c, sizeof(c));
+    std::memcpy(bits + at, &word, sizeof(word));
   }
   uint64_t mask = 0;
   for (int q = 0; q < 8; ++q) {
     // Gathers the low bits of 8 bytes into one byte: byte i times 2^(56 - 7i) puts its bit at 56 + i.
-    mask |= ((load8(word + 8 * q) * 0x0102040810204080u) >> 56) << (8 * q);
+    mask |= ((load8(bits + 8 * q) * 0x0102040810204080u) >> 56) << (8 * q);
   }
   return mask;
 }
@@ -94,8 +97,12 @@ int64_t hash_words(const char* text, int64_t length, uint8_t* lower, uint32_t* e
   uint64_t last = 0;                                  // was the byte before this block part of a word?
   for (int64_t at = 0; at <= length; at += kBlock) {  // <=: the zeros after the text end the last word
     const int64_t have = length - at < kBlock ? length - at : kBlock;
-    if (have < kBlock) std::memset(lower + at, 0, kBlock);
-    if (have > 0) std::memcpy(lower + at, text + at, static_cast<size_t>(have));
+    if (have == kBlock) {
+      std::memcpy(lower + at, text + at, kBlock);  // a constant size, hence no call
+    } else {
+      std::memset(lower + at, 0, kBlock);
+      if (have > 0) std::memcpy(lower + at, text + at, static_cast<size_t>(have));
+    }
     const uint64_t mask = classify(lower + at);
     uint64_t changed = mask ^ ((mask << 1) | last);
     last = mask >> 63;
@@ -103,7 +110,7 @@ int64_t hash_words(const char* text, int64_t length, uint8_t* lower, uint32_t* e
     // Eight at a time whether or not there are so many: a mispredicted branch costs more than the spare stores.
     for (int done = 0; done < count; done += 8) {
       for (int j = 0; j < 8; ++j) {
-        const int bit = changed != 0 ? __builtin_ctzll(changed) : 0;
+        const int bit = __builtin_ctzll(changed | kTopBit);  // defined, if meaningless, once `changed` is used up
         edges[num_edges + done + j] = static_cast<uint32_t>(at + bit);
         changed &= changed - 1;
       }

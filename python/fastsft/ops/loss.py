@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import Implementation, define, record
 
 _TILE_BYTES = 64 << 20  # of logits; large enough for the products to run at full speed
 
@@ -308,6 +308,12 @@ def _rows_torch(logits: Tensor, bias: Tensor | None, per_token: list[Tensor | No
 
 _HAS_CUDA = bool(_C.cuda_architectures())
 _ROWS = {"cpu": _rows_native, "cuda": _rows_native if _HAS_CUDA else _rows_torch}
+_CPU_IS = Implementation("native", "C++ row kernel between torch's matrix products")
+_CUDA_IS = (
+    Implementation("native", "CUDA row kernel between torch's matrix products; not yet run on a GPU")
+    if _HAS_CUDA
+    else Implementation("torch", "this build has no CUDA kernels")
+)
 _op = define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor token_weights, "
     "Tensor grad_weights, Tensor? entropy_grads, Tensor? ref_logprobs, int objective, float argument, float softcap, "
@@ -316,11 +322,10 @@ _op = define(
     fake=_fake,
     cpu=_run,
     cuda=_run,
-    cpu_is=Implementation("native", "C++ row kernel between torch's matrix products"),
-    cuda_is=Implementation("native", "CUDA row kernel between torch's matrix products; not yet run on a GPU")
-    if _HAS_CUDA
-    else Implementation("torch", "this build has no CUDA kernels"),
+    cpu_is=_CPU_IS,
+    cuda_is=_CUDA_IS,
 )
+record("linear_logprobs", cpu=_CPU_IS, cuda=_CUDA_IS)
 
 
 def _wanted(ctx: Any) -> int:

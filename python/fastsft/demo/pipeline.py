@@ -1,0 +1,272 @@
+"""The demo's stages, end to end: source files, dedup, tokenizer, training, tuning, execution, samples, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+import fastsft
+from fastsft.config import Config, load_config
+from fastsft.data.loader import PackedLoader
+from fastsft.data.prepare import Prepared, prepare
+from fastsft.demo import baseline, corpus, tasks
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import SamplingParams
+from fastsft.models.weights import load_model
+from fastsft.report.html import write_report
+from fastsft.train.metrics import read_metrics
+from fastsft.train.trainer import Trainer, TrainResult
+from fastsft.verify.passk import PassReport, Task, evaluate_tasks
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. Fixed numbers, so that two runs on one machine are the same run."""
+
+    definitions: int | None
+    vocab: int
+    hidden: int
+    layers: int
+    train_steps: int
+    tune_steps: int
+    tasks: int
+    held_out_tasks: int
+    rounds: int
+
+
+FULL = Size(definitions=None, vocab=6144, hidden=256, layers=6, train_steps=110, tune_steps=110, tasks=6000,
+            held_out_tasks=80, rounds=5)  # fmt: skip
+QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, tune_steps=12, tasks=300,
+             held_out_tasks=8, rounds=1)  # fmt: skip
+CAPACITY = 8192  # tokens per step
+HEADS, KV_HEADS = 8, 2
+
+
+def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
+    """Run every stage under ``output`` (emptied first) and return what results.json holds.
+
+    The compute type is bfloat16 where the CPU multiplies it natively, float32 elsewhere.
+    """
+    size = QUICK if quick else FULL
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    stages = _Stages()
+    dtype = "bfloat16" if _native_bfloat16() else "float32"
+    results: dict[str, Any] = {"info": fastsft.info(), "size": dataclasses.asdict(size), "dtype": dtype,
+                               "torch_threads": torch.get_num_threads()}  # fmt: skip
+
+    with stages("source files"):
+        found = corpus.definitions(limit=size.definitions)
+        _write_jsonl(output / "code.jsonl", ({"text": d.text, "path": d.source} for d in found))
+        results["corpus"] = {"definitions": len(found), "characters": sum(len(d.text) for d in found)}
+        stages.say(f"{len(found)} functions and classes of the standard library")
+    with stages("dedup, tokenizer, tokens"):
+        config = _train_config(output, size, dtype)
+        prepared = prepare(config)
+        results["prepare"] = prepared.report
+        _say_dedup(stages, prepared.report["dedup"])
+    with stages("training on code with fill-in-the-middle"):
+        trained = Trainer(config, prepared=prepared).run()
+        results["train"] = _summary(trained, output / "base")
+        parameters = sum(p.numel() for p in load_model(trained.model_path).parameters())
+        results["parameters"] = parameters
+        stages.say(f"{parameters / 1e6:.1f} M parameters, {trained.tokens_per_second:,.0f} tokens/s ({dtype})")
+    with stages("tuning on instructions"):
+        conversations, held_out, _ = tasks.build(size.tasks, size.held_out_tasks, seed=0)
+        pairs = corpus.instruction_pairs(found)
+        _write_jsonl(output / "instructions.jsonl", ({"messages": m} for m in [*conversations, *pairs]))
+        tune_config = _tune_config(output, size, dtype, trained.model_path)
+        tune_prepared = prepare(tune_config)
+        tuned = Trainer(tune_config, prepared=tune_prepared).run()
+        results["tune"] = _summary(tuned, output / "tuned")
+        results["instructions"] = {"tasks": len(conversations), "from_docstrings": len(pairs)}
+    with stages("held-out tasks, executed in the sandbox"):
+        results["pass_at_1"] = {}
+        for name, path in (("before", trained.model_path), ("after", tuned.model_path)):
+            report, answers = _solve(path, held_out)
+            results["pass_at_1"][name] = report.to_dict()
+            stages.say(f"pass@1 {name} tuning: {report.pass_at[1]:.2f} of {len(held_out)} tasks")
+        results["answers"] = [
+            {"prompt": t.prompt, "answer": a, "passed": bool(r.passed)}
+            for t, a, r in zip(held_out, answers, report.tasks, strict=True)
+        ][:12]
+        results["layers"] = list(report.tasks[0].results[0].layers)
+    with stages("samples"):
+        results["samples"] = _samples(trained.model_path, prepared)
+    with stages("speed against a padded PyTorch loop"):
+        comparison = _compare(trained.model_path, prepared, dtype, size)
+        results["speed"] = {**dataclasses.asdict(comparison), "ratio": comparison.ratio}
+        stages.say(
+            f"{comparison.ours:,.0f} against {comparison.padded:,.0f} tokens/s: {comparison.ratio:.2f}x "
+            f"({comparison.padding_share:.0%} of the padded batch is padding)"
+        )
+    results["seconds"] = stages.seconds
+    results["total_seconds"] = sum(stages.seconds.values())
+    with stages("report"):
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        report_path = write_report(output, results, read_metrics(output / "base" / "metrics.jsonl"),
+                                   read_metrics(output / "tuned" / "metrics.jsonl"))  # fmt: skip
+    _say_results(stages, results, report_path)
+    return results
+
+
+class _Stages:
+    """Names each stage, times it, and prints what it found."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.seconds: dict[str, float] = {}
+        self._console = Console(stderr=True)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._console.rule(f"[bold]{name}", align="left")
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+        self._console.print(f"[dim]{self.seconds[name]:.1f} s")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        from rich.table import Table
+
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table, markup=False)
+
+
+def _native_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _train_config(output: Path, size: Size, dtype: str) -> Config:
+    architecture = {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": size.hidden,
+        "intermediate_size": 3 * size.hidden, "num_hidden_layers": size.layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    return load_config(
+        {
+            "output": str(output / "base"),
+            "model": {"init": architecture, "dtype": dtype},
+            "tokenizer": {"train_vocab": size.vocab},
+            "data": {
+                "train": [str(output / "code.jsonl")], "max_length": 1024, "eval_fraction": 0.01,
+                "dedup": {"mode": "near", "threshold": 0.7}, "fim": {"rate": 0.5},
+            },
+            "optim": {"lr": 3e-3, "weight_decay": 0.1},
+            "schedule": {"warmup": 0.05, "final": 0.1},
+            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.train_steps, "eval_every": 50,
+                      "save_every": 0},
+        }
+    )  # fmt: skip
+
+
+def _tune_config(output: Path, size: Size, dtype: str, base: Path) -> Config:
+    return load_config(
+        {
+            "output": str(output / "tuned"),
+            "model": {"path": str(base), "dtype": dtype},
+            "data": {"train": [str(output / "instructions.jsonl")], "max_length": 1024, "eval_fraction": 0.02},
+            "optim": {"lr": 2e-3},
+            "schedule": {"warmup": 0.05},
+            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.tune_steps, "eval_every": 50,
+                      "save_every": 0},
+        }
+    )  # fmt: skip
+
+
+def _summary(result: TrainResult, folder: Path) -> dict[str, Any]:
+    before, after = result.eval_before, result.eval_after
+    return {
+        "steps": result.steps,
+        "tokens_per_second": result.tokens_per_second,
+        "loss_before": before.loss if before else None,
+        "loss_after": after.loss if after else None,
+        "tokens": sum(m["tokens"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "step"),
+    }
+
+
+def _solve(path: Path, held_out: list[Task]) -> tuple[PassReport, list[str]]:
+    llm = LLM(path)
+    params = SamplingParams(max_tokens=64)
+    outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in held_out], params)
+    answers = [o.outputs[0].text for o in outputs]
+    return evaluate_tasks(held_out, [[a] for a in answers], workers=os.cpu_count() or 1), answers
+
+
+def _samples(path: Path, prepared: Prepared) -> dict[str, list[dict[str, str]]]:
+    """Completions and infills by the model that was trained on code, for its held-out documents."""
+    llm = LLM(path)
+    completions: list[dict[str, str]] = []
+    infills: list[dict[str, str]] = []
+    for i in range(min(40, len(prepared.eval))):
+        text = prepared.tokenizer.decode(prepared.eval[i].ids.tolist(), skip_special_tokens=False)
+        if "<|fim_" in text or text.count("\n") < 6:
+            continue
+        lines = text.replace("<|endoftext|>", "").splitlines(keepends=True)
+        half = len(lines) // 2
+        if len(completions) < 3:
+            prompt = "".join(lines[:half])
+            params = SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=i)
+            output = llm.generate(prompt, params)[0].outputs[0].text
+            completions.append({"prompt": prompt, "output": output, "reference": "".join(lines[half:])})
+        elif len(infills) < 3:
+            prefix, suffix = "".join(lines[:half]), "".join(lines[half + 1 :])
+            output = llm.infill(prefix, suffix, SamplingParams(max_tokens=40)).outputs[0].text
+            infills.append({"prefix": prefix, "suffix": suffix, "output": output, "reference": lines[half]})
+    return {"completions": completions, "infills": infills}
+
+
+def _compare(path: Path, prepared: Prepared, dtype: str, size: Size) -> baseline.Comparison:
+    model = load_model(path, dtype=getattr(torch, dtype))
+    loader = PackedLoader(prepared.train, capacity=CAPACITY, seed=1)
+    batches = [loader.batch(0, i) for i in range(2)]
+    return baseline.compare(model, batches, rows=16, rounds=size.rounds)
+
+
+def _say_dedup(stages: _Stages, report: dict[str, Any]) -> None:
+    stages.say(
+        f"{report['kept']} of {report['records']} kept; {report['exact_duplicates']} exact and "
+        f"{report['near_duplicates']} near duplicates"
+    )
+    rows = [[str(c["size"]), c["example"].partition("\n")[0][:60], ", ".join(Path(s).name for s in c["sources"][:3])]
+            for c in report["clusters"][:5]]  # fmt: skip
+    stages.table("largest clusters", ["size", "first line", "members"], rows)
+
+
+def _say_results(stages: _Stages, results: dict[str, Any], report: Path) -> None:
+    train, tune, passed, speed = results["train"], results["tune"], results["pass_at_1"], results["speed"]
+    rows = [
+        ["held-out loss on code, nats", f"{train['loss_before']:.3f}", f"{train['loss_after']:.3f}"],
+        ["held-out loss on instructions, nats", f"{tune['loss_before']:.3f}", f"{tune['loss_after']:.3f}"],
+        ["pass@1 on held-out tasks", *(f"{passed[k]['pass_at']['1']:.2f}" for k in ("before", "after"))],
+        ["tokens/s: padded loop, fastsft", f"{speed['padded']:,.0f}", f"{speed['ours']:,.0f}"],
+    ]
+    stages.table(f"done in {results['total_seconds']:.0f} s", ["", "before", "after"], rows)
+    stages.say(f"report: {report}")
+
+
+def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with open(path, "wb") as stream:
+        for row in rows:
+            stream.write(orjson.dumps(row) + b"\n")

@@ -1,0 +1,96 @@
+"""Small programming tasks whose answers can be executed: families of functions over names and constants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastsft.verify.passk import Task
+
+_ADJECTIVES = ("total", "final", "base", "net", "next", "last", "main", "raw", "best", "local", "new", "old")
+_NOUNS = ("price", "score", "value", "count", "level", "index", "width", "rate", "cost", "point", "size", "limit")
+
+
+@dataclass(frozen=True)
+class Family:
+    """``ask`` and ``body`` are formatted with {c}; ``call`` is what the function must compute, over x and c."""
+
+    ask: str
+    body: str
+    call: str
+    inputs: tuple[object, ...]
+
+
+_NUMBERS = (0, 1, -4, 7, 25, 130)
+_LISTS = ([], [3], [5, -2, 40], [9, 9, 17, 60, 2, 88])
+_TEXTS = ("", "a", "Hello World", "abcabc xyz")
+
+FAMILIES = (
+    Family("adds {c} to x", "return x + {c}", "x + c", _NUMBERS),
+    Family("subtracts {c} from x", "return x - {c}", "x - c", _NUMBERS),
+    Family("multiplies x by {c}", "return x * {c}", "x * c", _NUMBERS),
+    Family("returns the remainder of x divided by {c}", "return x % {c}", "x % c", _NUMBERS),
+    Family("returns the larger of x and {c}", "return max(x, {c})", "max(x, c)", _NUMBERS),
+    Family("returns the smaller of x and {c}", "return min(x, {c})", "min(x, c)", _NUMBERS),
+    Family("tells whether x is greater than {c}", "return x > {c}", "x > c", _NUMBERS),
+    Family("tells whether x is divisible by {c}", "return x % {c} == 0", "x % c == 0", _NUMBERS),
+    Family("squares x and adds {c}", "return x * x + {c}", "x * x + c", _NUMBERS),
+    Family("adds {c} to every element of the list x", "return [v + {c} for v in x]", "[v + c for v in x]", _LISTS),
+    Family("keeps the elements of the list x above {c}", "return [v for v in x if v > {c}]",
+           "[v for v in x if v > c]", _LISTS),
+    Family("sums the list x and adds {c}", "return sum(x) + {c}", "sum(x) + c", _LISTS),
+    Family("counts the elements of the list x below {c}", "return sum(1 for v in x if v < {c})",
+           "sum(1 for v in x if v < c)", _LISTS),
+    Family("repeats the string x {c} times", "return x * {c}", "x * c", _TEXTS),
+    Family("returns the first {c} characters of the string x", "return x[:{c}]", "x[:c]", _TEXTS),
+    Family("reverses the string x and repeats it {c} times", "return x[::-1] * {c}", "x[::-1] * c", _TEXTS),
+)  # fmt: skip
+
+Conversation = list[dict[str, str]]
+
+
+def build(count: int, held_out: int, *, seed: int) -> tuple[list[Conversation], list[Task], list[str]]:
+    """Training conversations, held-out tasks, and the latter's canonical answers.
+
+    Each (family, name, constant) is drawn at most once, and the function names of the held-out tasks occur in no
+    training conversation.
+    """
+    names = [f"{a}_{n}" for a, n in itertools.product(_ADJECTIVES, _NOUNS)]
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    names = [names[i] for i in rng.permutation(len(names))]
+    kept, fresh = names[: -len(names) // 5], names[-len(names) // 5 :]
+    train = [_conversation(*pick) for pick in _draw(rng, kept, count)]
+    picks = list(_draw(rng, fresh, held_out))
+    return train, [_task(i, *pick) for i, pick in enumerate(picks)], [_answer(*pick) for pick in picks]
+
+
+def _draw(rng: np.random.Generator, names: list[str], count: int) -> list[tuple[Family, str, int]]:
+    every = [(f, n, c) for f in FAMILIES for n in names for c in range(2, 100)]
+    if count > len(every):
+        raise ValueError(f"tasks: expected at most {len(every)} for these names, got {count}")
+    return [every[i] for i in rng.choice(len(every), count, replace=False)]
+
+
+def _ask(family: Family, name: str, constant: int) -> str:
+    return f"Write a function `{name}(x)` that {family.ask.format(c=constant)}."
+
+
+def _answer(family: Family, name: str, constant: int) -> str:
+    return f"def {name}(x):\n    {family.body.format(c=constant)}"
+
+
+def _conversation(family: Family, name: str, constant: int) -> Conversation:
+    return [
+        {"role": "user", "content": _ask(family, name, constant)},
+        {"role": "assistant", "content": _answer(family, name, constant)},
+    ]
+
+
+def _task(number: int, family: Family, name: str, constant: int) -> Task:
+    # The expected values come from `call`, not from the answer's text.
+    expected: Callable[[object], object] = eval(f"lambda x, c={constant}: {family.call}")
+    checks = "\n".join(f"assert {name}({x!r}) == {expected(x)!r}" for x in family.inputs)
+    return Task(f"demo/{number}", _ask(family, name, constant), checks)

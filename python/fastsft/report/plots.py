@@ -1,0 +1,61 @@
+"""Plots as SVG text, so that a report is one file. Needs matplotlib (the ``report`` extra)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+Series = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def lines(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+    """One curve per series; a series of few points is drawn with markers."""
+    figure, axes = _axes(title, x_label, y_label)
+    for label, x, y in series:
+        axes.plot(x, y, label=label, marker="o" if len(x) < 12 else "", linewidth=1.4)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def bars(title: str, y_label: str, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> str:
+    figure, axes = _axes(title, "", y_label)
+    drawn = axes.bar(list(names), list(values), width=0.55, color=["#9aa5b1", "#2f6db3"] * len(names))
+    axes.bar_label(drawn, labels=[form.format(v) for v in values], padding=2)
+    axes.set_ylim(0, max([*values, 1e-9]) * 1.15)
+    return _svg(figure)
+
+
+def histogram(title: str, x_label: str, counts: dict[int, int]) -> str:
+    """Counts by integer key, on a logarithmic axis."""
+    figure, axes = _axes(title, x_label, "clusters")
+    keys = sorted(counts)
+    axes.bar([str(k) for k in keys], [counts[k] for k in keys], color="#2f6db3")
+    axes.set_yscale("log")
+    return _svg(figure)
+
+
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

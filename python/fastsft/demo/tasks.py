@@ -25,7 +25,7 @@ class Family:
 
 
 _NUMBERS = (0, 1, -4, 7, 25, 130)
-_LISTS = ([], [3], [5, -2, 40], [9, 9, 17, 60, 2, 88])
+_LISTS: tuple[list[int], ...] = ([], [3], [5, -2, 40], [9, 9, 17, 60, 2, 88])
 _TEXTS = ("", "a", "Hello World", "abcabc xyz")
 
 FAMILIES = (

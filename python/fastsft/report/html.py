@@ -33,7 +33,9 @@ mark { background: #cfe6cf; } .bad { color: #a12622; } .good { color: #1d6b2f; }
 <p>{{ dedup.kept }} of {{ dedup.records }} definitions kept: {{ dedup.exact_duplicates }} exact and
 {{ dedup.near_duplicates }} near duplicates.</p>
 <table><tr><th>size</th><th>members</th><th>begins with</th></tr>
-{% for c in dedup.clusters[:8] %}<tr><td class="n">{{ c.size }}</td><td>{{ c.sources[:4] | map("base") | join(", ") }}</td>
+{% for c in dedup.clusters[:8] %}
+<tr><td class="n">{{ c.size }}</td>
+<td>{{ c.sources[:4] | map("base") | join(", ") }}</td>
 <td><pre>{{ c.example[:160] }}</pre></td></tr>{% endfor %}</table>
 <h2>Held-out tasks</h2>
 <p>Executed with {{ layers | join(", ") }}.</p>

@@ -31,7 +31,9 @@ class Checkpoint:
 
 
 def write(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> Path:
-    """Write ``step-<step>`` under ``root`` and then remove all but the newest ``keep``.
+    """Write ``step-<step>`` under ``root`` and then remove all but the newest ``keep`` up to it.
+
+    Later ones go too: the run continues from before them only when they were damaged.
 
     Args:
         state: JSON-serialisable; becomes trainer.json.
@@ -59,7 +61,9 @@ def write(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], N
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
-    for old in _folders(root)[keep:]:
+    folders = _folders(root)
+    upto = [f for f in folders if _step(f) <= step]
+    for old in [*folders[: -len(upto)], *upto[keep:]]:
         shutil.rmtree(old)
     return target
 
@@ -84,6 +88,8 @@ def verify(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{_MANIFEST}: {error}"
+    if "trainer.json" not in manifest:
+        return f"{_MANIFEST} does not list trainer.json"
     for name, digest in manifest.items():
         file = folder / name
         if not file.is_file():
@@ -94,14 +100,25 @@ def verify(folder: Path) -> str | None:
 
 
 def replace_folder(stage: Path, target: Path) -> None:
-    """Put a finished folder in another's place. A kill in between leaves one of them under a temporary name."""
+    """Put a finished folder in another's place. A kill in between leaves one of them under a temporary name, which the
+    next call removes."""
     sync_tree(stage)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         os.rename(target, old)
     os.rename(stage, target)
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for stale in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Replace a file as a whole."""
+    stage = path.with_name(f".{path.name}.tmp")
+    stage.write_text(content)
+    sync(stage)
+    os.replace(stage, path)
+    sync(path.parent)
 
 
 def sync_tree(folder: Path) -> None:

@@ -18,7 +18,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self.path = path
         kept = [line for line in _whole_lines(path) if _step_of(line) <= resumed_step] if resumed_step else []
-        stage = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        stage = path.with_name(f".{path.name}.tmp")
         stage.write_bytes(b"".join(kept))
         stage.replace(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the run)

@@ -28,7 +28,7 @@ from fastsft.train.metrics import Display, MetricsLog
 from fastsft.train.optim import MasterAdamW
 
 # Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
-_FREE = {"output", "train.eval_every", "train.save_every", "train.keep", "data.eval"}
+_FREE = {"output", "train.eval_every", "train.save_every", "train.keep"}
 
 
 class NonFiniteError(FloatingPointError):
@@ -81,19 +81,21 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end, from the newest valid checkpoint if there is one."""
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.json").write_text(to_json(self.config))
         warnings: list[str] = []
         found = checkpoint.latest(self.output / "checkpoints", warnings.append)
         start = found.step if found else 0
+        before = self._restore(found) if found else None  # before any file is written: it may refuse
+        checkpoint.write_file(self.output / "config.json", to_json(self.config))
         display = Display(self.total_steps, start, enabled=self._progress)
         for warning in warnings:
             display.note(f"warning: {warning}")
         log = MetricsLog(self.output / "metrics.jsonl", resumed_step=start)
         previous = self._catch_signals()
         try:
-            before = self._restore(found) if found else self._evaluate(0, log, display)
             if found:
                 display.note(f"resumed from {found.path}")
+            else:
+                before = self._evaluate(0, log, display)
             result = self._steps(start, before, log, display)
         finally:
             self._release_signals(previous)
@@ -127,8 +129,8 @@ class Trainer:
             if self._signal is not None and not last:
                 display.note(f"signal {self._signal}: saved step {done}, stopping")
                 raise SystemExit(128 + self._signal)
-        if start == self.total_steps:  # resumed from the last step: only the export was missing
-            after = self._evaluate(self.total_steps, log, display)
+        if start == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
+            after = self._evaluate(self.total_steps, None, display)
         path = self._export()
         return TrainResult(
             self.total_steps, path, loss, before, after, tokens / seconds if seconds else math.nan, start
@@ -168,10 +170,11 @@ class Trainer:
             f"Checkpoints: {self.output / 'checkpoints'}"
         )
 
-    def _evaluate(self, step: int, log: MetricsLog, display: Display) -> EvalResult | None:
+    def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
         result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
         if result is not None:
-            log.write("eval", step, loss=result.loss, tokens=result.tokens)
+            if log is not None:
+                log.write("eval", step, loss=result.loss, tokens=result.tokens)
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
 
@@ -225,6 +228,7 @@ class Trainer:
         target = self.output / "model"
         stage = self.output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()  # so that everything temporary lies inside it
         self._write_model(stage)
         checkpoint.replace_folder(stage, target)
         return target

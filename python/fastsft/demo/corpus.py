@@ -62,7 +62,7 @@ def _signature(text: str) -> str:
     return text.partition("\n")[0].rstrip(":").strip()
 
 
-def instruction_pairs(found: list[Definition], *, longest: int = 700) -> list[list[dict[str, str]]]:
+def instruction_pairs(found: list[Definition], *, longest: int = 300) -> list[list[dict[str, str]]]:
     """Conversations: the docstring's first line and the signature ask, the definition answers."""
     pairs = []
     for d in found:

@@ -41,15 +41,16 @@ class Size:
     train_steps: int
     tune_steps: int
     tasks: int
+    pairs: int
     held_out_tasks: int
     rounds: int
 
 
-FULL = Size(definitions=None, vocab=6144, hidden=256, layers=6, train_steps=110, tune_steps=110, tasks=6000,
+FULL = Size(definitions=None, vocab=6144, hidden=256, layers=6, train_steps=480, tune_steps=480, tasks=12000, pairs=800,
             held_out_tasks=80, rounds=5)  # fmt: skip
-QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, tune_steps=12, tasks=300,
+QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, tune_steps=12, tasks=300, pairs=100,
              held_out_tasks=8, rounds=1)  # fmt: skip
-CAPACITY = 8192  # tokens per step
+CAPACITY = 2048  # tokens per step
 HEADS, KV_HEADS = 8, 2
 
 
@@ -84,7 +85,7 @@ def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
         stages.say(f"{parameters / 1e6:.1f} M parameters, {trained.tokens_per_second:,.0f} tokens/s ({dtype})")
     with stages("tuning on instructions"):
         conversations, held_out, _ = tasks.build(size.tasks, size.held_out_tasks, seed=0)
-        pairs = corpus.instruction_pairs(found)
+        pairs = corpus.instruction_pairs(found)[: size.pairs]
         _write_jsonl(output / "instructions.jsonl", ({"messages": m} for m in [*conversations, *pairs]))
         tune_config = _tune_config(output, size, dtype, trained.model_path)
         tune_prepared = prepare(tune_config)
@@ -173,9 +174,9 @@ def _train_config(output: Path, size: Size, dtype: str) -> Config:
                 "train": [str(output / "code.jsonl")], "max_length": 1024, "eval_fraction": 0.01,
                 "dedup": {"mode": "near", "threshold": 0.7}, "fim": {"rate": 0.5},
             },
-            "optim": {"lr": 3e-3, "weight_decay": 0.1},
+            "optim": {"lr": 2e-3, "weight_decay": 0.1},
             "schedule": {"warmup": 0.05, "final": 0.1},
-            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.train_steps, "eval_every": 50,
+            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.train_steps, "eval_every": 120,
                       "save_every": 0},
         }
     )  # fmt: skip
@@ -189,7 +190,7 @@ def _tune_config(output: Path, size: Size, dtype: str, base: Path) -> Config:
             "data": {"train": [str(output / "instructions.jsonl")], "max_length": 1024, "eval_fraction": 0.02},
             "optim": {"lr": 2e-3},
             "schedule": {"warmup": 0.05},
-            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.tune_steps, "eval_every": 50,
+            "train": {"tokens_per_batch": CAPACITY, "epochs": 100, "max_steps": size.tune_steps, "eval_every": 120,
                       "save_every": 0},
         }
     )  # fmt: skip

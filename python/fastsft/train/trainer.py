@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import shutil
@@ -70,9 +71,8 @@ class Trainer:
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = MasterAdamW(self.model, config.optim)
         self.loader = PackedLoader(self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed)
-        # Best-fit decreasing uses only the lengths, so every epoch has as many batches as the first.
-        self.steps_per_epoch = math.ceil(self.loader.num_batches(0) / config.train.accumulation)
-        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self._first_steps = self._plan_epochs()
+        self.total_steps = self._first_steps[-1]
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self._progress = progress
@@ -115,7 +115,7 @@ class Trainer:
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
             log.write(
-                "step", step + 1, epoch=step // self.steps_per_epoch, loss=loss, lr=rate, grad_norm=norm, tokens=count,
+                "step", step + 1, epoch=self._locate(step)[0], loss=loss, lr=rate, grad_norm=norm, tokens=count,
                 trained_tokens=sum(int((b.weights > 0).sum()) for b in batches), seconds=took,
                 tokens_per_second=count / took,
             )  # fmt: skip
@@ -136,10 +136,25 @@ class Trainer:
             self.total_steps, path, loss, before, after, tokens / seconds if seconds else math.nan, start
         )
 
+    def _plan_epochs(self) -> list[int]:
+        """The first step of each epoch that will be entered, and the step after the last."""
+        options = self.config.train
+        firsts = [0]
+        for epoch in range(options.epochs):
+            firsts.append(firsts[-1] + math.ceil(self.loader.num_batches(epoch) / options.accumulation))
+            if options.max_steps is not None and firsts[-1] >= options.max_steps:
+                break
+        return firsts
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it)."""
+        epoch = bisect.bisect_right(self._first_steps, step) - 1
+        return epoch, step - self._first_steps[epoch]
+
     def _batches(self, step: int) -> list[VarlenBatch]:
         """The micro-batches of a step; an epoch's last step may have fewer than ``accumulation``."""
-        epoch, first = divmod(step, self.steps_per_epoch)
-        first *= self.config.train.accumulation
+        epoch, within = self._locate(step)
+        first = within * self.config.train.accumulation
         end = min(first + self.config.train.accumulation, self.loader.num_batches(epoch))
         return [self.loader.batch(epoch, i) for i in range(first, end)]
 

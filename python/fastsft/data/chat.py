@@ -58,7 +58,7 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) ->
     must be literal prefixes of the whole, or the template is refused: there would be no exact answer.
     """
     text, spans = tokenizer.render_chat_with_spans(messages)
-    if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
+    if tokenizer.marks_generation:
         return text, spans
     for i, message in enumerate(messages):
         if message["role"] != "assistant":

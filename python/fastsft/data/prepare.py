@@ -23,7 +23,7 @@ from fastsft.models.tokenizer import TemplateError, Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 _CHUNK = 512
-_VERSION = 1  # raise when the same inputs would give other samples
+_VERSION = 2  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,13 @@ def _content_key(config: Config) -> str:
             raise DataError(f"{where}: no such file or folder")
         for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
             if file.is_file():
+                # name and size, so that no bytes can wander from one file to the next unnoticed
+                digest.update(f"{file.relative_to(where)}\0{file.stat().st_size}\0".encode())
                 with open(file, "rb") as stream:
                     while block := stream.read(1 << 20):
                         digest.update(block)
     folder = config.tokenizer.path or config.model.path
     if folder is not None and config.tokenizer.train_vocab is None:
         for name, content in sorted(Tokenizer.from_folder(folder).files.items()):
-            digest.update(name.encode() + content)
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

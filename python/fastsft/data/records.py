@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def read_rows(path: str | os.PathLike[str], problems: Problems) -> Iterator[Row]
     elif where.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
         yield from _read_jsonl(where, problems)
     elif where.suffix == ".parquet":
-        yield from _read_parquet(where)
+        yield from _read_parquet(where, problems)
     else:
         raise DataError(f"{where}: expected .jsonl, .jsonl.gz, .parquet or a datasets folder")
 
@@ -134,7 +135,7 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         kind = format  # type: ignore[assignment]
         value = _normalise(value, fields)
     weight = value.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         problems.add(row.source, "bad weight", f"expected a number >= 0, got {weight!r}")
         return None
     parts: list[Any] = []
@@ -165,11 +166,13 @@ def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
         return value
     turns = value.get("conversations")
     if "messages" not in value and isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):
-        messages = [{"role": SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t.get("value")} for t in turns]
+        messages = [{"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t.get("value")} for t in turns]
         return {**value, "messages": messages}
     if "prompt" not in value and {"instruction", "output"} <= value.keys():
         context = value.get("input")
-        prompt = f"{value['instruction']}\n\n{context}" if context else value["instruction"]
+        prompt = value["instruction"]
+        if context and isinstance(prompt, str):  # anything but strings is reported by the caller
+            prompt = f"{prompt}\n\n{context}" if isinstance(context, str) else context
         return {**value, "prompt": prompt, "completion": value["output"]}
     return value
 
@@ -202,7 +205,7 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
                 number, line = next(lines)
             except StopIteration:
                 return
-            except (OSError, EOFError) as error:  # a truncated or damaged .gz
+            except (OSError, EOFError, zlib.error) as error:  # a truncated or damaged .gz
                 problems.add(str(path), "unreadable file", str(error))
                 return
             if not line.strip():
@@ -218,7 +221,7 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
                     problems.add(source, "invalid UTF-8", f"byte {bad.start}: {bad.reason}")
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -227,8 +230,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from error
     number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for value in batch.to_pylist():
+    batches = table.iter_batches(batch_size=1024)
+    while True:
+        try:
+            values = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError) as error:  # a damaged page
+            problems.add(str(path), "unreadable file", str(error))
+            return
+        for value in values:
             number += 1
             yield Row(f"{path}:{number}", value)
 

@@ -43,7 +43,10 @@ class SampleStore:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "offsets")]
         sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
         found = {"tokens": len(arrays[0]), "samples": len(sources)}
-        if any(manifest[k] != v for k, v in found.items()) or len(arrays[1]) != len(arrays[0]):
+        whole = (
+            len(arrays[1]) == len(arrays[0]) and len(arrays[2]) == len(sources) + 1 and arrays[2][-1] == len(arrays[0])
+        )
+        if not whole or any(manifest[k] != v for k, v in found.items()):
             raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
         return cls(arrays[0], arrays[1], arrays[2], sources, manifest)
 

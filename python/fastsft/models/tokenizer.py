@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
+        # Many published files carry the settings of whoever saved them; both would silently change samples.
+        backend.no_truncation()
+        backend.no_padding()
 
         def parse(name: str) -> dict[str, Any]:
             try:
@@ -146,6 +150,11 @@ class Tokenizer:
         for name, content in self._files.items():
             (Path(folder) / name).write_bytes(content)
 
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template tags what the assistant writes."""
+        return re.search(r"\{%-?\s*generation\b", self.chat_template or "") is not None
+
     @functools.cached_property
     def prefix_ids(self) -> tuple[int, ...]:
         """Ids that the tokenizer itself puts before every text (Llama's BOS)."""
@@ -199,13 +208,11 @@ class Tokenizer:
             )
         template = _compile(self.chat_template)
         names = {"bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)}
-        import jinja2
-
         try:
             marked = template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **{**names, **extra}
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template's own failure (None + str, a wrong key) is whatever Python raises
             raise TemplateError(f"chat template: {error}") from error
         return _take_spans(marked)
 

@@ -1,0 +1,91 @@
+"""Infilling samples: the original comes back, the rates are the asked ones, and a cut depends on nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsft.data.fim import Sentinels, cut, draft_fim, draft_record, restore
+from fastsft.data.prepare import _encode
+from fastsft.data.records import Record
+from fastsft.models.tokenizer import Tokenizer
+
+MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+END = "<|endoftext|>"
+TOKENIZER = Tokenizer.train(["def f(x): return x"], 300, MARKS)
+SENTINELS = Sentinels.find(TOKENIZER, *MARKS)
+PRE, SUF, MID = SENTINELS.prefix, SENTINELS.suffix, SENTINELS.middle
+
+
+def sample(parts: tuple[str, str, str], *, spm: bool, train_context: bool = True) -> tuple[list[int], list[float]]:
+    ((ids, weights),) = _encode(
+        [draft_fim(parts, TOKENIZER, SENTINELS, spm=spm, train_context=train_context)], TOKENIZER
+    )
+    return ids, weights
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), st.booleans(), st.integers(0, 1000))
+def test_restore_gives_the_document(text: str, spm: bool, index: int) -> None:
+    found = cut(text, seed=3, index=index, rate=1.0, spm_rate=float(spm))
+    assert found is not None
+    prefix, middle, suffix, order = found
+    assert order is spm
+    assert prefix + middle + suffix == text
+    ids, weights = sample((prefix, middle, suffix), spm=spm)
+    assert restore(TOKENIZER.decode(ids, False), *MARKS, END) == text
+    assert [ids.count(m) for m in (PRE, SUF, MID)] == [1, 1, 1]
+    assert ids[-1] == TOKENIZER.eos_id
+    assert set(weights) == {1.0}
+
+
+def test_order_of_the_parts() -> None:
+    p, m, s = (TOKENIZER.encode(t) for t in ("pre", "mid", "suf"))
+    end = TOKENIZER.eos_id
+    assert sample(("pre", "mid", "suf"), spm=False)[0] == [PRE, *p, SUF, *s, MID, *m, end]
+    assert sample(("pre", "mid", "suf"), spm=True)[0] == [PRE, SUF, *s, MID, *p, *m, end]
+    assert restore("".join([MARKS[0], MARKS[1], "suf", MARKS[2], "mid", END]), *MARKS, END) == "midsuf"
+
+
+def test_infilling_rows_train_the_middle_only() -> None:
+    record = Record("fim", "x:1", parts=("before", "after", "inside"), weight=2.0)
+    ((ids, weights),) = _encode([draft_record(record, TOKENIZER, SENTINELS)], TOKENIZER)
+    trained = [i for i, w in zip(ids, weights, strict=True) if w]
+    assert TOKENIZER.decode(trained, False) == "inside" + END
+    assert set(weights) == {0.0, 2.0}
+    assert restore(TOKENIZER.decode(ids, False), *MARKS, END) == "beforeinsideafter"
+
+
+@pytest.mark.parametrize(("rate", "spm_rate"), [(0.5, 0.5), (0.9, 0.1), (0.25, 1.0)])
+def test_rates(rate: float, spm_rate: float) -> None:
+    count = 4000
+    found = [cut("x" * 9, seed=7, index=i, rate=rate, spm_rate=spm_rate) for i in range(count)]
+    chosen = [f for f in found if f is not None]
+    spm = sum(f[3] for f in chosen)
+    for k, n, p in ((len(chosen), count, rate), (spm, len(chosen), spm_rate)):
+        assert abs(k - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-9
+    # Two uniform places among 10, sorted: the first is i with probability (2 (10 - i) - 1) / 100.
+    firsts = np.bincount([len(f[0]) for f in chosen], minlength=10) / len(chosen)
+    expected = (2 * (10 - np.arange(10)) - 1) / 100
+    assert np.abs(firsts - expected).max() <= 5 * math.sqrt(0.25 / len(chosen))
+
+
+def test_cut_is_a_function_of_seed_and_index() -> None:
+    text = "".join(map(chr, range(97, 123)))
+    once = [cut(text, seed=1, index=i, rate=0.5, spm_rate=0.5) for i in range(50)]
+    assert once == [cut(text, seed=1, index=i, rate=0.5, spm_rate=0.5) for i in reversed(range(50))][::-1]
+    assert once != [cut(text, seed=2, index=i, rate=0.5, spm_rate=0.5) for i in range(50)]
+    assert len(set(once)) > 10
+    # A higher rate takes more documents and leaves the cuts of the others as they were.
+    more = [cut(text, seed=1, index=i, rate=0.9, spm_rate=0.5) for i in range(50)]
+    assert all(a == b for a, b in zip(once, more, strict=True) if a is not None)
+    assert all(cut(text, seed=1, index=i, rate=0.0, spm_rate=0.5) is None for i in range(50))
+
+
+def test_missing_sentinel_is_named() -> None:
+    with pytest.raises(ValueError, match=r"data\.fim\.suffix: '<SUF>' is not a token"):
+        Sentinels.find(TOKENIZER, MARKS[0], "<SUF>", MARKS[2])

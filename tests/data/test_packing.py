@@ -1,0 +1,133 @@
+"""Batches: every sample once per epoch, within capacity, in an order that only (seed, epoch) decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsft.data.batch import IGNORE, Sample, collate
+from fastsft.data.loader import PackedLoader, sequential_batches
+from fastsft.data.store import SampleStore, write_store
+
+
+def store_of(lengths: list[int]) -> SampleStore:
+    """Every token of the store has an id of its own, so that it can be followed."""
+    starts = np.cumsum([0, *lengths])
+    return SampleStore.from_samples(
+        Sample(np.arange(a, a + n, dtype=np.int32), np.full(n, 0.5, np.float32), f"s{i}")
+        for i, (a, n) in enumerate(zip(starts[:-1], lengths, strict=True))
+    )
+
+
+def plan(store: SampleStore, capacity: int, seed: int, epoch: int) -> list[tuple[str, ...]]:
+    loader = PackedLoader(store, capacity=capacity, seed=seed)
+    return [loader.batch(epoch, i).sources for i in range(loader.num_batches(epoch))]
+
+
+LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(LENGTHS, st.integers(30, 90), st.integers(0, 2**62), st.integers(0, 5))
+def test_every_token_once_within_capacity(lengths: list[int], capacity: int, seed: int, epoch: int) -> None:
+    store = store_of(lengths)
+    loader = PackedLoader(store, capacity=capacity, seed=seed)
+    batches = [loader.batch(epoch, i) for i in range(loader.num_batches(epoch))]
+    assert sorted(torch.cat([b.ids for b in batches]).tolist()) == list(range(sum(lengths)))
+    assert sorted(s for b in batches for s in b.sources) == sorted(f"s{i}" for i in range(len(lengths)))
+    for batch in batches:
+        assert batch.num_tokens <= capacity
+        check_layout(batch.ids, batch.targets, batch.position_ids, batch.cu_seqlens)
+    assert loader.num_batches(epoch + 1) == len(batches), "an epoch's number of batches depends on lengths only"
+
+
+def check_layout(ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    bounds = cu_seqlens.tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(ids)
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        assert positions[a:b].tolist() == list(range(b - a))
+        if b > a:
+            assert targets[a : b - 1].tolist() == ids[a + 1 : b].tolist()
+            assert targets[b - 1] == IGNORE
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.integers(0, 2**62), st.integers(0, 5))
+def test_order_is_a_function_of_seed_and_epoch(lengths: list[int], seed: int, epoch: int) -> None:
+    store = store_of(lengths)
+    whole = plan(store, 40, seed, epoch)
+    loader = PackedLoader(store, capacity=40, seed=seed)
+    for other in (epoch + 3, epoch, 0, epoch + 1):  # asked in any order, with the cache of plans overflowing
+        loader.batch(other, 0)
+    assert [loader.batch(epoch, i).sources for i in reversed(range(len(whole)))][::-1] == whole
+
+
+def test_epochs_and_seeds_differ() -> None:
+    store = store_of([7] * 40)
+    plans = [plan(store, 21, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(p) for p in plans}) == 4
+    members = [{frozenset(b) for b in p} for p in plans]
+    assert all(a != b for i, a in enumerate(members) for b in members[:i]), "neighbours change too, not only the order"
+
+
+def test_long_batches_do_not_come_first() -> None:
+    lengths = [40] * 10 + [3] * 30
+    longest = [i for i, b in enumerate(plan(store_of(lengths), 40, 0, 0)) if len(b) == 1]
+    assert max(longest) > 9
+
+
+def test_untrained_targets_are_ignored() -> None:
+    weights = np.array([1, 0, 0.5, 0], np.float32)
+    batch = collate([Sample(np.arange(4, dtype=np.int32), weights), Sample(np.arange(1, dtype=np.int32), weights[:1])])
+    assert batch.targets.tolist() == [IGNORE, 2, IGNORE, IGNORE, IGNORE]
+    assert batch.weights.tolist() == [0, 0.5, 0, 0, 0]
+    empty = collate([])
+    assert empty.num_tokens == 0
+    assert empty.cu_seqlens.tolist() == [0]
+
+
+def test_sequential_batches_hold_everything() -> None:
+    store = store_of([5, 9, 1, 12, 3])
+    batches = sequential_batches(store, capacity=14)
+    assert sorted(torch.cat([b.ids for b in batches]).tolist()) == list(range(30))
+    assert sequential_batches(store_of([]), capacity=14) == []
+
+
+def test_what_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        PackedLoader(store_of([]), capacity=8, seed=0)
+    with pytest.raises(ValueError, match="capacity"):
+        PackedLoader(store_of([3, 9]), capacity=8, seed=0).num_batches(0)
+
+
+def test_store_on_disk_equals_the_one_in_memory(tmp_path: object) -> None:
+    memory = store_of([3, 0, 7, 1])
+    disk = write_store(f"{tmp_path}/store", [memory[i] for i in range(len(memory))], note=1)
+    assert disk.manifest["note"] == 1
+    for i in range(len(memory)):
+        assert np.array_equal(disk[i].ids, memory[i].ids)
+        assert np.array_equal(disk[i].weights, memory[i].weights)
+        assert disk[i].source == memory[i].source
+    assert disk.lengths.tolist() == [3, 0, 7, 1]
+    assert disk.num_tokens == 11
+    assert disk.trained_tokens == 2 + 6
+    for index in (4, -1):
+        with pytest.raises(IndexError, match=f"sample {index} of 4"):
+            disk[index]
+
+
+@pytest.mark.parametrize("damage", ["ids", "weights", "offsets", "sources"])
+def test_damaged_store_is_refused(damage: str, tmp_path: object) -> None:
+    write_store(f"{tmp_path}/store", [store_of([3, 4])[i] for i in range(2)])
+    if damage == "sources":
+        with open(f"{tmp_path}/store/sources.txt", "w") as stream:
+            stream.write("s0\n")
+    else:
+        file = f"{tmp_path}/store/{damage}.npy"
+        np.save(file, np.load(file)[:-1])
+    with pytest.raises(ValueError, match="damaged sample store"):
+        SampleStore.open(f"{tmp_path}/store")

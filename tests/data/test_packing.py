@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def check_layout(ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tens
     bounds = cu_seqlens.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == len(ids)
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         assert positions[a:b].tolist() == list(range(b - a))
         if b > a:
             assert targets[a : b - 1].tolist() == ids[a + 1 : b].tolist()

@@ -1,0 +1,157 @@
+"""Duplicates against brute-force Jaccard similarity."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsft.data.dedup import dedup, dedup_file, kept
+from fastsft.data.records import DataError, Problems, Record
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    return [f"w{rng.randrange(5000)}" for _ in range(count)]
+
+
+def grams(text: str, n: int) -> set[tuple[str, ...]]:
+    parts = text.split()
+    return {tuple(parts[i : i + n]) for i in range(max(1, len(parts) - n + 1))}
+
+
+def jaccard(a: str, b: str, n: int) -> float:
+    x, y = grams(a, n), grams(b, n)
+    return len(x & y) / len(x | y)
+
+
+def families(seed: int) -> list[str]:
+    """Texts with copies of which a tenth or nearly all words were replaced: far from the threshold on either side."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(12):
+        base = words(rng, 120)
+        texts.append(" ".join(base))
+        for share in (0.01, 0.01, 0.6):
+            copy = [f"x{rng.randrange(5000)}" if rng.random() < share else w for w in base]
+            texts.append(" ".join(copy))
+    rng.shuffle(texts)
+    return texts
+
+
+def brute_force(texts: list[str], threshold: float, n: int) -> list[int]:
+    """Label = smallest index reachable over pairs above the threshold."""
+    label = list(range(len(texts)))
+    for _ in texts:
+        for i in range(len(texts)):
+            for j in range(i):
+                if jaccard(texts[i], texts[j], n) >= threshold:
+                    label[i] = label[j] = min(label[i], label[j])
+    return label
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_near_duplicates_equal_brute_force(seed: int) -> None:
+    texts = families(seed)
+    pairs = [jaccard(a, b, 5) for i, a in enumerate(texts) for b in texts[:i]]
+    assert not [p for p in pairs if 0.15 < p < 0.5], "the case must be decidable by 256 permutations"
+    report = dedup(texts, threshold=0.32, num_perm=256)
+    expected = brute_force(texts, 0.32, 5)
+    assert report.labels.tolist() == expected
+    assert report.keep.tolist() == [i == e for i, e in enumerate(expected)]
+    assert report.near_duplicates == len(texts) - len(set(expected)) > 10
+    assert report.exact_duplicates == 0
+
+
+def test_exact_and_near_together() -> None:
+    base = " ".join(f"w{i}" for i in range(60))
+    texts = ["other text entirely here now", base, base, base + " end", "unrelated words of another kind", base]
+    exact = dedup(texts, mode="exact")
+    assert exact.labels.tolist() == [0, 1, 1, 3, 4, 1]
+    assert (exact.exact_duplicates, exact.near_duplicates) == (2, 0)
+    near = dedup(texts)
+    assert near.labels.tolist() == [0, 1, 1, 1, 4, 1]
+    assert (near.exact_duplicates, near.near_duplicates) == (2, 1)
+    assert near.keep.tolist() == [True, True, False, False, True, False]
+    records = [Record("text", f"a:{i}", parts=(t,)) for i, t in enumerate(texts)]
+    assert [r.source for r in kept(records, near)] == ["a:0", "a:1", "a:4"]
+
+
+def test_report() -> None:
+    texts = ["a b c d e f"] * 3 + ["g h i j k l"] * 2 + ["m n o p q r"]
+    report = dedup(texts, mode="exact")
+    assert [c.tolist() for c in report.clusters()] == [[0, 1, 2], [3, 4]]
+    assert report.histogram() == {1: 1, 2: 1, 3: 1}
+    summary = json.loads(json.dumps(report.to_dict(examples=1)))
+    assert summary["records"] == 6
+    assert summary["kept"] == 3
+    assert summary["clusters"] == [{"size": 3, "sources": ["#0", "#1", "#2"], "example": "a b c d e f"}]
+    nothing = dedup([])
+    assert nothing.clusters() == []
+    assert nothing.histogram() == {}
+    assert nothing.keep.tolist() == []
+
+
+def test_conversations_and_file(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (chat, {"text": "q\na"}, {"text": "other"})))
+    report = dedup(path, mode="exact")
+    assert report.keep.tolist() == [True, False, True]
+    assert report.sources == [f"{path}:{i}" for i in (1, 2, 3)]
+    path.write_text('{"text": "a"}\n{broken\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: broken JSON"):
+        dedup(path)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="mode: expected 'near' or 'exact', got 'fuzzy'"):
+        dedup(["a"], mode="fuzzy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threshold"):
+        dedup(["a", "b"], threshold=1.5)
+    with pytest.raises(ValueError, match="num_perm"):
+        dedup(["a", "b"], num_perm=0)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_kept_lines_keep_their_bytes(suffix: str, tmp_path: Path) -> None:
+    lines = [
+        b'{"text":   "spaces  kept",  "id": 1}\n',
+        '{"text": "ü \\u00fc", "id": 2.50}\r\n'.encode(),
+        b"\n",
+        b'{"text":   "spaces  kept",  "id": 3}\n',
+        b"{broken\n",
+        b'{"id": 1e3, "text": "last, without a newline"}',
+    ]
+    opener = gzip.open if suffix.endswith(".gz") else open
+    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    with opener(source, "wb") as stream:
+        stream.writelines(lines)
+    problems = Problems("skip")
+    report = dedup_file(source, target, problems, mode="exact")
+    with opener(target, "rb") as stream:
+        assert stream.read() == lines[0] + lines[1] + lines[5] + b"\n"
+    assert problems.counts == {"broken JSON": 1}
+    assert report.keep.tolist() == [True, True, False, True]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, target.name])
+
+
+def test_parquet_lines_cannot_be_copied(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="expected a JSONL file"):
+        dedup_file(tmp_path / "a.parquet", tmp_path / "b.jsonl", Problems("fail"))
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_labels_name_the_first_of_a_cluster() -> None:
+    rng = np.random.default_rng(0)
+    texts = [f"text number {i}" for i in rng.integers(0, 20, 100)]
+    report = dedup(texts, mode="exact")
+    assert all(texts[i] == texts[label] and label <= i for i, label in enumerate(report.labels))
+    assert all(report.labels[label] == label for label in report.labels)

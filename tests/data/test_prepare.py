@@ -1,0 +1,267 @@
+"""From files to stores: what is reused, what is left out and reported, what is held out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsft.config import Config, ConfigError, load_config
+from fastsft.data import prepare as module
+from fastsft.data.prepare import Prepared, prepare, split
+from fastsft.data.records import DataError, Record
+from fastsft.models.tokenizer import CHATML, Tokenizer
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [{"text": " ".join(rng.choices(WORDS, k=rng.randint(9, 14)))} for _ in range(count)]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def config_of(tmp_path: Path, *train: Path, **data: Any) -> Config:
+    if not (tmp_path / "tok").exists():
+        (tmp_path / "tok").mkdir()
+        Tokenizer.train(WORDS * 9, 320, ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]).save(tmp_path / "tok")
+    return load_config(
+        {
+            "output": str(tmp_path / "run"),
+            "tokenizer": {"path": str(tmp_path / "tok")},
+            "data": {"train": [str(t) for t in train], "max_length": 64, "eval_fraction": 0.0, **data},
+            "train": {"tokens_per_batch": 64},
+        }
+    )
+
+
+def ids(prepared: Prepared, part: str = "train") -> list[list[int]]:
+    store = getattr(prepared, part)
+    return [store[i].ids.tolist() for i in range(len(store))]
+
+
+# --- reuse ----------------------------------------------------------------------------------------------------------
+
+
+def test_same_inputs_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "a.jsonl", texts(20))
+    config = config_of(tmp_path, path, eval_fraction=0.3)
+    first = prepare(config)
+
+    def unexpected(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the files were read again")
+
+    monkeypatch.setattr(module, "read_records", unexpected)
+    second = prepare(config)
+    assert second.report == first.report
+    assert ids(second) == ids(first)
+    assert ids(second, "eval") == ids(first, "eval")
+    assert second.tokenizer.files == first.tokenizer.files
+
+
+@pytest.mark.parametrize(
+    "change", ["a byte", "order", "tokenizer", "seed", "max_length", "fim", "moved line", "file name"]
+)
+def test_anything_that_matters_is_never_stale(change: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = texts(12)
+    jsonl(folder / "a.jsonl", rows[:6])
+    jsonl(folder / "b.jsonl", rows[6:])
+    held_out = jsonl(tmp_path / "eval.jsonl", texts(3, 1))
+    options: dict[str, Any] = {"eval": [str(held_out)]}
+    first = prepare(config_of(tmp_path, folder, **options))
+    config = config_of(tmp_path, folder, **options)
+    if change == "a byte":
+        (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text().replace("alpha", "alphA", 1))
+    elif change == "order":
+        jsonl(folder / "a.jsonl", rows[:6][::-1])
+    elif change == "tokenizer":
+        Tokenizer.train(["alpha beta"] * 9, 300, ["<|fim_prefix|>"]).save(tmp_path / "tok")
+    elif change == "moved line":  # from the end of the training files to the start of the evaluation file
+        line = (folder / "b.jsonl").read_text().splitlines(keepends=True)
+        (folder / "b.jsonl").write_text("".join(line[:-1]))
+        held_out.write_text(line[-1] + held_out.read_text())
+    elif change == "file name":  # no longer a data file
+        (folder / "b.jsonl").rename(folder / "b.txt")
+    elif change == "seed":
+        config = load_config({"seed": 1, **_plain(config)})
+    elif change == "max_length":
+        config = config_of(tmp_path, folder, max_length=20, **options)
+    else:
+        config = config_of(tmp_path, folder, fim={"rate": 1.0}, **options)
+    second = prepare(config)
+    assert second.report["key"] != first.report["key"]
+    fresh = load_config({**_plain(config), "seed": config.seed, "output": str(tmp_path / "fresh")})
+    assert ids(second) == ids(prepare(fresh))
+    if change != "seed":
+        assert ids(second) != ids(first)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    from fastsft.config import to_dict
+
+    return {k: v for k, v in to_dict(config).items() if k != "seed"}
+
+
+def test_interrupted_preparation_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, jsonl(tmp_path / "a.jsonl", texts(20)))
+    write = module.write_store
+
+    def killed(path: Path, samples: Any) -> Any:
+        if path.name == "eval":
+            raise KeyboardInterrupt
+        return write(path, samples[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_store", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert len(prepare(config).train) == 20
+
+
+# --- what is left out -----------------------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+UNANSWERED = {"messages": [{"role": "user", "content": "q"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (UNANSWERED, "nothing to train on"),
+        ({"text": "x", "weight": 0}, "nothing to train on"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "chat template"),
+        ({"messages": []}, "empty conversation"),
+        ("{broken", "broken JSON"),
+    ],
+)
+def test_unusable_row_is_reported_with_its_place(row: Any, reason: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [CHAT, row, CHAT])
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {reason}"):
+        prepare(config_of(tmp_path, path))
+    prepared = prepare(config_of(tmp_path, path, on_bad="skip"))
+    assert prepared.report["skipped"] == {reason: 1}
+    assert prepared.report["skipped_examples"][reason][0].startswith(f"{path}:2: {reason}")
+    assert prepared.report["rows"] == 3
+    assert [prepared.train[i].source for i in range(2)] == [f"{path}:1", f"{path}:3"]
+    json.dumps(prepared.report)
+
+
+def test_no_usable_row_at_all(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [UNANSWERED] * 3)
+    with pytest.raises(DataError, match=r"no usable row; 3 x nothing to train on\. .*a\.jsonl:1"):
+        prepare(config_of(tmp_path, path, on_bad="skip"))
+    with pytest.raises(DataError, match="no usable row; the files are empty"):
+        prepare(config_of(tmp_path, jsonl(tmp_path / "b.jsonl", [])))
+
+
+@pytest.mark.parametrize("mode", ["fail", "skip", "truncate"])
+def test_long_rows(mode: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "alpha"}, {"text": "beta gamma " * 40}])
+    config = config_of(tmp_path, path, on_long=mode, max_length=10)
+    if mode == "fail":
+        with pytest.raises(DataError, match=r"a\.jsonl:2: too long: \d+ tokens, data\.max_length is 10"):
+            prepare(config)
+        return
+    prepared = prepare(config)
+    assert prepared.train.lengths.max() <= 10
+    if mode == "skip":
+        assert prepared.report["skipped"] == {"too long": 1}
+        assert len(prepared.train) == 1
+    else:
+        assert prepared.train.lengths.tolist()[1] == 10
+        assert prepared.train[1].ids.tolist() == prepared.tokenizer.encode("beta gamma " * 40)[:10]
+
+
+def test_a_sample_may_have_exactly_the_longest_length(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "a b c d e f g h"}])
+    length = int(prepare(config_of(tmp_path, path)).train.lengths[0])
+    assert len(prepare(config_of(tmp_path, path, max_length=length)).train) == 1
+    with pytest.raises(DataError, match="no usable row; 1 x too long"):
+        prepare(config_of(tmp_path, path, max_length=length - 1))
+
+
+def test_double_bos_is_refused(tmp_path: Path) -> None:
+    config_of(tmp_path, tmp_path)  # writes the tokenizer
+    settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
+    settings["bos_token"], settings["chat_template"] = "<|im_start|>", "{{ bos_token }}" + CHATML
+    (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: double BOS"):
+        prepare(config_of(tmp_path, jsonl(tmp_path / "a.jsonl", [CHAT])))
+
+
+def test_missing_files_and_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train: expected at least one file"):
+        prepare(config_of(tmp_path))
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        prepare(config_of(tmp_path, tmp_path / "none.jsonl"))
+    path = jsonl(tmp_path / "a.jsonl", texts(2))
+    with pytest.raises(ConfigError, match=r"give tokenizer\.path, tokenizer\.train_vocab or model\.path"):
+        prepare(load_config({"output": str(tmp_path / "x"), "data": {"train": [str(path)]}}))
+
+
+# --- duplicates, split, infilling -----------------------------------------------------------------------------------
+
+
+def test_duplicates_are_counted(tmp_path: Path) -> None:
+    base = texts(10)
+    near = {"text": base[0]["text"] + " " + " ".join(WORDS)}
+    path = jsonl(tmp_path / "a.jsonl", [*base, base[3], base[3], base[5], near])
+    exact = prepare(config_of(tmp_path, path, dedup={"mode": "exact"}))
+    assert exact.report["dedup"]["exact_duplicates"] == 3
+    assert exact.report["dedup"]["near_duplicates"] == 0
+    assert exact.report["rows"] == 14
+    assert len(exact.train) == 11
+    loose = prepare(config_of(tmp_path, path, dedup={"mode": "near", "threshold": 0.2}))
+    assert loose.report["dedup"]["kept"] == len(loose.train) <= 10
+
+
+def test_split_is_by_text_and_deterministic(tmp_path: Path) -> None:
+    rows = [Record("text", f"x:{i}", parts=(f"text {i // 2}",)) for i in range(4000)]
+    train, held = split(rows, 0.1, 7)
+    assert len(train) + len(held) == 4000
+    assert abs(len(held) - 400) < 5 * (2 * 4000 * 0.1 * 0.9) ** 0.5
+    assert not {r.parts for r in train} & {r.parts for r in held}, "equal texts on both sides"
+    assert split(rows, 0.1, 7) == (train, held)
+    assert split(rows, 0.1, 8) != (train, held)
+    wider = split(rows, 0.3, 7)[1]
+    assert {r.source for r in held} <= {r.source for r in wider}
+    assert split(rows[::-1], 0.1, 7)[1] == held[::-1]
+    path = jsonl(tmp_path / "a.jsonl", texts(60))
+    prepared = prepare(config_of(tmp_path, path, eval_fraction=0.3))
+    assert len(prepared.train) + len(prepared.eval) == 60
+    assert len(prepared.eval) > 5
+
+
+def test_infilling_rate_and_samples(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", texts(200))
+    prepared = prepare(config_of(tmp_path, path, fim={"rate": 0.5}))
+    mark = prepared.tokenizer.token_id("<|fim_middle|>")
+    count = sum(mark in sample for sample in ids(prepared))
+    assert abs(count - 100) < 5 * 50**0.5
+    assert ids(prepared) == ids(prepare(config_of(tmp_path, path, fim={"rate": 0.5})))
+    weights = np.concatenate([prepared.train[i].weights for i in range(200)])
+    assert (weights == 1).all()
+    with pytest.raises(ValueError, match=r"data\.fim\.prefix"):
+        prepare(config_of(tmp_path, path, fim={"rate": 0.5, "prefix": "<PRE>"}))
+
+
+def test_tokenizer_trained_on_the_texts(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", texts(50))
+    raw = {"output": str(tmp_path / "run"), "tokenizer": {"train_vocab": 300}, "data": {"train": [str(path)]}}
+    stages: list[str] = []
+    first = prepare(load_config(raw), progress=lambda stage, done, total: stages.append(stage))
+    again = prepare(load_config({**raw, "output": str(tmp_path / "other")}))
+    assert first.tokenizer.files == again.tokenizer.files
+    assert len(first.tokenizer.encode("alpha")) == 1
+    assert first.tokenizer.token_id("<|fim_prefix|>") is not None
+    assert {"reading", "training tokenizer", "tokenising train"} <= set(stages)

@@ -1,0 +1,90 @@
+"""Each example runs as its header says, on generated rows of the shape it names, with fewer steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsft import cli
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+VERBS = ("lists", "counts", "removes", "renames", "prints", "sorts", "copies", "moves")
+THINGS = ("files", "folders", "lines", "words", "links", "users", "processes", "ports")
+
+
+def _question(random: random.Random, i: int) -> dict[str, Any]:
+    a, b = random.randint(2, 99), random.randint(2, 99)
+    return {
+        "question": f"Row {i}: Ann has {a} apples and buys {b}. How many?",
+        "answer": f"{a}+{b}={a + b}\n#### {a + b}",
+    }
+
+
+def _conversation(random: random.Random, i: int) -> dict[str, Any]:
+    verb, thing = random.choice(VERBS), random.choice(THINGS)
+    ask = {"role": "user", "content": f"a command, number {i}, that {verb} all {thing} below {random.randint(1, 999)}"}
+    return {"messages": [ask, {"role": "assistant", "content": f"{verb[:-1]} -{thing[0]} {i} | head"}]}
+
+
+def _code(random: random.Random, i: int) -> dict[str, Any]:
+    a, b, c = (random.choice(THINGS) for _ in range(3))
+    return {"text": f"def f{i}({a}_a, {b}_b):\n    {c} = {a}_a * {random.randint(2, 999)} + {b}_b\n    return {c}\n"}
+
+
+SHAPES: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
+    "gsm8k": _question,
+    "nl2bash": _conversation,
+    "sft_code_fim": _code,
+}
+
+
+def test_every_example_is_tested() -> None:
+    assert {p.stem for p in EXAMPLES.glob("*.toml")} == set(SHAPES)
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_toml(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(SHAPES[name](draw, i)) + "\n" for i in range(150)))
+    vocabulary = "320"  # the bytes and the markers take about 260
+    cli.main(
+        ["train", str(EXAMPLES / f"{name}.toml"), "--json", "--data", str(data), "--output", str(tmp_path / "run"),
+         "--tokenizer.train-vocab", vocabulary, "--train.max-steps", "6", "--train.eval-every", "3"]
+    )  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 6
+    assert result["eval_after"]["loss"] < result["eval_before"]["loss"]
+    # Untrained weights are small: every token is about equally likely.
+    assert result["eval_before"]["loss"] == pytest.approx(math.log(320), rel=0.05)
+
+    ask = {
+        "gsm8k": ["--prompt", "Ann has"],
+        "nl2bash": ["--chat", "lists files"],
+        "sft_code_fim": ["--infill", "a", "b"],
+    }
+    cli.main(["generate", result["model_path"], *ask[name], "--max-tokens", "4", "--json"])
+    assert 1 <= len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) <= 4
+
+
+def test_headers_name_real_verbs_and_flags() -> None:
+    for path in EXAMPLES.glob("*.toml"):
+        commands = [x.lstrip("# ").split() for x in path.read_text().splitlines() if x.startswith("#   fastsft ")]
+        assert commands
+        for command in commands:
+            assert command[1] in cli.VERBS
+            assert command[2].startswith(("examples/", "runs/"))
+
+
+def test_custom_loop_learns_to_copy() -> None:
+    first, last = runpy.run_path(str(EXAMPLES / "custom_loop.py"))["main"](steps=60)
+    assert first == pytest.approx(math.log(64), rel=0.1)
+    assert last < 0.2

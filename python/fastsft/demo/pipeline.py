@@ -46,7 +46,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(definitions=None, vocab=6144, hidden=256, layers=6, train_steps=480, tune_steps=480, tasks=12000, pairs=800,
+FULL = Size(definitions=None, vocab=6144, hidden=256, layers=6, train_steps=420, tune_steps=360, tasks=12000, pairs=800,
             held_out_tasks=80, rounds=5)  # fmt: skip
 QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, tune_steps=12, tasks=300, pairs=100,
              held_out_tasks=8, rounds=1)  # fmt: skip

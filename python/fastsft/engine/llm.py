@@ -64,9 +64,9 @@ class LLM:
             self.tokenizer = tokenizer or Tokenizer.from_folder(model)
         config = self.model.config
         weights = self.model.lm_head_weight
-        if num_blocks is None:
+        if num_blocks is None and block_size >= 1:
             num_blocks = kv_cache_bytes // KVCache.bytes_per_block(config, block_size, weights.dtype)
-        if num_blocks < 1 or block_size < 1 or max_num_seqs < 1 or max_batched_tokens < 1:
+        if num_blocks is None or min(num_blocks, block_size) < 1 or max_num_seqs < 1 or max_batched_tokens < 1:
             raise ValueError(
                 "LLM: expected at least 1 each, got "
                 f"{num_blocks=}, {block_size=}, {max_num_seqs=}, {max_batched_tokens=} ({kv_cache_bytes=})"
@@ -129,6 +129,8 @@ class LLM:
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, written out by the model's chat template."""
+        if not messages:
+            raise ValueError("chat: messages: expected at least one message, got none")
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
         prompts = [self.tokenizer.render_chat(m, add_generation_prompt=True, **template) for m in several]
         return self.generate(prompts, params)
@@ -165,8 +167,10 @@ class LLM:
         if not ids:
             raise ValueError(f"generate: prompts[{number}]: expected at least one token, got an empty prompt")
         vocabulary = self.model.config.vocab_size
-        if not all(0 <= t < vocabulary for t in ids):
-            raise ValueError(f"generate: prompts[{number}]: expected token ids below {vocabulary}, got {max(ids)}")
+        for name, given in ((f"prompts[{number}]", ids), ("params: stop_token_ids", params.stop_token_ids)):
+            wrong = [t for t in given if not 0 <= t < vocabulary]
+            if wrong:
+                raise ValueError(f"generate: {name}: expected token ids in [0, {vocabulary}), got {wrong[0]}")
         if len(ids) >= self._capacity:
             raise ValueError(
                 f"generate: prompts[{number}]: {len(ids)} tokens leave no room to generate: the cache holds "

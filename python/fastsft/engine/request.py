@@ -141,6 +141,7 @@ class Sequence:
         if self.generated >= params.min_tokens:
             if token in params.stop_token_ids or (token in end_ids and not params.ignore_eos):
                 self.finish_reason, self.stop_reason = "stop", token
+                self.detokenizer.flush()
                 return
             for stop in params.stop:
                 at = self.detokenizer.text.find(stop, max(0, searched - len(stop) + 1))

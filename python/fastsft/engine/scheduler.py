@@ -53,7 +53,7 @@ class Scheduler:
         work: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             left = len(sequence.tokens) - sequence.computed
-            if left > 1 or sequence.computed == 0:
+            if left > 1 or sequence.computed < sequence.prompt_len:  # a prompt's last token is still prefill
                 chunk = min(left, budget)
                 if chunk == 0:
                     break

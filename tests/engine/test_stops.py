@@ -1,0 +1,186 @@
+"""Where a text ends, and which requests are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_cases import VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import Detokenizer, SamplingParams, Sequence
+from fastsft.models.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+def sequence(**params: Any) -> Sequence:
+    settings = SamplingParams(**({"max_tokens": 200} | params))
+    return Sequence(0, 0, [9], 1, 201, settings, Detokenizer(tokenizer(), settings.skip_special_tokens), 0)
+
+
+def feed(text: str, ends: tuple[int, ...] = (), **params: Any) -> Sequence:
+    """Give a sequence the tokens of ``text`` one by one, each character its own, until it ends."""
+    s = sequence(**params)
+    for character in text:
+        for token in tokenizer().encode(character):
+            s.append(token, ends)
+            if s.finish_reason:
+                return s
+    return s
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("END", "some ", "END"),
+        (["no", "END", "E"], "some ", "E"),  # the shorter one is complete first
+        (["ND t", "END th"], "some E", "ND t"),
+        ("üb", "some END then ", "üb"),
+        ("\n\n", "some END then über", "\n\n"),
+        ("s", "", "s"),
+    ],
+)
+def test_stop_string_across_tokens(stop: Any, text: str, reason: str) -> None:
+    s = feed("some END then über\n\nmore", stop=stop)
+    assert s.finish_reason == "stop"
+    assert s.stop_reason == reason
+    assert s.output().text == text
+    fed = s.tokens[1:]
+    assert tokenizer().decode(fed).endswith(reason), "the tokens stay, only the text is cut"
+
+
+def test_stop_string_that_ends_inside_a_token(folder: Path) -> None:
+    token = max(range(VOCAB), key=lambda t: len(tokenizer().decode([t], False)) if t > 8 else 0)
+    text = tokenizer().decode([token])
+    assert len(text) >= 3
+    s = sequence(stop=text[1])
+    s.append(token, ())
+    assert s.output().text == text[:1]
+
+
+def test_stop_string_that_never_comes() -> None:
+    s = feed("some text", stop="END", max_tokens=200)
+    assert s.finish_reason is None
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    assert feed("abcabc", stop="bc", min_tokens=5).output().text == "abca"
+    assert feed("abcabc", stop="bc").output().text == "a"
+
+
+def test_end_tokens() -> None:
+    end, turn = tokenizer().eos_ids
+    s = sequence()
+    s.append(turn, (end, turn))
+    assert (s.finish_reason, s.stop_reason, s.output().token_ids) == ("stop", turn, (turn,))
+    s = sequence(ignore_eos=True)
+    s.append(turn, (end, turn))
+    assert s.finish_reason is None
+    s = sequence(ignore_eos=True, stop_token_ids=[turn])
+    s.append(turn, (end, turn))
+    assert s.finish_reason == "stop"
+
+
+def test_text_before_an_end_token_is_complete() -> None:
+    """Bytes of a character that was never finished show as the decoder of the whole shows them."""
+    partial = tokenizer().encode("é")[:1]
+    end = tokenizer().eos_id or 0
+    s = sequence()
+    for token in [*tokenizer().encode("x"), *partial, end]:
+        s.append(token, (end,))
+    assert s.finish_reason == "stop"
+    assert s.output().text == tokenizer().decode(s.tokens[1:]) == "x\ufffd"
+
+
+def test_stop_in_generation_equals_cutting_the_free_text(folder: Path) -> None:
+    llm = engine(folder)
+    prompts = as_prompts(prompts_of([5, 9, 13]))
+    params = {"temperature": 1.0, "seed": 5, "max_tokens": 40, "ignore_eos": True}
+    free = [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(**params))]
+    stops = [t[len(t) // 2 : len(t) // 2 + 2] for t in free]
+    each = [SamplingParams(**params, stop=s) for s in stops]
+    for text, stop, out in zip(free, stops, llm.generate(prompts, each), strict=True):
+        assert out.outputs[0].text == text[: text.index(stop)]
+        assert out.outputs[0].stop_reason == stop
+    assert_nothing_held(llm)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", r"prompts\[0\]: expected at least one token"),
+        ({"prompt_token_ids": []}, r"prompts\[0\]: expected at least one token"),
+        ({"prompt_token_ids": [VOCAB]}, rf"prompts\[0\]: expected token ids in \[0, {VOCAB}\), got {VOCAB}"),
+        ({"prompt_token_ids": [3, -1]}, rf"prompts\[0\]: expected token ids in \[0, {VOCAB}\), got -1"),
+        ({"prompt_token_ids": [3] * 80}, r"prompts\[0\]: 80 tokens leave no room .* the cache holds 80"),
+        ({"text": "x"}, "prompt: expected a string or"),
+        (["a", 5], "prompt: expected a string or .* got 5"),
+        (["a", ""], r"prompts\[1\]: expected at least one token"),
+    ],
+)
+def test_bad_prompt(prompt: Any, message: str, folder: Path) -> None:
+    llm = engine(folder, num_blocks=5)
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt)
+    assert_nothing_held(llm)
+    assert len(llm.generate("cat", SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2
+
+
+def test_prompt_longer_than_the_context(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"256 tokens leave no room .* the model's context is 256"):
+        engine(folder).generate({"prompt_token_ids": [3] * 256})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+        ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**62),
+        ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 129), ("logprobs", -1), ("logprobs", 21), ("stop", [""]),
+    ],
+)  # fmt: skip
+def test_bad_sampling_params(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"SamplingParams: {name}: expected"):
+        SamplingParams(**{name: value})
+
+
+def test_stop_token_outside_the_vocabulary(folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"stop_token_ids: expected token ids in \[0, {VOCAB}\), got -5"):
+        engine(folder).generate("cat", SamplingParams(stop_token_ids=[-5]))
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_num_seqs", "max_batched_tokens"])
+def test_bad_engine_options(name: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"expected at least 1 each, got .*{name}=0"):
+        engine(folder, **{name: 0})
+    if name == "block_size":
+        with pytest.raises(ValueError, match=r"expected at least 1 each, got .*block_size=0"):
+            LLM(folder, block_size=0)
+
+
+def test_contradicting_arguments(folder: Path) -> None:
+    with pytest.raises(ValueError, match="kv_cache_bytes=10"):
+        LLM(folder, kv_cache_bytes=10)
+    with pytest.raises(ValueError, match="tokenizer: needed beside a loaded model"):
+        LLM(load_model(folder))
+    llm = engine(folder)
+    with pytest.raises(ValueError, match="params: expected 2, one per prompt, got 1"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(ValueError, match="chat: messages: expected at least one"):
+        llm.chat([])
+    assert llm.generate([]) == []
+
+
+def test_cache_size_from_bytes(folder: Path) -> None:
+    llm = LLM(folder, kv_cache_bytes=1 << 20, block_size=8)
+    held = sum(t.nbytes for t in [*llm._cache.keys, *llm._cache.values])
+    assert (1 << 20) - held < held // llm._allocator.num_blocks
+    assert held <= 1 << 20

@@ -1,0 +1,108 @@
+"""Run the benches and keep what matters: ``python bench/record.py NAME`` writes bench/results/NAME/<date>.json and
+docs/benchmarks.md. NAME says which machine it is; nothing else about it is stored but processor and versions."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(extra: list[str]) -> list[dict[str, Any]]:
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={file.name}", *extra]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return list(json.loads(Path(file.name).read_text())["benchmarks"])
+
+
+def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per contestant: seconds, spread, and how many times longer than fastsft it took in the same group."""
+    rows = []
+    for b in benchmarks:
+        contestant = str(b["params"].get("contestant", b["name"]))
+        stats = b["stats"]
+        rows.append(
+            {"group": b["group"], "contestant": contestant, "median": stats["median"], "q1": stats["q1"],
+             "q3": stats["q3"], "rounds": stats["rounds"], "extra": b["extra_info"]}
+        )  # fmt: skip
+    ours = {r["group"]: r["median"] for r in rows if r["contestant"] == "fastsft"}
+    for r in rows:
+        if r["group"] in ours:
+            r["times_ours"] = r["median"] / ours[r["group"]]
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    import fastsft
+
+    found = fastsft.info()
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?: ?")
+    return {
+        "cpu": model.partition(":")[2].strip(),
+        "architecture": platform.machine(),
+        "isa": found["cpu"]["isa_active"],
+        "threads": found["cpu"]["threads"],
+        "torch_threads": torch.get_num_threads(),
+        "versions": {"fastsft": found["fastsft"], "python": found["python"], "torch": found["packages"]["torch"]},
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    lines = [
+        "# Benchmarks",
+        "",
+        f"{m['cpu']} ({m['isa']}), {m['threads']} threads, torch {m['versions']['torch']}, {result['date']}. Medians.",
+        "The last column is the time relative to fastsft's in the same process on the same inputs: below 1 we lose.",
+        "Every bench checks that the results agree before it times them. Single rows vary by tens of percent on a",
+        "shared machine, so read ratios. Written by `python bench/record.py`.",
+        "",
+    ]
+    for group in dict.fromkeys(r["group"] for r in result["rows"]):
+        lines += [f"## {group}", "", "| | median | quartiles | relative to fastsft |", "|---|---|---|---|"]
+        for r in (r for r in result["rows"] if r["group"] == group):
+            ratio = f"{r['times_ours']:.2f}" if "times_ours" in r else ""
+            lines.append(
+                f"| {r['contestant']} | {_time(r['median'])} | {_time(r['q1'])} to {_time(r['q3'])} | {ratio} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="folder under bench/results, e.g. epyc-avx512")
+    options, extra = parser.parse_known_args()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "rows": summarise(run(extra)),
+    }
+    folder = ROOT / "bench" / "results" / options.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / "docs" / "benchmarks.md").write_text(render(result))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

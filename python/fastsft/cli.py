@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -353,7 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         import difflib
 
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        _fail(f"unknown verb {verb!r}" + (f"; did you mean {near[0]!r}?" if near else f"\n\n{_usage()}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"fastsft --help lists {', '.join(VERBS)}"
+        _fail(f"unknown verb {verb!r}; {hint}")
     function, takes_config = VERBS[verb]
     from fastsft.config import ConfigError
     from fastsft.data.records import DataError
@@ -364,6 +366,8 @@ def main(argv: list[str] | None = None) -> None:
             _run_with_config(verb, function, rest)
         else:
             _cli(function, verb, rest)
+    except BrokenPipeError:  # the reader of our output went away (`fastsft info | head -1`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
     except (UsageError, ConfigError, DataError, TemplateError, FileNotFoundError, FloatingPointError) as error:
         _fail(str(error))
     except ValueError as error:
@@ -396,11 +400,16 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = ["--data.train" if a == "--data" else a for a in arguments[1 if path else 0 :]]
     options: dict[str, Any] = {}
-    for flag in ("--json", "--show"):
-        if flag in rest:
-            at = rest.index(flag)
-            del rest[at]
-            options[flag[2:]] = int(rest.pop(at)) if flag == "--show" else True
+    if "--json" in rest:
+        rest.remove("--json")
+        options["json"] = True
+    if verb == "prepare" and "--show" in rest:
+        at = rest.index("--show")
+        count = rest[at + 1] if at + 1 < len(rest) else "nothing"
+        if not count.isdecimal():
+            raise UsageError(f"prepare: --show: expected a number of samples, got {count}")
+        options["show"] = int(count)
+        del rest[at : at + 2]
     default = load_config(path) if path else Config()
     config = tyro.cli(
         Config,

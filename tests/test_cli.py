@@ -1,0 +1,268 @@
+"""The command line: every verb on tiny data, and one line with exit status 2 for every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsft import cli
+
+Rows = list[dict[str, Any]]
+
+
+def _write(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def _conversations(count: int) -> Rows:
+    return [
+        {"messages": [{"role": "user", "content": f"say number {i}"}, {"role": "assistant", "content": f"number {i}!"}]}
+        for i in range(count)
+    ]
+
+
+def _config(folder: Path, data: Path, **train: Any) -> Path:
+    steps = "\n".join(f"{k} = {v}" for k, v in {"max_steps": 2, "tokens_per_batch": 256, **train}.items())
+    path = folder / "run.toml"
+    path.write_text(
+        f"""output = {str(folder / "run")!r}
+[model]
+dtype = "float32"
+[model.init]
+model_type = "qwen2"
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 32
+max_position_embeddings = 256
+tie_word_embeddings = true
+[tokenizer]
+train_vocab = 300
+[data]
+train = [{str(data)!r}]
+max_length = 128
+eval_fraction = 0.2
+[train]
+{steps}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, run.toml and a trained model in run/model."""
+    folder = tmp_path_factory.mktemp("cli")
+    cli.main(["train", str(_config(folder, _write(folder / "rows.jsonl", _conversations(40))))])
+    return folder
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    capsys.readouterr()
+    cli.main([*map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The message of a command that must fail with status 2, one line and no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main([*map(str, arguments)])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    message = captured.err.strip().splitlines()
+    assert len(message) == 1, captured.err
+    assert message[0].startswith("fastsft: ")
+    return message[0].removeprefix("fastsft: ")
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom fastsft import cli\ncli.main(['--help'])\ncli.main(['--version'])\n"
+        "print([m for m in ('torch', 'numpy', 'tyro', 'pydantic', 'tokenizers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.splitlines()[-1] == "[]"
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"fastsft {verb}" in out
+    assert "--json" in out
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = [sys.executable, "-m", "fastsft", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+# --- each verb ------------------------------------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"cpu", "cuda", "ops"} <= _json(capsys, "info").keys()
+    cli.main(["info"])
+    assert "linear_cross_entropy" in capsys.readouterr().out
+
+
+def test_dedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        "one two three four five six seven",
+        "other words entirely in this one here",
+        "one two three four five six seven",
+    ]
+    source, target, report = (
+        _write(tmp_path / "in.jsonl", [{"text": t} for t in texts]),
+        tmp_path / "out.jsonl",
+        tmp_path / "r.json",
+    )
+    result = _json(capsys, "dedup", source, "--output", target, "--report", report)
+    assert (result["records"], result["kept"], result["exact_duplicates"]) == (3, 2, 1)
+    assert target.read_bytes() == b"".join(source.read_bytes().splitlines(keepends=True)[:2])
+    assert json.loads(report.read_text()) == result
+    cli.main(["dedup", str(source), "--mode", "exact"])
+    assert "3 records: 2 kept" in capsys.readouterr().out
+
+
+def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = _json(capsys, "prepare", trained / "run.toml")
+    assert report["train"]["samples"] + report["eval"]["samples"] == report["rows"] == 40
+    cli.main(["prepare", str(trained / "run.toml"), "--show", "1"])
+    assert "say number" in capsys.readouterr().out
+
+
+def test_train_again_finds_itself_finished(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = _json(capsys, "train", trained / "run.toml")
+    assert result["resumed_from"] == result["steps"] == 2
+    assert Path(result["model_path"]) == trained / "run" / "model"
+
+
+def test_flags_override_the_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = _write(tmp_path / "more.jsonl", _conversations(60))
+    result = _json(
+        capsys, "train", trained / "run.toml", "--output", tmp_path / "x", "--data", more, "--train.max-steps", "1"
+    )
+    assert result["steps"] == 1
+    saved = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert saved["data"]["train"] == [str(more)]
+    assert saved["tokenizer"]["train_vocab"] == 300  # from the file
+
+
+def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "run" / "model"
+    result = _json(
+        capsys,
+        "generate",
+        model,
+        "--prompt",
+        "say",
+        "--n",
+        "2",
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "5",
+    )
+    assert [o["index"] for o in result["outputs"]] == [0, 1]
+    assert all(len(o["token_ids"]) <= 5 for o in result["outputs"])
+    cli.main(["generate", str(model), "--chat", "say number 3", "--max-tokens", "3"])
+    cli.main(["generate", str(model), "--infill", "say", "3", "--max-tokens", "3"])
+
+
+def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "run" / "model"
+    tasks = _write(tmp_path / "tasks.jsonl", [{"task_id": "a", "prompt": "say", "check": "assert True"},
+                                              {"task_id": "b", "prompt": "say", "check": "assert False"}])  # fmt: skip
+    result = _json(capsys, "eval", model, "--data", trained / "rows.jsonl", "--tasks", tasks, "--max-tokens", "4")
+    assert result["loss"]["samples"] == 40
+    assert 3 < result["loss"]["loss"] < 7
+    assert 0 <= result["tasks"]["pass_at"]["1"] <= 0.5  # the second check cannot pass
+    cli.main(["eval", str(model), "--data", str(trained / "rows.jsonl")])
+    assert "held-out loss" in capsys.readouterr().out
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _refused(capsys, "trian") == "unknown verb 'trian'; did you mean 'train'?"
+    assert "fastsft --help" in _refused(capsys, "zzz")
+
+
+def test_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[optim]\nlearning_rate = 1\n[train]\n")
+    assert "unknown key 'optim.learning_rate'" in _refused(capsys, "train", path)
+    path.write_text("[train]\nmax_step = 1\n")
+    assert _refused(capsys, "train", path).endswith("unknown key 'train.max_step'; did you mean 'max_steps'?")
+    path.write_text("[train\n")
+    assert "not valid TOML" in _refused(capsys, "prepare", path)
+
+
+def test_missing_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = tmp_path / "nowhere.jsonl"
+    assert "nowhere.toml: cannot read" in _refused(capsys, "train", tmp_path / "nowhere.toml")
+    for command in (
+        ("train", trained / "run.toml", "--output", tmp_path / "x", "--data", nowhere),
+        ("dedup", nowhere),
+        ("eval", trained / "run" / "model", "--data", nowhere),
+        ("eval", trained / "run" / "model", "--tasks", nowhere),
+    ):
+        assert "nowhere.jsonl" in _refused(capsys, *command)
+    assert not (tmp_path / "x").exists()
+
+
+def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
+    for command in (
+        ("train", trained / "run.toml", "--output", tmp_path / "x", "--data", broken),
+        ("dedup", broken),
+        ("eval", trained / "run" / "model", "--data", broken),
+    ):
+        assert f"{broken}:2: broken JSON" in _refused(capsys, *command)
+    _write(tmp_path / "tasks.jsonl", [{"task_id": "a"}])
+    assert "tasks.jsonl:1: " in _refused(capsys, "eval", trained / "run" / "model", "--tasks", tmp_path / "tasks.jsonl")
+
+
+def test_bad_model_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in _refused(capsys, "generate", tmp_path / "nowhere", "--prompt", "a")
+    assert str(tmp_path) in _refused(capsys, "generate", tmp_path, "--prompt", "a")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"')
+    assert "config.json" in _refused(capsys, "eval", tmp_path, "--data", trained / "rows.jsonl")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_bigcode"}')
+    assert "gpt_bigcode" in _refused(capsys, "generate", tmp_path, "--prompt", "a")
+
+
+def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "run" / "model"
+    assert "exactly one of" in _refused(capsys, "generate", model)
+    assert "--data, --tasks" in _refused(capsys, "eval", model)
+    assert "temperature" in _refused(capsys, "generate", model, "--prompt", "a", "--temperature", "-1")
+    assert "data.train" in _refused(capsys, "train")
+    assert "--show" in _refused(capsys, "prepare", trained / "run.toml", "--show")
+    assert "--show" in _refused(capsys, "prepare", trained / "run.toml", "--show", "many")

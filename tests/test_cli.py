@@ -146,6 +146,11 @@ def test_dedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 records: 2 kept" in capsys.readouterr().out
 
 
+def test_texts_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["dedup", str(_write(tmp_path / "in.jsonl", [{"text": "x [/b] [red]y[/red]"}] * 2))])
+    assert "x [/b] [red]y[/red]" in capsys.readouterr().out
+
+
 def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = _json(capsys, "prepare", trained / "run.toml")
     assert report["train"]["samples"] + report["eval"]["samples"] == report["rows"] == 40

@@ -124,7 +124,7 @@ def dedup(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # the texts are the user's
     console.print(
         f"{summary['records']} records: {summary['kept']} kept, {found.exact_duplicates} exact and "
         f"{found.near_duplicates} near duplicates"
@@ -154,7 +154,7 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False)
     for name in ("train", "eval"):
         part = prepared.report[name]
         console.print(f"{name}: {part['samples']} samples, {part['tokens']} tokens, {part['trained_tokens']} trained")

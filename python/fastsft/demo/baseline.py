@@ -82,15 +82,12 @@ def compare(model: Decoder, batches: list[VarlenBatch], *, rows: int, rounds: in
             total = 0.0
             for batch in batches:
                 weight = float(batch.weights.sum())
-                documents = list(range(len(batch.cu_seqlens) - 1))
-                groups = (
-                    [documents] if way == "ours" else [documents[i : i + rows] for i in range(0, len(documents), rows)]
-                )
-                for group in groups:
-                    if way == "ours":
+                parts = [None] if way == "ours" else _groups(batch, rows)
+                for documents in parts:
+                    if documents is None:
                         loss = batch_loss(model, batch, normalizer=weight)
                     else:
-                        loss = _padded_loss(model, batch, group, weight)
+                        loss = _padded_loss(model, batch, documents, weight)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.collect()
                     total += float(loss.detach())
@@ -109,7 +106,7 @@ def compare(model: Decoder, batches: list[VarlenBatch], *, rows: int, rounds: in
 
 
 def _groups(batch: VarlenBatch, rows: int) -> list[list[int]]:
-    """Documents of a packed batch in shuffled batches of ``rows``, as a data loader would draw them."""
+    """Documents of a packed batch in random batches of ``rows``, as a data loader would draw them."""
     count = len(batch.cu_seqlens) - 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return [order[i : i + rows] for i in range(0, count, rows)]

@@ -52,16 +52,20 @@ QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, t
              held_out_tasks=8, rounds=1)  # fmt: skip
 CAPACITY = 2048  # tokens per step
 HEADS, KV_HEADS = 8, 2
+CODE = "code.jsonl"  # the first file a demo writes, and so the mark of its folder
 
 
 def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
-    """Run every stage under ``output`` (emptied first) and return what results.json holds.
+    """Run every stage under ``output`` and return what results.json holds.
 
-    The compute type is bfloat16 where the CPU multiplies it natively, float32 elsewhere.
+    The compute type is bfloat16 where the CPU multiplies it natively, float32 elsewhere. An earlier demo in ``output``
+    is removed first.
+
+    Raises:
+        ValueError: ``output`` has something else in it.
     """
     size = QUICK if quick else FULL
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    _clear(output)
     stages = _Stages()
     dtype = "bfloat16" if _native_bfloat16() else "float32"
     results: dict[str, Any] = {"info": fastsft.info(), "size": dataclasses.asdict(size), "dtype": dtype,
@@ -69,7 +73,7 @@ def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
 
     with stages("source files"):
         found = corpus.definitions(limit=size.definitions)
-        _write_jsonl(output / "code.jsonl", ({"text": d.text, "path": d.source} for d in found))
+        _write_jsonl(output / CODE, ({"text": d.text, "path": d.source} for d in found))
         results["corpus"] = {"definitions": len(found), "characters": sum(len(d.text) for d in found)}
         stages.say(f"{len(found)} functions and classes of the standard library")
     with stages("dedup, tokenizer, tokens"):
@@ -112,7 +116,7 @@ def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
             f"{comparison.ours:,.0f} against {comparison.padded:,.0f} tokens/s: {comparison.ratio:.2f}x "
             f"({comparison.padding_share:.0%} of the padded batch is padding)"
         )
-    results["seconds"] = stages.seconds
+    results["seconds"] = dict(stages.seconds)
     results["total_seconds"] = sum(stages.seconds.values())
     with stages("report"):
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -120,6 +124,14 @@ def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
                                    read_metrics(output / "tuned" / "metrics.jsonl"))  # fmt: skip
     _say_results(stages, results, report_path)
     return results
+
+
+def _clear(output: Path) -> None:
+    """Make ``output`` an empty folder; only what a demo wrote is ever removed."""
+    if output.exists() and not (output.is_dir() and ((output / CODE).is_file() or not any(output.iterdir()))):
+        raise ValueError(f"demo: output: expected a new or empty folder or that of an earlier demo, got {output}")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
 
 
 class _Stages:
@@ -171,7 +183,7 @@ def _train_config(output: Path, size: Size, dtype: str) -> Config:
             "model": {"init": architecture, "dtype": dtype},
             "tokenizer": {"train_vocab": size.vocab},
             "data": {
-                "train": [str(output / "code.jsonl")], "max_length": 1024, "eval_fraction": 0.01,
+                "train": [str(output / CODE)], "max_length": 1024, "eval_fraction": 0.01,
                 "dedup": {"mode": "near", "threshold": 0.7}, "fim": {"rate": 0.5},
             },
             "optim": {"lr": 2e-3, "weight_decay": 0.1},

@@ -1,0 +1,52 @@
+"""A tiny model, random weighted samples and torch's own optimizer, for the tests of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsft.config import OptimOptions
+from fastsft.data.batch import Sample
+from fastsft.models.decoder import Decoder
+from fastsft.models.weights import init_model
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
+
+
+def random_samples(count: int, seed: int, *, longest: int = 24) -> list[Sample]:
+    """Random ids with weights that are 0, 1 or a fraction; at least one target counts."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        n = int(rng.integers(2, longest))
+        weights = rng.choice(np.array([0, 1, 0.5], np.float32), n)
+        weights[1] = 1
+        samples.append(Sample(rng.integers(0, 97, n).astype(np.int32), weights, f"row:{i + 1}"))
+    return samples
+
+
+def model_of(seed: int = 0, dtype: torch.dtype = torch.float32, **keys: Any) -> Decoder:
+    return init_model(MODEL | keys, seed=seed, dtype=dtype)
+
+
+def torch_adamw(model: torch.nn.Module, options: OptimOptions) -> torch.optim.AdamW:
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    plain = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, foreach=False, fused=False,
+    )  # fmt: skip

@@ -17,12 +17,14 @@ test: build test-python test-cpp
 test-python: build
 	$(BIN)/pytest
 
-test-cpp: $(VENV)/ready
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DFASTSFT_PYTHON=OFF -DFASTSFT_TESTS=ON \
-	  -DFASTSFT_SANITIZE=ON -DFASTSFT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo > build/cpp-configure.log \
-	  || { cat build/cpp-configure.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+# Twice: AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
+test-cpp: test-cpp-address test-cpp-thread
+
+test-cpp-%: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$* -G Ninja -DFASTSFT_PYTHON=OFF -DFASTSFT_TESTS=ON \
+	  -DFASTSFT_SANITIZE=$* -DFASTSFT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$*
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/$* --output-on-failure
 
 lint: build
 	$(BIN)/ruff check .

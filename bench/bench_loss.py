@@ -1,6 +1,6 @@
 """Linear cross-entropy, forward and backward, against the plain projection with F.cross_entropy.
 
-The head of a 0.5 B model (H 896, V 32,768), 1,024 rows, a part of which is not trained on. The gate: losses agree before
+The head of a 0.5 B model (H 896, V 32,768), 1,024 rows, a part of them masked. The gate: losses agree before
 anything is timed.
 """
 

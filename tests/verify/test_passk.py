@@ -34,6 +34,16 @@ def test_tasks_are_executed() -> None:
         evaluate_tasks(tasks, [["a"], ["b"]], k=(2,))
 
 
+def test_leaving_before_the_check_is_no_pass() -> None:
+    task = Task("early", "", "assert f() == 1\nprint('checked')")
+    good, quits, leaves = "def f(): return 1", "import sys\nsys.exit(0)", "import os\nos._exit(0)"
+    report = evaluate_tasks([task], [[good, quits, leaves, "def f():\n    raise SystemExit"]])
+    assert [r.status for r in report.tasks[0].results] == ["ok", "error", "error", "error"]
+    assert report.tasks[0].passed == 1
+    assert report.tasks[0].results[0].stdout == "checked\n"
+    assert "before its check" in report.tasks[0].results[1].stderr
+
+
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl.gz"
     human_eval = {

@@ -104,3 +104,19 @@ def test_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_at_once_in_order() -> None:
     results = run_all([f"print({i})" for i in range(12)], workers=4)
     assert [r.stdout for r in results] == [f"{i}\n" for i in range(12)]
+
+
+def test_metadata_of_files_outside_stays(layers: tuple[str, ...], tmp_path: Path) -> None:
+    """Landlock leaves chmod and the like alone; the system call filter must not."""
+    if "seccomp" not in layers:
+        pytest.skip("no seccomp here")
+    file = tmp_path / "mine"
+    file.write_text("x")
+    file.chmod(0o600)
+    before = file.stat()
+    for call in ("chmod({!r}, 0o777)", "utime({!r}, (1, 1))", "chown({!r}, -1, os.getgid())",
+                 "setxattr({!r}, 'user.a', b'b')"):  # fmt: skip
+        assert denied(run(f"import os\nos.{call.format(str(file))}")), call
+    assert file.stat() == before
+    # A file that it may read is as safe: one of the interpreter's own, which the user may own.
+    assert denied(run("import os\nos.fchmod(os.open(os.__file__, os.O_RDONLY), 0o777)"))

@@ -30,6 +30,13 @@ _DENIED = {
     "swapon": (167, 224), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "io_uring_setup": (425, 425), "setsid": (112, 157), "setpgid": (109, 154),
     "kill": (62, 129), "tkill": (200, 130), "pidfd_send_signal": (424, 424), "fork": (57, -1), "vfork": (58, -1),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    # Landlock rules on opening, not on metadata: without these, code could change the mode and times of any file.
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
+    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
+    "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
+    "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
 # clone is allowed for threads only; clone3 hides its flags from a filter, and libc falls back to clone on ENOSYS.
 _CLONE, _CLONE3, _CLONE_THREAD = (56, 220), 435, 0x10000

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
 import os
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +70,8 @@ def evaluate_tasks(
     workers: int = 2,
     limits: Limits | None = None,
 ) -> PassReport:
-    """Execute every sample of every task in the sandbox.
+    """Execute every sample of every task in the sandbox. A sample passes if its script, check included, runs to the end;
+    one that exits before (``sys.exit(0)``) does not.
 
     Args:
         samples: for each task its samples, at least max(k).
@@ -78,8 +81,10 @@ def evaluate_tasks(
     """
     if len(samples) != len(tasks) or any(len(s) < max(k) for s in samples):
         raise ValueError(f"evaluate_tasks: expected at least {max(k)} samples for each of {len(tasks)} tasks")
-    codes = [f"{t.prefix}{s}\n\n{t.check}\n" for t, group in zip(tasks, samples, strict=True) for s in group]
-    results = iter(run_all(codes, workers=workers, limits=limits))
+    mark = secrets.token_hex(16)  # written by the last line of each script, straight to the pipe
+    end = f"__import__('os').write(1, b'{mark}')\n"
+    codes = [f"{t.prefix}{s}\n\n{t.check}\n\n{end}" for t, group in zip(tasks, samples, strict=True) for s in group]
+    results = iter([_judge(r, mark) for r in run_all(codes, workers=workers, limits=limits)])
     reports = []
     for task, group in zip(tasks, samples, strict=True):
         ended = tuple(next(results) for _ in group)
@@ -92,6 +97,13 @@ def evaluate_tasks(
         for n in k
     }
     return PassReport(pass_at, {str(s): n for s, n in statuses.items()}, tuple(reports))
+
+
+def _judge(result: SandboxResult, mark: str) -> SandboxResult:
+    before, reached, after = result.stdout.partition(mark)
+    if result.status == "ok" and not reached:
+        return dataclasses.replace(result, status="error", stderr=f"{result.stderr}exited before its check was done\n")
+    return dataclasses.replace(result, stdout=before + after)
 
 
 def read_tasks(path: str | os.PathLike[str]) -> list[Task]:

@@ -54,6 +54,11 @@ TAGGED = {
         "{%- generation -%}{{ m['content'] | trim + '<|eot_id|>' }}{%- endgeneration -%}"
         "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}",
     ),
+    "lines": (
+        "{% for m in messages %}\n    {% if m.role == 'assistant' %}\nA:{% generation %}\n{{ m.content }}\n"
+        "    {% endgeneration %}\n    {% else %}\nQ:{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}\nA:{% endif %}\n"
+    ),
     "no spaces": CHATML.replace("{% generation %}", "{%generation%}"),
 }
 

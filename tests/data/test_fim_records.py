@@ -71,6 +71,7 @@ def test_rates(rate: float, spm_rate: float) -> None:
     # Two uniform places among 10, sorted: the first is i with probability (2 (10 - i) - 1) / 100.
     firsts = np.bincount([len(f[0]) for f in chosen], minlength=10) / len(chosen)
     expected = (2 * (10 - np.arange(10)) - 1) / 100
+    assert (firsts > 0).all(), "the end of the text is a place to cut, too"
     assert np.abs(firsts - expected).max() <= 5 * math.sqrt(0.25 / len(chosen))
 
 

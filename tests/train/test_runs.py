@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kill_resume import run_config, write_texts
 from train_cases import MODEL, model_of, random_samples, torch_adamw
 
-from fastsft.config import load_config
+from fastsft.config import ConfigError, load_config
 from fastsft.data.loader import PackedLoader
 from fastsft.data.prepare import Prepared
 from fastsft.data.store import SampleStore
@@ -55,6 +55,22 @@ def test_every_epoch_trains_every_sample_once(tmp_path: Path) -> None:
         steps = seen[position : position + math.ceil(count / 3)]
         position += len(steps)
         assert sorted(s for step in steps for s in step) == sorted(f"row:{i + 1}" for i in range(120))
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_model(model_of(), tmp_path / "start")
+    config = load_config(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path / "start")},
+            "tokenizer": {"train_vocab": 300},
+            "data": {"train": [str(write_texts(tmp_path / "t.jsonl", 8))]},
+        }
+    )
+    with pytest.raises(
+        ConfigError, match=r"tokenizer: expected ids below the model's vocab_size 97, got \d+ in the data"
+    ):
+        Trainer(config)
 
 
 def test_overfits_eight_samples(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def dedup_file(
         for line, kept in zip(rows, report.keep, strict=True):
             if kept:
                 stream.write(line if line.endswith(b"\n") else line + b"\n")
+    with open(stage, "rb") as written:
+        os.fsync(written.fileno())
     stage.replace(target)
     return report
 

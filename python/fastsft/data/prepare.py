@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,11 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
     report["skipped"] = dict(problems.counts)
     report["skipped_examples"] = problems.examples
     # The report comes last: its presence says that everything before it is complete.
-    stage = root / f"report.json.tmp-{id(report)}"
-    stage.write_text(json.dumps(report, indent=2) + "\n")
+    stage = root / "report.json.tmp"
+    with open(stage, "w") as stream:
+        stream.write(json.dumps(report, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     stage.replace(root / "report.json")
     return Prepared(stores["train"], stores["eval"], tokenizer, report)
 

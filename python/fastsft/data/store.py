@@ -81,6 +81,11 @@ class SampleStore:
         return int(self._offsets[-1])
 
     @property
+    def largest_id(self) -> int:
+        """-1 for an empty store."""
+        return int(self._ids.max(initial=-1))
+
+    @property
     def trained_tokens(self) -> int:
         """Targets with a weight: a document's first token is never one."""
         weighted = np.asarray(self._weights) > 0

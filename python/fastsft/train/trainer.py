@@ -68,6 +68,12 @@ class Trainer:
         self.output = Path(config.output)
         self.prepared = prepared or prepare(config)
         self.model = model or self._build_model()
+        for store in (self.prepared.train, self.prepared.eval):
+            if store.largest_id >= self.model.config.vocab_size:
+                raise ConfigError(
+                    f"tokenizer: expected ids below the model's vocab_size {self.model.config.vocab_size}, "
+                    f"got {store.largest_id} in the data; is it the tokenizer of this model?"
+                )
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = MasterAdamW(self.model, config.optim)
         self.loader = PackedLoader(self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed)

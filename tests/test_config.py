@@ -1,0 +1,68 @@
+"""Run configurations: what is read, and how every mistake is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
+
+
+def test_defaults_and_round_trip(tmp_path: Path) -> None:
+    assert load_config({}) == Config()
+    config = load_config({"seed": 3, "data": {"train": ["a.jsonl"], "dedup": {"mode": "near"}}, "optim": {"lr": 1}})
+    assert load_config(to_dict(config)) == config
+    assert load_config(json.loads(to_json(config))) == config
+    path = tmp_path / "run.toml"
+    path.write_text('seed = 3\n[data]\ntrain = ["a.jsonl"]\ndedup.mode = "near"\n[optim]\nlr = 1\n')
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"sed": 1}, "unknown key 'sed'; did you mean 'seed'"),
+        ({"train": {"epoch": 1}}, "unknown key 'train.epoch'; did you mean 'epochs'"),
+        ({"data": {"fim": {"zzz": 1}}}, "unknown key 'data.fim.zzz'; known keys: rate, spm_rate, prefix"),
+        ({"optim": {"lr": "fast"}}, "optim.lr: .* got 'fast'"),
+        ({"model": {"dtype": "float16"}}, "model.dtype: .* got 'float16'"),
+        ({"model": {"path": "x", "init": {"a": 1}}}, "model: give either path or init"),
+        ({"data": {"max_length": 9000}}, "train.tokens_per_batch: expected at least data.max_length = 9000, got 8192"),
+    ],
+)
+def test_mistakes_are_named(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1), ("seed", 2**63), ("data.eval_fraction", 1.0), ("data.max_length", 1), ("data.prompt_weight", -1),
+        ("data.dedup.threshold", 0.0), ("data.fim.rate", 1.1), ("data.fim.spm_rate", -0.1), ("optim.lr", 0.0),
+        ("optim.lr", float("nan")), ("optim.beta1", 1.0), ("optim.eps", 0.0), ("optim.weight_decay", -1),
+        ("optim.clip_norm", -1), ("schedule.warmup", -1), ("schedule.final", 2), ("train.accumulation", 0),
+        ("train.epochs", 0), ("train.keep", 0), ("train.max_steps", 0), ("train.save_every", -1),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(name: str, value: Any) -> None:
+    raw: dict[str, Any] = {}
+    *sections, key = name.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[key] = value
+    with pytest.raises(ConfigError, match=f"config: {name}: expected .*, got "):
+        load_config(raw)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot read: No such file"):
+        load_config(tmp_path / "none.toml")
+    for name, content in (("a.toml", b"seed = "), ("b.toml", b"seed = '\xff'")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}: not valid TOML"):
+            load_config(tmp_path / name)

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "info": {"ops", "_C", "__version__"},
 }
-ANYTHING = {"cli", "demo", "report", "__main__", "__init__"}
+ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 
 # installed by extras only: a top-level import would make them required
 OPTIONAL = {"pyarrow", "datasets", "matplotlib", "transformers", "triton", "cuda", "fastapi", "uvicorn", "ray"}

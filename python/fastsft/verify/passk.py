@@ -70,8 +70,8 @@ def evaluate_tasks(
     workers: int = 2,
     limits: Limits | None = None,
 ) -> PassReport:
-    """Execute every sample of every task in the sandbox. A sample passes if its script, check included, runs to the end;
-    one that exits before (``sys.exit(0)``) does not.
+    """Execute every sample of every task in the sandbox. A sample passes if its script, check included, runs to the
+    end; one that exits before (``sys.exit(0)``) does not.
 
     Args:
         samples: for each task its samples, at least max(k).

@@ -190,6 +190,8 @@ def test_min_tokens_bars_every_end(folders: dict[str, Path], references: dict[st
     llm = engine(folders["llama"])
     early = llm.generate({"prompt_token_ids": prompt}, SamplingParams(max_tokens=24, stop_token_ids=[end]))
     assert tokens(early) == [[end]]
+    one = SamplingParams(max_tokens=24, min_tokens=1, stop_token_ids=[end])
+    assert tokens(llm.generate({"prompt_token_ids": prompt}, one))[0][0] != end
     params = SamplingParams(max_tokens=24, min_tokens=6, stop_token_ids=[end], logprobs=1)
     (out,) = llm.generate({"prompt_token_ids": prompt}, params)
     ids = out.outputs[0].token_ids

@@ -239,6 +239,16 @@ def test_detokenizer_equals_decoding_the_whole(skip: bool) -> None:
         assert detokenizer.text == tokenizer().decode(ids, skip), ids
 
 
+def test_progress_bar(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    llm = engine(folders["llama"])
+    llm.generate(["the cat", "sat"], GREEDY, progress=True)
+    shown = capsys.readouterr().out
+    assert "2/2" in shown
+    assert "tokens/s" in shown
+    llm.generate("the cat", GREEDY)
+    assert capsys.readouterr().out == ""
+
+
 def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:
     llm = engine(folders["qwen3"])
     messages = [{"role": "user", "content": "cat"}]

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import Detokenizer, SamplingParams, Sequence
+from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model
 
 
@@ -61,6 +63,58 @@ def test_stop_string_that_ends_inside_a_token(folder: Path) -> None:
     s = sequence(stop=text[1])
     s.append(token, ())
     assert s.output().text == text[:1]
+
+
+def token_of(text: str) -> int:
+    """A token that stands for all of ``text`` at once."""
+    (token,) = tokenizer().encode(text)
+    return token
+
+
+@pytest.mark.parametrize("stops", [["e", "h"], ["h", "e"], ["e", "he", "h"], ["he", "h"]])
+def test_several_stop_strings_in_one_token(stops: list[str]) -> None:
+    """The token "the" completes them all; the text is cut as if it had come letter by letter."""
+    s = sequence(stop=stops)
+    s.append(token_of("the"), ())
+    assert (s.output().text, s.stop_reason) == ("t", "h")
+
+
+def test_of_stop_strings_completed_together_the_longest_wins() -> None:
+    s = sequence(stop=["e", "he", "the"])
+    s.append(token_of("the"), ())
+    assert (s.output().text, s.stop_reason) == ("", "the")
+
+
+class HalfToken:
+    """A tokenizer with a token that ends in the middle of a character, as large byte-level vocabularies have."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        pieces = {1: b"END\xc3", 2: b"\xbcx", 3: b"", 4: b"a"}
+        return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit"), [([4, 1], 3), ([4, 1, 3], 9), ([4, 1, 2], 9)], ids=["length", "end token", "completed"]
+)
+def test_stop_string_in_text_that_was_held_back(tokens: list[int], limit: int) -> None:
+    """The detokenizer holds back a token with half a character; a stop string in it still counts at the end."""
+    s = Sequence(0, 0, [9], 1, limit, SamplingParams(stop="END"), Detokenizer(HalfToken(), True), 0)  # type: ignore[arg-type]
+    for token in tokens:
+        assert s.finish_reason is None
+        s.append(token, (3,))
+    assert (s.output().text, s.finish_reason, s.stop_reason) == ("a", "stop", "END")
+
+
+def test_the_token_that_ends_a_text_is_not_in_it() -> None:
+    the, turn = token_of("the"), tokenizer().eos_ids[1]
+    s = sequence(stop_token_ids=[the])
+    for token in [*tokenizer().encode("cat"), the]:
+        s.append(token, ())
+    assert (s.output().text, s.stop_reason, s.tokens[-1]) == ("cat", the, the)
+    s = sequence(skip_special_tokens=False)
+    for token in [*tokenizer().encode("cat"), turn]:
+        s.append(token, (turn,))
+    assert s.output().text == "cat"
 
 
 def test_stop_string_that_never_comes() -> None:
@@ -122,6 +176,8 @@ def test_stop_in_generation_equals_cutting_the_free_text(folder: Path) -> None:
         ({"prompt_token_ids": [3, -1]}, rf"prompts\[0\]: expected token ids in \[0, {VOCAB}\), got -1"),
         ({"prompt_token_ids": [3] * 80}, r"prompts\[0\]: 80 tokens leave no room .* the cache holds 80"),
         ({"text": "x"}, "prompt: expected a string or"),
+        ({"prompt_token_ids": [1.5]}, "prompt: expected a string or .* got .*1.5"),
+        ({"prompt_token_ids": None}, "prompt: expected a string or"),
         (["a", 5], "prompt: expected a string or .* got 5"),
         (["a", ""], r"prompts\[1\]: expected at least one token"),
     ],
@@ -145,11 +201,24 @@ def test_prompt_longer_than_the_context(folder: Path) -> None:
         ("n", 0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**62),
         ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 129), ("logprobs", -1), ("logprobs", 21), ("stop", [""]),
+        ("n", "3"), ("n", True), ("n", 1.0), ("temperature", "hot"), ("temperature", True), ("top_p", None),
+        ("min_p", []), ("top_k", 2**31), ("seed", 1.5), ("max_tokens", None), ("logprobs", "all"), ("ignore_eos", "no"),
+        ("stop", None), ("stop", [5]), ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("skip_special_tokens", 1),
     ],
 )  # fmt: skip
 def test_bad_sampling_params(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams: {name}: expected"):
         SamplingParams(**{name: value})
+
+
+def test_unknown_sampling_parameter() -> None:
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        SamplingParams(repetition_penalty=1.1)  # type: ignore[call-arg]
+
+
+def test_boolean_logprobs() -> None:
+    assert SamplingParams(logprobs=True).logprobs == 0
+    assert SamplingParams(logprobs=False).logprobs is None
 
 
 def test_stop_token_outside_the_vocabulary(folder: Path) -> None:
@@ -169,6 +238,8 @@ def test_bad_engine_options(name: str, folder: Path) -> None:
 def test_contradicting_arguments(folder: Path) -> None:
     with pytest.raises(ValueError, match="kv_cache_bytes=10"):
         LLM(folder, kv_cache_bytes=10)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"model: expected on the CPU .* got meta"):
+        LLM(Decoder(load_model(folder).config), tokenizer())
     with pytest.raises(ValueError, match="tokenizer: needed beside a loaded model"):
         LLM(load_model(folder))
     llm = engine(folder)

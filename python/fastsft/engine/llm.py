@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class LLM:
         max_batched_tokens: prompt tokens computed in one step.
 
     Raises:
-        ValueError: a cache too small for one block, or arguments that contradict each other.
+        ValueError: a cache too small for one block, a model that is not on the CPU, or arguments that contradict each
+            other.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class LLM:
             self.tokenizer = tokenizer or Tokenizer.from_folder(model)
         config = self.model.config
         weights = self.model.lm_head_weight
+        if weights.device.type != "cpu":
+            raise ValueError(f"LLM: model: expected on the CPU (the engine has no other path), got {weights.device}")
         if num_blocks is None and block_size >= 1:
             num_blocks = kv_cache_bytes // KVCache.bytes_per_block(config, block_size, weights.dtype)
         if num_blocks is None or min(num_blocks, block_size) < 1 or max_num_seqs < 1 or max_batched_tokens < 1:
@@ -84,14 +88,14 @@ class LLM:
         prompts: str | dict[str, Any] | list[str] | list[dict[str, Any]],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: bool | Callable[[int, int], None] = False,
     ) -> list[RequestOutput]:
         """Continue each prompt.
 
         Args:
             prompts: a text, ``{"prompt_token_ids": [...]}``, or a list of either.
             params: one for all prompts, or one per prompt.
-            progress: called with (finished, all) sequences.
+            progress: True shows a bar; a function is called after each step with (finished, all) sequences.
 
         Returns:
             One output per prompt, in order.
@@ -106,17 +110,17 @@ class LLM:
             raise ValueError(f"generate: params: expected {len(listed)}, one per prompt, got {len(each)}")
         requests = [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(listed, each, strict=True))]
         sequences = [s for _, group in requests for s in group]
-        try:
-            for _, group in requests:
-                self._scheduler.add(group[0])
-            while self._scheduler.busy:
-                self._step()
-                if progress:
-                    progress(sum(s.finish_reason is not None for s in sequences), len(sequences))
-        finally:
-            self._scheduler.waiting.clear()
-            for sequence in list(self._scheduler.running):
-                self._scheduler.finish(sequence)
+        with _reporter(progress, sequences) as report:
+            try:
+                for _, group in requests:
+                    self._scheduler.add(group[0])
+                while self._scheduler.busy:
+                    self._step()
+                    report()
+            finally:
+                self._scheduler.waiting.clear()
+                for sequence in list(self._scheduler.running):
+                    self._scheduler.finish(sequence)
         return [
             RequestOutput(text, tuple(group[0].tokens[: group[0].prompt_len]), tuple(s.output() for s in group))
             for text, group in requests
@@ -217,3 +221,31 @@ class LLM:
                     rows.append(row)
             parent.siblings = []
         return complete, logits[rows]
+
+
+@contextlib.contextmanager
+def _reporter(progress: bool | Callable[[int, int], None], sequences: list[Sequence]) -> Iterator[Callable[[], None]]:
+    """What to call after each step."""
+    total = len(sequences)
+
+    def finished() -> int:
+        return sum(s.finish_reason is not None for s in sequences)
+
+    if progress is False:
+        yield lambda: None
+    elif progress is not True:
+        function = progress
+        yield lambda: function(finished(), total)
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+        with Progress(*columns, TimeElapsedColumn()) as bar:
+            task = bar.add_task("", total=total, speed="")
+
+            def show() -> None:
+                seconds = bar.tasks[0].elapsed or 0.0
+                speed = f"{sum(s.generated for s in sequences) / seconds:,.0f} tokens/s" if seconds else ""
+                bar.update(task, completed=finished(), speed=speed)
+
+            yield show

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from fastsft.models.tokenizer import Tokenizer
@@ -23,10 +25,10 @@ class SamplingParams:
         stop_token_ids: ids that end the text, besides the model's end tokens.
         ignore_eos: go on past the model's end tokens.
         max_tokens, min_tokens: limits on the number of generated tokens.
-        logprobs: None, or the number of most probable tokens to report beside the chosen one.
+        logprobs: None, or the number of most probable tokens to report beside the chosen one; True means 0, False None.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        ValueError: a value of the wrong type or out of range; the message names it. (TypeError: an unknown name.)
     """
 
     n: int = 1
@@ -48,24 +50,47 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"SamplingParams: {name}: expected {expected}, got {getattr(self, name)!r}")
 
-        check(self.n >= 1, "n", "at least 1")
-        check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "a finite number >= 0")
-        check(self.top_k >= 0, "top_k", "at least 0")
-        check(0 < self.top_p <= 1, "top_p", "a value in (0, 1]")
-        check(0 <= self.min_p <= 1, "min_p", "a value in [0, 1]")
-        check(self.seed is None or 0 <= self.seed < 2**62, "seed", "an integer in [0, 2**62)")
-        check(self.max_tokens >= 1, "max_tokens", "at least 1")
-        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "a number in [0, max_tokens]")
-        check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "None or a number in [0, 20]")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        def integer(name: str, low: int, high: int, expected: str) -> None:
+            value = getattr(self, name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            check(whole and low <= value <= high, name, expected)
+
+        def number(name: str, inside: bool, expected: str) -> None:
+            check(inside and not isinstance(getattr(self, name), bool), name, expected)
+
+        t, p, m = self.temperature, self.top_p, self.min_p
+        number("temperature", isinstance(t, Real) and 0 <= t < math.inf, "a finite number >= 0")
+        number("top_p", isinstance(p, Real) and 0 < p <= 1, "a number in (0, 1]")
+        number("min_p", isinstance(m, Real) and 0 <= m <= 1, "a number in [0, 1]")
+        integer("n", 1, 2**31 - 1, "an integer >= 1")
+        integer("top_k", 0, 2**31 - 1, "an integer >= 0")
+        integer("max_tokens", 1, 2**31 - 1, "an integer >= 1")
+        integer("min_tokens", 0, self.max_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
+        if self.seed is not None:
+            integer("seed", 0, 2**62 - 1, "None or an integer in [0, 2**62)")
+        if isinstance(self.logprobs, bool):
+            object.__setattr__(self, "logprobs", 0 if self.logprobs else None)
+        if self.logprobs is not None:
+            integer("logprobs", 0, 20, "None, a boolean or an integer from 0 to 20")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            check(isinstance(getattr(self, name), bool), name, "True or False")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        strings = isinstance(self.stop, list | tuple) and all(isinstance(s, str) and s for s in self.stop)
+        check(strings, "stop", "a non-empty string, or a list of them")
+        ids = isinstance(self.stop_token_ids, list | tuple) and all(map(_is_id, self.stop_token_ids))
+        check(ids, "stop_token_ids", "a list of token ids")
+        object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        check(all(self.stop), "stop", "non-empty strings")
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One continuation. ``token_ids`` holds every generated token, an end token included; ``text`` excludes a stop
-    string. ``logprobs``: per token, id -> log-probability under the unmodified distribution."""
+    """One continuation.
+
+    ``token_ids`` holds every generated token, the one that ended it included; ``text`` excludes the end token and the
+    stop string. ``logprobs``: per token, id -> log-probability under the unmodified distribution.
+    """
 
     index: int
     text: str
@@ -134,24 +159,39 @@ class Sequence:
 
     def append(self, token: int, end_ids: tuple[int, ...]) -> None:
         """Take the next token and decide whether the sequence ends with it."""
-        searched = len(self.detokenizer.text)
-        self.tokens.append(token)
-        self.detokenizer.push(token)
         params = self.params
-        if self.generated >= params.min_tokens:
-            if token in params.stop_token_ids or (token in end_ids and not params.ignore_eos):
-                self.finish_reason, self.stop_reason = "stop", token
-                self.detokenizer.flush()
-                return
-            for stop in params.stop:
-                at = self.detokenizer.text.find(stop, max(0, searched - len(stop) + 1))
-                if at >= 0:
-                    self.detokenizer.text = self.detokenizer.text[:at]
-                    self.finish_reason, self.stop_reason = "stop", stop
-                    return
-        if len(self.tokens) >= self.limit:
+        self.tokens.append(token)
+        may_stop = self.generated >= params.min_tokens
+        ends = may_stop and (token in params.stop_token_ids or (token in end_ids and not params.ignore_eos))
+        full = len(self.tokens) >= self.limit
+        searched = len(self.detokenizer.text)
+        if not ends:
+            self.detokenizer.push(token)
+        if ends or full:
+            self.detokenizer.flush()  # before the search: what is held back may complete a stop string
+        if may_stop and (stop := self._cut_at_stop(searched)):
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif ends:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif full:
             self.finish_reason = "length"
-            self.detokenizer.flush()
+
+    def _cut_at_stop(self, searched: int) -> str | None:
+        """Cut the text where a stop string was completed after ``searched`` characters.
+
+        Of several, the one completed first wins and, of those, the longest: as if the text had come character by
+        character, so that the result does not depend on how the tokenizer splits it.
+        """
+        text, found = self.detokenizer.text, []
+        for stop in self.params.stop:
+            at = text.find(stop, max(0, searched - len(stop) + 1))
+            if at >= 0:
+                found.append((at + len(stop), at, stop))
+        if not found:
+            return None
+        _, at, stop = min(found)
+        self.detokenizer.text = text[:at]
+        return stop
 
     def output(self) -> CompletionOutput:
         return CompletionOutput(
@@ -168,10 +208,17 @@ def draw_seed() -> int:
     return int.from_bytes(os.urandom(7), "little")
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def as_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     """(text, None) or (None, token ids) from a prompt in one of its accepted forms."""
     if isinstance(prompt, str):
         return prompt, None
     if isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
-        return None, [int(t) for t in prompt["prompt_token_ids"]]
-    raise ValueError(f"prompt: expected a string or {{'prompt_token_ids': [...]}}, got {prompt!r:.200}")
+        try:
+            return None, [operator.index(t) for t in prompt["prompt_token_ids"]]
+        except TypeError:
+            pass  # not integers: the message below says so
+    raise ValueError(f"prompt: expected a string or {{'prompt_token_ids': [integers]}}, got {prompt!r:.200}")

@@ -213,6 +213,8 @@ def _check_ranges(config: Config, where: str) -> None:
     if m.path is not None and m.init:
         raise ConfigError(f"{where}: model: give either path or init, not both")
     check(0 <= config.seed < 2**63, "seed", "an integer in [0, 2**63)", config.seed)
+    if m.path is not None and config.tokenizer.train_vocab is not None:
+        raise ConfigError(f"{where}: tokenizer.train_vocab: a model read from model.path keeps its own tokenizer")
     check(0 <= d.eval_fraction < 1, "data.eval_fraction", "a fraction in [0, 1)", d.eval_fraction)
     check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)
     check(d.prompt_weight >= 0, "data.prompt_weight", "at least 0", d.prompt_weight)

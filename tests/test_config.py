@@ -30,6 +30,7 @@ def test_defaults_and_round_trip(tmp_path: Path) -> None:
         ({"optim": {"lr": "fast"}}, "optim.lr: .* got 'fast'"),
         ({"model": {"dtype": "float16"}}, "model.dtype: .* got 'float16'"),
         ({"model": {"path": "x", "init": {"a": 1}}}, "model: give either path or init"),
+        ({"model": {"path": "x"}, "tokenizer": {"train_vocab": 300}}, "tokenizer.train_vocab: a model read from"),
         ({"data": {"max_length": 9000}}, "train.tokens_per_batch: expected at least data.max_length = 9000, got 8192"),
     ],
 )

@@ -1,4 +1,4 @@
-"""README and docs tell the truth: links resolve, code runs, samples come out as shown, keys and reasons are complete."""
+"""README and docs tell the truth: links resolve, code runs, samples come out so, keys and reasons are all there."""
 
 from __future__ import annotations
 

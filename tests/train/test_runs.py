@@ -59,11 +59,13 @@ def test_every_epoch_trains_every_sample_once(tmp_path: Path) -> None:
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save_model(model_of(), tmp_path / "start")
+    (tmp_path / "other").mkdir()
+    Tokenizer.train(["some words"], 300).save(tmp_path / "other")
     config = load_config(
         {
             "output": str(tmp_path / "run"),
             "model": {"path": str(tmp_path / "start")},
-            "tokenizer": {"train_vocab": 300},
+            "tokenizer": {"path": str(tmp_path / "other")},
             "data": {"train": [str(write_texts(tmp_path / "t.jsonl", 8))]},
         }
     )

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -64,6 +65,7 @@ TEST(callers_from_several_threads) {
 }
 
 TEST(a_forked_child_can_use_the_pool) {
+  unsetenv("FASTSFT_NUM_THREADS");  // it would set the child's number too
   set_num_threads(4);
   parallel_for(100, 1, [](int64_t, int64_t) {});
   const pid_t pid = fork();

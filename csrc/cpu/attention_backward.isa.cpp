@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "attention_kernels.h"
-#include "attention_simd.h"
+#include "attention_tile.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {

@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "attention_kernels.h"
-#include "attention_simd.h"
+#include "attention_tile.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {

@@ -22,6 +22,7 @@ std::vector<Isa> detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       isas.push_back(Isa::kAvx512);
+      if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::kAvx512Bf16);
     }
   }
 #endif
@@ -46,6 +47,7 @@ const char* isa_name(Isa isa) {
     case Isa::kBase: return "base";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512bf16";
   }
   return "unknown";
 }

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "attention_simd.h"
+#include "simd.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
+from fastsft.config import (
+    FIELD_NAMES,
+    Config,
+    ConfigError,
+    DataOptions,
+    TrainOptions,
+    _leaves,
+    load_config,
+    to_dict,
+    to_json,
+)
+from fastsft.data.records import FIELDS
 
 
 def test_defaults_and_round_trip(tmp_path: Path) -> None:
@@ -28,6 +39,8 @@ def test_defaults_and_round_trip(tmp_path: Path) -> None:
         ({"train": {"epoch": 1}}, "unknown key 'train.epoch'; did you mean 'epochs'"),
         ({"data": {"fim": {"zzz": 1}}}, "unknown key 'data.fim.zzz'; known keys: rate, spm_rate, prefix"),
         ({"optim": {"lr": "fast"}}, "optim.lr: .* got 'fast'"),
+        ({"data": {"fields": {"promt": "q"}}}, "unknown key 'data.fields.promt'; did you mean 'prompt'"),
+        ({"data": {"fields": {"x": "q"}}}, "unknown key 'data.fields.x'; known keys: messages, prompt"),
         ({"model": {"dtype": "float16"}}, "model.dtype: .* got 'float16'"),
         ({"model": {"path": "x", "init": {"a": 1}}}, "model: give either path or init"),
         ({"model": {"path": "x"}, "tokenizer": {"train_vocab": 300}}, "tokenizer.train_vocab: a model read from"),
@@ -50,14 +63,40 @@ def test_mistakes_are_named(raw: dict[str, Any], message: str) -> None:
     ],
 )  # fmt: skip
 def test_values_out_of_range(name: str, value: Any) -> None:
-    raw: dict[str, Any] = {}
+    with pytest.raises(ConfigError, match=f"config: {name}: expected .*, got "):
+        load_config(_with({}, name, value))
+
+
+def _with(raw: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     *sections, key = name.split(".")
     node = raw
     for section in sections:
         node = node.setdefault(section, {})
     node[key] = value
-    with pytest.raises(ConfigError, match=f"config: {name}: expected .*, got "):
-        load_config(raw)
+    return raw
+
+
+def test_every_number_is_finite() -> None:
+    names = [name for name, value in _leaves(to_dict(Config())) if isinstance(value, float)]
+    assert {"optim.lr", "optim.eps", "optim.weight_decay", "data.prompt_weight", "data.dedup.threshold"} <= {*names}
+    for name in names:
+        for value in (float("inf"), float("-inf"), float("nan")):
+            with pytest.raises(ConfigError, match=f"config: {name}: expected a finite number, got "):
+                load_config(_with({}, name, value))
+    with pytest.raises(ConfigError, match=r"model\.init\.rope_theta: expected a finite number"):
+        load_config({"model": {"init": {"rope_theta": float("inf")}}})
+
+
+def test_a_config_object_is_validated() -> None:
+    assert load_config(Config(seed=3)) == Config(seed=3)
+    with pytest.raises(ConfigError, match=r"train\.epochs: expected at least 1, got 0"):
+        load_config(Config(train=TrainOptions(epochs=0)))
+    with pytest.raises(ConfigError, match=r"data\.on_bad: .* got 'skipp'"):
+        load_config(Config(data=DataOptions(on_bad="skipp")))  # type: ignore[arg-type]
+
+
+def test_field_names_are_those_of_rows() -> None:
+    assert {*FIELD_NAMES} == {name for names in FIELDS.values() for name in names} | {"weight"}
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

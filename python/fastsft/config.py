@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +19,9 @@ else:
     import tomli as tomllib
 
 Mode = Literal["fail", "skip"]
+
+FIELD_NAMES = ("messages", "prompt", "completion", "prefix", "suffix", "middle", "text", "weight")
+"""What a row may have, and so the keys of ``data.fields``."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class DataOptions:
     eval_fraction: float = 0.02
     format: Literal["auto", "messages", "prompt_completion", "text", "fim"] = "auto"
     fields: dict[str, str] = field(default_factory=dict)
-    """Names used in the file, e.g. {prompt = "question", completion = "answer"}."""
+    """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: :data:`FIELD_NAMES`."""
     max_length: int = 2048
     """Tokens a sample may have; see ``on_long``."""
     on_bad: Mode = "fail"
@@ -145,16 +150,19 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was expected and what came."""
 
 
-def load_config(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
+def load_config(source: Config | str | os.PathLike[str] | dict[str, Any]) -> Config:
     """Read and validate a run configuration.
 
     Args:
-        source: a TOML file, or the same structure as nested dicts.
+        source: a TOML file, or the same structure as nested dicts. A :class:`Config` is validated as well: building one
+            in Python checks nothing.
 
     Raises:
         ConfigError: unreadable or malformed TOML, an unknown key (the nearest known one is named), a value of the wrong
             type or out of range.
     """
+    if isinstance(source, Config):
+        source = to_dict(source)
     if isinstance(source, dict):
         return _validate(source, "config")
     path = Path(source)
@@ -182,18 +190,36 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
         config = pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+    for name, value in _leaves(to_dict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {name}: expected a finite number, got {value!r}")
+    for key in config.data.fields:
+        if key not in FIELD_NAMES:
+            raise ConfigError(f"{where}: {unknown_key(f'data.fields.{key}', FIELD_NAMES)}")
     _check_ranges(config, where)
     return config
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def unknown_key(name: str, known: Sequence[str]) -> str:
+    """What to say about the dotted ``name`` whose last part is none of ``known``: the nearest one, or all of them."""
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {name!r}; {hint}"
 
 
 def _explain(error: Any, where: str) -> str:
     keys = [str(k) for k in error["loc"]]
     name = ".".join(keys)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key {name!r}; {hint}"
+        return f"{where}: {unknown_key(name, _known_keys(keys[:-1]))}"
     return f"{where}: {name}: {error['msg']}, got {error['input']!r}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -265,3 +266,10 @@ def test_tokenizer_trained_on_the_texts(tmp_path: Path) -> None:
     assert len(first.tokenizer.encode("alpha")) == 1
     assert first.tokenizer.token_id("<|fim_prefix|>") is not None
     assert {"reading", "training tokenizer", "tokenising train"} <= set(stages)
+
+
+def test_a_config_object_is_validated(tmp_path: Path) -> None:
+    config = config_of(tmp_path, jsonl(tmp_path / "a.jsonl", texts(2)))
+    wrong: Any = dataclasses.replace(config.data, on_long="cut")
+    with pytest.raises(ConfigError, match=r"data\.on_long: .* got 'cut'"):
+        prepare(dataclasses.replace(config, data=wrong))

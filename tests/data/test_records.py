@@ -50,8 +50,8 @@ BAD: list[tuple[Any, str]] = [
         {"messages": [{"role": "user", "content": [1]}]},
         r"wrong type: messages\[0\].content: expected a string, got list",
     ),
-    ({"text": "a", "weight": -1}, "bad weight: expected a number >= 0, got -1"),
-    ({"text": "a", "weight": "1"}, "bad weight: expected a number >= 0, got '1'"),
+    ({"text": "a", "weight": -1}, "bad weight: weight: expected a number >= 0, got -1"),
+    ({"text": "a", "weight": "1"}, "bad weight: weight: expected a number >= 0, got '1'"),
     ({"text": "a", "weight": None}, "bad weight: "),
     ({"text": "a", "weight": True}, "bad weight: "),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, r"unknown role: messages\[0\]"),
@@ -207,3 +207,14 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     for name, message in (("none.jsonl", "no such file"), ("empty", "a folder without"), ("a.csv", "expected .jsonl")):
         with pytest.raises(DataError, match=f"{name}: {message}"):
             read(tmp_path / name)
+
+
+def test_weight_under_another_name(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"question": "a", "answer": "b", "loss": 0.25, "weight": "unused"})
+    names = {"prompt": "question", "completion": "answer", "weight": "loss"}
+    assert [r.weight for r in read(path, fields=names)[0]] == [0.25]
+    alpaca = jsonl(tmp_path / "b.jsonl", {"instruction": "a", "output": "b", "loss": 2})
+    assert [r.weight for r in read(alpaca, fields={"weight": "loss"})[0]] == [2.0]
+    for row, message in (({"text": "a"}, "missing field: 'loss'"), ({"text": "a", "loss": -1}, "bad weight: loss: ")):
+        with pytest.raises(DataError, match=f"c.jsonl:1: {message}"):
+            read(jsonl(tmp_path / "c.jsonl", row), fields={"weight": "loss"})

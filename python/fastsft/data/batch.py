@@ -43,16 +43,6 @@ class VarlenBatch:
     def num_tokens(self) -> int:
         return int(self.ids.numel())
 
-    def to(self, device: torch.device | str) -> VarlenBatch:
-        return VarlenBatch(
-            self.ids.to(device),
-            self.position_ids.to(device),
-            self.targets.to(device),
-            self.weights.to(device),
-            self.cu_seqlens.to(device),
-            self.sources,
-        )
-
 
 def collate(samples: Sequence[Sample]) -> VarlenBatch:
     """Lay samples end to end, shift the targets, and leave each document's last position untrained."""

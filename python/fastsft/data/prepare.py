@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from fastsft.config import Config, ConfigError
+from fastsft.config import Config, ConfigError, load_config
 from fastsft.data import fim
 from fastsft.data.batch import Sample
 from fastsft.data.chat import Draft, draft, token_weights
 from fastsft.data.dedup import dedup, kept
+from fastsft.data.lock import hold
 from fastsft.data.records import DataError, Problems, Record, read_records
 from fastsft.data.store import SampleStore, write_store
 from fastsft.models.tokenizer import TemplateError, Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 _CHUNK = 512
-_VERSION = 2  # raise when the same inputs would give other samples
+_VERSION = 3  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
 
     Raises:
         DataError: an unusable row (unless data.on_bad is "skip"), or no usable row at all; names file and line.
-        ConfigError: no files, or no tokenizer.
+        ConfigError: an invalid setting, no files, no tokenizer, or another process works in the output folder.
     """
+    config = load_config(config)
     tell = progress or (lambda stage, done, total: None)
     if not config.data.train:
         raise ConfigError("data.train: expected at least one file")
@@ -59,6 +61,11 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
             Tokenizer.from_folder(root / "tokenizer"),
             json.loads((root / "report.json").read_text()),
         )
+    with hold(Path(config.output)):
+        return _build(config, key, root, tell)
+
+
+def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     options = config.data
     problems = Problems(options.on_bad)
     records = list(_counted(_read(config, options.train, problems), tell, "reading"))
@@ -70,7 +77,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
             num_perm=options.dedup.num_perm,
             mode=options.dedup.mode,
             seed=config.seed,
-            progress=progress,
+            progress=tell,
         )
         records = list(kept(records, found))
         report["dedup"] = found.to_dict()

@@ -134,9 +134,13 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
     else:
         kind = format  # type: ignore[assignment]
         value = _normalise(value, fields)
-    weight = value.get("weight", 1.0)
+    key = fields.get("weight", "weight")
+    if "weight" in fields and key not in value:
+        problems.add(row.source, "missing field", repr(key))
+        return None
+    weight = value.get(key, 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        problems.add(row.source, "bad weight", f"expected a number >= 0, got {weight!r}")
+        problems.add(row.source, "bad weight", f"{key}: expected a number >= 0, got {weight!r}")
         return None
     parts: list[Any] = []
     for name in FIELDS[kind]:
@@ -162,7 +166,7 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
 
 def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """ShareGPT conversations as messages, Alpaca rows as prompt and completion; everything else unchanged."""
-    if fields:
+    if fields.keys() - {"weight"}:
         return value
     turns = value.get("conversations")
     if "messages" not in value and isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):

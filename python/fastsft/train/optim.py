@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -95,9 +93,6 @@ class MasterAdamW:
             for name, parameter in self.named:
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
-
-    def __iter__(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return iter(self.named)
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

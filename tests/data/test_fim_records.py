@@ -17,6 +17,7 @@ from fastsft.models.tokenizer import Tokenizer
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 END = "<|endoftext|>"
 TOKENIZER = Tokenizer.train(["def f(x): return x"], 300, MARKS)
+TOKENIZER.backend.normalizer = None  # so that any text comes back as it was
 SENTINELS = Sentinels.find(TOKENIZER, *MARKS)
 PRE, SUF, MID = SENTINELS.prefix, SENTINELS.suffix, SENTINELS.middle
 

@@ -22,6 +22,10 @@ CHATML = (
 )
 END_OF_TEXT = "<|endoftext|>"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+# How Qwen's tokenizers split text. Each digit stands alone, and a line's end is apart from the next line's indentation.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # The files of a Hugging Face folder that belong to the tokenizer; copied byte for byte.
 FILES = (
@@ -109,13 +113,13 @@ class Tokenizer:
         chat_template: str | None = CHATML,
         progress: bool = False,
     ) -> Tokenizer:
-        """Train a byte-level BPE with GPT-2's pre-tokeniser; the same texts give the same tokenizer.
+        """Train a byte-level BPE; the same texts give the same tokenizer.
 
+        Normaliser, pre-tokeniser and decoder are those of the Qwen models: transformers builds them anew for a folder
+        of model type qwen2, whatever tokenizer.json says, and reads the file for the other types.
         ``special_tokens`` are added to ``<|endoftext|>`` (the end of a document) and the ChatML markers.
         """
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend = _untrained()
         names = list(dict.fromkeys([END_OF_TEXT, *CHATML_TOKENS, *special_tokens]))
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(names) + len(alphabet):
@@ -218,6 +222,16 @@ class Tokenizer:
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else str(self.backend.id_to_token(token))
+
+
+def _untrained() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated")
+    bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
 
 
 def _special(backend: tokenizers.Tokenizer, entry: Any) -> int | None:

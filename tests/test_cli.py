@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fastsft import cli
+from fastsft.verbs.console import to_json
 
 Rows = list[dict[str, Any]]
 
@@ -68,7 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
     capsys.readouterr()
     cli.main([*map(str, arguments), "--json"])
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -142,6 +144,10 @@ def test_dedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (result["records"], result["kept"], result["exact_duplicates"]) == (3, 2, 1)
     assert target.read_bytes() == b"".join(source.read_bytes().splitlines(keepends=True)[:2])
     assert json.loads(report.read_text()) == result
+    target.unlink()
+    cli.main(["dedup", str(source), "-o", str(target)])
+    assert target.exists()
+    capsys.readouterr()
     cli.main(["dedup", str(source), "--mode", "exact"])
     assert "3 records: 2 kept" in capsys.readouterr().out
 
@@ -162,6 +168,57 @@ def test_train_again_finds_itself_finished(trained: Path, capsys: pytest.Capture
     result = _json(capsys, "train", trained / "run.toml")
     assert result["resumed_from"] == result["steps"] == 2
     assert Path(result["model_path"]) == trained / "run" / "model"
+    assert result["tokens_per_second"] is None
+    assert result["train_loss"] > 0
+    cli.main(["train", str(trained / "run.toml")])
+    assert "2 steps, finished before; held-out loss" in capsys.readouterr().out
+
+
+def test_left_out_rows_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _conversations(30)
+    rows[2] = {"text": "number " * 300}
+    data = _write(tmp_path / "rows.jsonl", rows)
+    with open(data, "a") as stream:
+        stream.write("{broken\n")
+    long, broken = f"1 x too long, e.g. {data}:3: too long: ", f"1 x broken JSON, e.g. {data}:31: broken JSON: "
+    flags = ["--output", tmp_path / "x", "--data", data, "--data.on-bad", "skip"]
+    cli.main([*map(str, ("train", trained / "run.toml", *flags))])
+    for text in capsys.readouterr():  # before the first step, and with the result
+        assert f"left out: {long}" in text
+        assert f"left out: {broken}" in text
+    report = _json(capsys, "train", trained / "run.toml", *flags)["data"]
+    assert report["skipped"] == {"too long": 1, "broken JSON": 1}
+    assert report["skipped_examples"]["too long"][0].startswith(f"{data}:3: ")
+    cli.main([*map(str, ("dedup", data, "--on-bad", "skip"))])
+    assert f"left out: {broken}" in capsys.readouterr().out
+
+    _write(data, rows)
+    model = trained / "run" / "model"
+    cli.main(["eval", str(model), "--data", str(data)])
+    assert f"left out: {long}" in capsys.readouterr().out
+    loss = _json(capsys, "eval", model, "--data", data)["loss"]
+    assert (loss["rows"], loss["samples"], loss["skipped"]) == (30, 29, {"too long": 1})
+    assert loss["skipped_examples"]["too long"][0].startswith(f"{data}:3: ")
+    _write(data, rows[2:3])
+    assert f"no usable row; left out: {long.replace(':3:', ':1:')}" in _refused(capsys, "eval", model, "--data", data)
+
+
+def test_interrupt_is_one_line(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsft.prepare", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["prepare", str(trained / "run.toml")])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "fastsft: interrupted"
+
+
+def test_json_has_no_nan() -> None:
+    value = {"a": math.nan, "b": [(math.inf, 1.5)], 1: "NaN"}
+    assert json.loads(to_json(value)) == {"a": None, "b": [[None, 1.5]], "1": "NaN"}
 
 
 def test_flags_override_the_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +325,7 @@ def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) 
     assert "exactly one of" in _refused(capsys, "generate", model)
     assert "--data, --tasks" in _refused(capsys, "eval", model)
     assert "temperature" in _refused(capsys, "generate", model, "--prompt", "a", "--temperature", "-1")
-    assert "data.train" in _refused(capsys, "train")
+    assert "model.path" in _refused(capsys, "train")
+    assert "data.train" in _refused(capsys, "prepare")
     assert "--show" in _refused(capsys, "prepare", trained / "run.toml", "--show")
     assert "--show" in _refused(capsys, "prepare", trained / "run.toml", "--show", "many")

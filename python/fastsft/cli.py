@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from fastsft import verbs
 from fastsft.verbs import UsageError
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "info": (verbs.info, False),
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(__version__)
         return
-    verb, rest = arguments[0], arguments[1:]
+    verb, rest = arguments[0], ["--output" if a == "-o" else a for a in arguments[1:]]
     if verb not in VERBS:
         import difflib
 
@@ -51,9 +53,12 @@ def main(argv: list[str] | None = None) -> None:
             _run_with_config(verb, function, rest)
         else:
             _cli(function, verb, rest)
+    except KeyboardInterrupt:
+        print("fastsft: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output went away (`fastsft info | head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
-    except (UsageError, ConfigError, DataError, TemplateError, FileNotFoundError, FloatingPointError) as error:
+    except (UsageError, ConfigError, DataError, TemplateError, OSError, FloatingPointError) as error:
         _fail(str(error))
     except ValueError as error:
         # A contract of ours that the input broke has its raise in our code; anything deeper keeps its traceback.

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_table import CASES, LLAMA3, TINY, YARN
 
-from fastsft.models.config import ModelConfig
+from fastsft.models.config import KNOWN_KEYS, ModelConfig
 from fastsft.models.rope import RotaryTable, inverse_frequencies
 
 SIZES = {
@@ -269,3 +269,25 @@ def test_any_value_is_read_or_refused(base: dict[str, Any], changes: dict[str, A
             continue
         if config.head_dim < 10_000:
             assert inverse_frequencies(config.rope, config.head_dim).isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_key_that_is_read_is_known(model_type: str) -> None:
+    class Recording(dict[str, Any]):
+        def __contains__(self, key: object) -> bool:
+            read.add(str(key))
+            return super().__contains__(key)
+
+        def __getitem__(self, key: str) -> Any:
+            read.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+    read: set[str] = set()
+    scaling = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    ModelConfig.from_hf(Recording({"model_type": model_type} | SIZES | scaling))
+    assert len(read) > 25
+    assert read <= KNOWN_KEYS

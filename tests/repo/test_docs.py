@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import inspect
 import json
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastsft import cli
 from fastsft.config import Config, load_config
 from fastsft.data.prepare import prepare
 from fastsft.engine.request import SamplingParams
@@ -74,6 +79,49 @@ def test_toml_blocks_load(page: Path) -> None:
     for language, options, content in _blocks(page):
         if language == "toml" and options != "part":
             load_config(tomllib.loads(content))
+
+
+def _commands(page: Path) -> list[str]:
+    """Every ``fastsft ...`` of a page, in a block or within a line. With [ ], < > or capitals it is a pattern."""
+    blocks = [
+        line
+        for language, _, content in _blocks(page)
+        if language in ("", "sh", "bash")
+        for line in content.splitlines()
+    ]
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = [c for c in [*blocks, *re.findall(r"`([^`]+)`", text)] if c.startswith("fastsft ")]
+    return [c for c in found if not re.search(r"[\[<]|\b[A-Z]+\b", c)]
+
+
+@PAGE
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags exist and have values of their type; nothing is run. A verb alone, ``fastsft dedup``, is a mention."""
+    parsed = []
+
+    def stub(verb: str, function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def record(*args: Any, **kwargs: Any) -> None:
+            inspect.signature(function).bind(*args, **kwargs)
+            parsed.append(verb)
+
+        return record
+
+    monkeypatch.setattr(cli, "VERBS", {v: (stub(v, f), config) for v, (f, config) in cli.VERBS.items()})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "run.toml").touch()
+    for command in _commands(page):
+        verb, *rest = shlex.split(command, comments=True)[1:]
+        if rest:
+            cli.main([verb, *rest])
+            assert parsed.pop() == verb, command
+        else:
+            assert verb in cli.VERBS or verb == "--help", command
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(_commands(PAGES[0])) >= 5
 
 
 @pytest.fixture(scope="module")

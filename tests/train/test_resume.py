@@ -29,6 +29,7 @@ from kill_resume import (
 )
 
 from fastsft.config import ConfigError, load_config
+from fastsft.models.weights import load_model, save_model
 from fastsft.train import checkpoint
 from fastsft.train.metrics import read_metrics
 from fastsft.train.trainer import NonFiniteError, Trainer
@@ -70,7 +71,7 @@ def check_same(config: dict[str, Any], reference: Path) -> None:
     output = Path(config["output"])
     assert weights(output / "model") == weights(reference / "model")
     assert steps_logged(output) == list(range(1, STEPS + 1))
-    assert not list(output.glob(".*")), "temporary folders left behind"
+    assert [p.name for p in output.glob(".*")] == [".lock"], "temporary folders left behind"
     assert not list((output / "checkpoints").glob(".*"))
     logged = [
         [{k: m[k] for k in ("step", "loss", "lr", "grad_norm", "tokens")} for m in read_metrics(o / "metrics.jsonl")
@@ -167,18 +168,58 @@ def stop_at(config: dict[str, Any], step: int) -> None:
     assert ended.value.code == 143
 
 
-def test_sigterm_saves_and_exits_143(runner: Runner, texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits(number: signal.Signals, runner: Runner, texts: Path, tmp_path: Path) -> None:
     config = run_config(texts, tmp_path / "run", steps=100_000, save_every=0)
     process = runner.start(config)
     metrics = Path(config["output"]) / "metrics.jsonl"
     deadline = time.monotonic() + 30
     while not (metrics.exists() and len(steps_logged(metrics.parent)) >= 2) and time.monotonic() < deadline:
         time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number, log_of(config)
+    assert newest(Path(config["output"])) == steps_logged(Path(config["output"]))[-1] >= 2
+    log = log_of(config)
+    assert "finishing the step and saving it" in log
+    assert f"signal {number:d}: saved step" in log
+    assert "Traceback" not in log
+
+
+def test_second_signal_acts_at_once(runner: Runner, texts: Path, tmp_path: Path) -> None:
+    """During a step that never ends, where the first one can only be noted."""
+    config = small(texts, tmp_path / "run")
+    trainer = Trainer(load_config(config), progress=False)
+
+    def endless(*args: Any) -> tuple[float, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second signal did nothing")
+
+    trainer._update = endless  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert train(config)[1].steps == 4, "the folder is free again"
+
+
+def test_two_runs_in_one_folder(runner: Runner, texts: Path, tmp_path: Path) -> None:
+    config = run_config(texts, tmp_path / "run", steps=100_000)
+    process = runner.start(config)
+    deadline = time.monotonic() + 30
+    while not newest_name(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(
+        ConfigError, match=rf"output: {tmp_path}/run is in use by another run \(process {process.pid}\)"
+    ):
+        train(config)
     process.terminate()
     process.join(30)
-    assert process.exitcode == 143, log_of(config)
-    assert newest(Path(config["output"])) == steps_logged(Path(config["output"]))[-1] >= 2
-    assert "signal 15: saved step" in log_of(config)
+    assert process.exitcode == 143, "the first run was disturbed: " + log_of(config)
+
+
+def newest_name(output: Path) -> str:
+    """Unlike :func:`newest`, this may be asked while the run goes on."""
+    return max((p.name for p in output.glob("checkpoints/step-*")), default="")
 
 
 def test_signals_are_given_back(texts: Path, tmp_path: Path) -> None:
@@ -226,6 +267,49 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
     write_texts(texts, seed=1)
     with pytest.raises(ConfigError, match="other settings: the data"):
         train(config)
+
+
+@pytest.mark.parametrize("change", ["weights", "config.json"])
+def test_changed_start_is_refused(change: str, texts: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    _, first = train(small(texts, tmp_path / "first"))
+    shutil.copytree(first.model_path, start)
+    config = small(texts, tmp_path / "run")
+    config["model"] = {"path": str(start), "dtype": "float32"}
+    config["tokenizer"] = {}
+    train(config)
+    if change == "weights":
+        model = load_model(start)
+        with torch.no_grad():
+            model.embed_tokens.weight[3, 5] += 1e-3
+        save_model(model, start)
+    else:
+        fields = json.loads((start / "config.json").read_text())
+        (start / "config.json").write_text(json.dumps(fields | {"rope_theta": 5e5}))
+    with pytest.raises(ConfigError, match=r"other settings: the model it started from \(weights or config\.json\)\."):
+        train(config)
+
+
+def test_the_same_start_in_other_files_is_not_refused(texts: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    _, first = train(small(texts, tmp_path / "first"))
+    shutil.copytree(first.model_path, start)
+    config = small(texts, tmp_path / "run")
+    config["model"] = {"path": str(start), "dtype": "float32"}
+    config["tokenizer"] = {}
+    train(config)
+    save_model(load_model(start), start, max_shard_bytes=10_000)
+    assert not (start / "model.safetensors").exists()
+    assert train(config)[1].resumed_from == 4
+
+
+def test_a_finished_run_knows_its_losses(texts: Path, tmp_path: Path) -> None:
+    config = small(texts, tmp_path / "run")
+    _, first = train(config)
+    _, second = train(config)
+    assert second.resumed_from == second.steps == 4
+    assert second.train_loss == first.train_loss
+    assert second.tokens_per_second is None
 
 
 def test_settings_without_effect_may_change(texts: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from kill_resume import run_config, write_texts
 from train_cases import MODEL, model_of, random_samples, torch_adamw
 
+import fastsft
 from fastsft.config import ConfigError, load_config
 from fastsft.data.loader import PackedLoader
 from fastsft.data.prepare import Prepared
 from fastsft.data.store import SampleStore
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import save_model
+from fastsft.train import start
 from fastsft.train.metrics import read_metrics
 from fastsft.train.trainer import Trainer
 
@@ -66,13 +70,72 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
             "output": str(tmp_path / "run"),
             "model": {"path": str(tmp_path / "start")},
             "tokenizer": {"path": str(tmp_path / "other")},
-            "data": {"train": [str(write_texts(tmp_path / "t.jsonl", 8))]},
+            "data": {"train": [str(write_texts(tmp_path / "t.jsonl", 8))], "max_length": 256},
         }
     )
     with pytest.raises(
         ConfigError, match=r"tokenizer: expected ids below the model's vocab_size 97, got \d+ in the data"
     ):
         Trainer(config)
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ({"num_hiden_layers": 7}, r"unknown key 'model\.init\.num_hiden_layers'; did you mean 'num_hidden_layers'"),
+        ({"rope_teta": 1e6}, r"unknown key 'model\.init\.rope_teta'; did you mean 'rope_theta'"),
+        ({"head_dim": 16}, r"model: head_dim: expected one of 32, 64, 80, 96, 128, 256, got 16"),
+        ({"max_position_embeddings": 64}, r"data\.max_length: expected at most .* = 64, got 96"),
+        ({"model_type": "gpt2"}, r"model\.init: model_type: expected one of llama"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_the_data_are_read(
+    init: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = run_config(write_texts(tmp_path / "t.jsonl", 8), tmp_path / "run")
+    config["model"]["init"] |= init
+    with pytest.raises(ValueError, match=message):
+        Trainer(load_config(config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        (None, 128),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),  # extended already
+    ],
+)
+def test_positions_of_an_extended_model(scaling: dict[str, Any] | None, longest: int, tmp_path: Path) -> None:
+    config = run_config(tmp_path / "t.jsonl", tmp_path / "run")
+    config["model"]["init"] |= {"rope_scaling": scaling}
+    config["train"]["tokens_per_batch"] = 1024
+    for length in (longest, longest + 1):
+        config["data"]["max_length"] = length
+        resolved = load_config(config)
+        if length == longest:
+            start.check_fits(resolved, start.architecture(resolved))
+        else:
+            with pytest.raises(ConfigError, match=f"max_position_embeddings = {longest}, got {length}"):
+                start.check_fits(resolved, start.architecture(resolved))
+
+
+def test_a_missing_model_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    config = run_config(write_texts(tmp_path / "t.jsonl", 8), tmp_path / "run")
+    for model, message in (({"path": str(tmp_path / "no")}, "no/config.json: cannot read"), ({}, "give model.path")):
+        config |= {"model": model, "tokenizer": {}}
+        with pytest.raises(ValueError, match=message):
+            Trainer(load_config(config))
+
+
+def test_a_config_object_is_validated(tmp_path: Path) -> None:
+    config = load_config(run_config(write_texts(tmp_path / "t.jsonl", 8), tmp_path / "run"))
+    wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=0))
+    for call in (fastsft.train, Trainer):
+        with pytest.raises(ConfigError, match=r"train\.accumulation: expected at least 1, got 0"):
+            call(wrong)
 
 
 def test_overfits_eight_samples(tmp_path: Path) -> None:

@@ -110,6 +110,19 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     return Prepared(stores["train"], stores["eval"], tokenizer, report)
 
 
+def left_out(report: dict[str, Any]) -> list[str]:
+    """Lines for people about the rows that are not, or not wholly, used: how many, why, and the first of each kind."""
+    places = report.get("skipped_examples", {})
+    lines = []
+    for reason, count in report.get("skipped", {}).items():
+        what = "shortened" if reason == "truncated" else "left out"
+        lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")
+    for kind in ("exact", "near"):
+        if count := report.get("dedup", {}).get(f"{kind}_duplicates"):
+            lines.append(f"left out: {count} x {kind} duplicate")
+    return lines
+
+
 def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Hold out about ``fraction`` of the records by a hash of their text: equal texts fall on the same side."""
     limit = int(fraction * 2**64)

@@ -58,6 +58,17 @@ _REFUSED = {
     "vision_config": "a multimodal model is",
 }
 
+# Every key that is read, and those that transformers writes beside them and that change nothing here.
+KNOWN_KEYS = frozenset(_REFUSED) | {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+    "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "rope_theta",
+    "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings",
+    "max_position_embeddings", "initializer_range", "pad_token_id",
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pretraining_tp", "torch_dtype",
+    "transformers_version", "use_cache", "use_mrope",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -30,11 +30,10 @@ def train(config: Config | dict[str, Any] | str | os.PathLike[str], *, progress:
         ConfigError, DataError: input that cannot be used. NonFiniteError: the loss or gradient was NaN or infinite; the
             weights are those before the offending step.
     """
-    from fastsft.config import Config, load_config
+    from fastsft.config import load_config
     from fastsft.train.trainer import Trainer
 
-    resolved = config if isinstance(config, Config) else load_config(config)
-    return Trainer(resolved, progress=progress).run()
+    return Trainer(load_config(config), progress=progress).run()
 
 
 class _CallablePackage(types.ModuleType):

@@ -17,13 +17,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from fastsft.config import Config, ConfigError, to_dict, to_json
+from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.loader import PackedLoader
-from fastsft.data.prepare import Prepared, prepare
+from fastsft.data.lock import hold
+from fastsft.data.prepare import Prepared, left_out, prepare
 from fastsft.models.decoder import Decoder
-from fastsft.models.weights import init_model, load_model, save_model
-from fastsft.train import checkpoint, schedule
+from fastsft.models.weights import load_model, save_model
+from fastsft.train import checkpoint, schedule, start
 from fastsft.train.evaluate import EvalResult, batch_loss, evaluate_loss
 from fastsft.train.metrics import Display, MetricsLog
 from fastsft.train.optim import MasterAdamW
@@ -38,15 +39,19 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. ``tokens_per_second`` counts all tokens of the steps of this process, padding does not exist."""
+    """What a run did."""
 
     steps: int
     model_path: Path
     train_loss: float
+    """Of the last step, also where a process before this one made it."""
     eval_before: EvalResult | None
     eval_after: EvalResult | None
-    tokens_per_second: float
+    tokens_per_second: float | None
+    """All tokens of the steps of this process (padding does not exist) over their time; None if it made no step."""
     resumed_from: int
+    data: dict[str, Any]
+    """The report on the data: what was read, what was left out and why."""
 
 
 class Trainer:
@@ -54,6 +59,9 @@ class Trainer:
 
     Args:
         model, prepared: given by a caller that already has them; otherwise built from the configuration.
+
+    Raises:
+        ConfigError, DataError: input that cannot be used.
     """
 
     def __init__(
@@ -64,10 +72,12 @@ class Trainer:
         prepared: Prepared | None = None,
         progress: bool = True,
     ) -> None:
-        self.config = config
+        self.config = config = load_config(config)
         self.output = Path(config.output)
+        start.check_fits(config, model.config if model else start.architecture(config))
         self.prepared = prepared or prepare(config)
-        self.model = model or self._build_model()
+        self.model = model or start.build_model(config, vocab_size=self.prepared.tokenizer.vocab_size)
+        self._origin = start.fingerprint(self.model)
         for store in (self.prepared.train, self.prepared.eval):
             if store.largest_id >= self.model.config.vocab_size:
                 raise ConfigError(
@@ -85,34 +95,46 @@ class Trainer:
         self._signal: int | None = None
 
     def run(self) -> TrainResult:
-        """Train to the end, from the newest valid checkpoint if there is one."""
-        self.output.mkdir(parents=True, exist_ok=True)
+        """Train to the end, from the newest valid checkpoint if there is one.
+
+        Raises:
+            ConfigError: another process works in the output folder, or its checkpoints are of another run.
+            NonFiniteError: a NaN or infinite loss or gradient.
+            SystemExit: SIGINT or SIGTERM came; the step it came in is finished and saved.
+        """
+        with hold(self.output):
+            return self._run()
+
+    def _run(self) -> TrainResult:
         warnings: list[str] = []
         found = checkpoint.latest(self.output / "checkpoints", warnings.append)
-        start = found.step if found else 0
-        before = self._restore(found) if found else None  # before any file is written: it may refuse
+        first = found.step if found else 0
+        before, loss = self._restore(found) if found else (None, math.nan)  # before any file is written: it may refuse
         checkpoint.write_file(self.output / "config.json", to_json(self.config))
-        display = Display(self.total_steps, start, enabled=self._progress)
+        display = Display(self.total_steps, first, enabled=self._progress)
         for warning in warnings:
             display.note(f"warning: {warning}")
-        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=start)
+        for line in left_out(self.prepared.report):
+            display.note(line)
+        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=first)
         previous = self._catch_signals()
         try:
             if found:
                 display.note(f"resumed from {found.path}")
             else:
                 before = self._evaluate(0, log, display)
-            result = self._steps(start, before, log, display)
+            return self._steps(first, before, loss, log, display)
         finally:
             self._release_signals(previous)
             display.close()
             log.close()
-        return result
 
-    def _steps(self, start: int, before: EvalResult | None, log: MetricsLog, display: Display) -> TrainResult:
+    def _steps(
+        self, first: int, before: EvalResult | None, loss: float, log: MetricsLog, display: Display
+    ) -> TrainResult:
         options = self.config.train
-        after, loss, tokens, seconds = before, math.nan, 0, 0.0
-        for step in range(start, self.total_steps):
+        after, tokens, seconds = before, 0, 0.0
+        for step in range(first, self.total_steps):
             began = time.perf_counter()
             batches = self._batches(step)
             rate = self.config.optim.lr * schedule.factor(self.config.schedule, step, self.total_steps)
@@ -131,15 +153,15 @@ class Trainer:
             if (options.eval_every and done % options.eval_every == 0) or last:
                 after = self._evaluate(done, log, display)
             if (options.save_every and done % options.save_every == 0) or last or self._signal is not None:
-                self._save(done, before)
+                self._save(done, before, loss)
             if self._signal is not None and not last:
-                display.note(f"signal {self._signal}: saved step {done}, stopping")
+                display.note(f"signal {self._signal}: saved step {done}; the same command goes on from there")
                 raise SystemExit(128 + self._signal)
-        if start == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
+        if first == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
             after = self._evaluate(self.total_steps, None, display)
-        path = self._export()
+        speed = tokens / seconds if seconds else None
         return TrainResult(
-            self.total_steps, path, loss, before, after, tokens / seconds if seconds else math.nan, start
+            self.total_steps, self._export(), loss, before, after, speed, first, dict(self.prepared.report)
         )
 
     def _plan_epochs(self) -> list[int]:
@@ -199,29 +221,16 @@ class Trainer:
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
 
-    def _build_model(self) -> Decoder:
-        options, tokenizer = self.config.model, self.prepared.tokenizer
-        dtype = getattr(torch, options.dtype)
-        if options.path is not None:
-            return load_model(options.path, dtype=dtype)
-        if not options.init:
-            raise ConfigError("model: give model.path, or model.init with the fields of a config.json")
-        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **options.init}
-        if fields["vocab_size"] < tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.init.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
-                f"got {fields['vocab_size']}"
-            )
-        return init_model(fields, seed=self.config.seed, dtype=dtype)
-
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int, before: EvalResult | None) -> None:
+    def _save(self, step: int, before: EvalResult | None, loss: float) -> None:
         state = {
             "step": step,
             "config": to_dict(self.config),
+            "origin": self._origin,
             "data": self.prepared.report.get("key"),
             "reduction": "sum of token weight times loss over the step, divided by the summed token weight",
+            "train_loss": loss,
             "eval_before": None if before is None else {"loss": before.loss, "tokens": before.tokens},
         }
 
@@ -231,10 +240,13 @@ class Trainer:
 
         checkpoint.write(self.output / "checkpoints", step, state, fill, keep=self.config.train.keep)
 
-    def _restore(self, found: checkpoint.Checkpoint) -> EvalResult | None:
+    def _restore(self, found: checkpoint.Checkpoint) -> tuple[EvalResult | None, float]:
+        """Put the checkpoint's state in place; the loss before the first step, and that of the last one made."""
         changed = sorted(_differences(found.state["config"], to_dict(self.config)))
         if found.state["data"] != self.prepared.report.get("key"):
             changed.append("the data")
+        if found.state.get("origin") != self._origin:
+            changed.append("the model it started from (weights or config.json)")
         if changed:
             raise ConfigError(
                 f"{found.path} was written with other settings: {', '.join(changed)}. "
@@ -243,7 +255,8 @@ class Trainer:
         saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
         self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state(safetensors.torch.load_file(found.path / "optimizer.safetensors"))
-        return EvalResult(**found.state["eval_before"]) if found.state["eval_before"] else None
+        before = found.state["eval_before"]
+        return EvalResult(**before) if before else None, found.state["train_loss"]
 
     def _export(self) -> Path:
         target = self.output / "model"
@@ -267,6 +280,8 @@ class Trainer:
 
         def note(number: int, frame: FrameType | None) -> None:
             self._signal = number
+            if self._progress:  # not through the display: it may be what was interrupted
+                os.write(2, b"\nfinishing the step and saving it; once more to stop at once\n")
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
         return {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,12 @@
+"""What each verb of the command line does: a function whose arguments become its flags.
+
+Heavy imports sit inside the functions, so that help is quick.
+"""
+
+from fastsft.verbs.about import demo, info
+from fastsft.verbs.console import UsageError
+from fastsft.verbs.data import dedup, prepare
+from fastsft.verbs.evaluation import evaluate
+from fastsft.verbs.model import generate, train
+
+__all__ = ["UsageError", "dedup", "demo", "evaluate", "generate", "info", "prepare", "train"]

@@ -1,0 +1,111 @@
+"""``fastsft dedup`` and ``fastsft prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastsft.verbs.console import print_json, progress_bar, reporter, to_json, write_text
+
+if TYPE_CHECKING:
+    from fastsft.config import Config
+
+
+def dedup(
+    source: str,
+    /,
+    *,
+    output: str | None = None,
+    report: str | None = None,
+    threshold: float = 0.7,
+    num_perm: int = 128,
+    ngram: int = 5,
+    unit: Literal["word", "char"] = "word",
+    mode: Literal["near", "exact"] = "near",
+    on_bad: Literal["fail", "skip"] = "fail",
+    json: bool = False,
+) -> None:
+    """Find exact and near duplicates in a JSONL, Parquet or datasets source; keep the first of each cluster.
+
+    Args:
+        source: JSONL(.gz) or Parquet file, or a datasets folder.
+        output: write the kept lines here, byte for byte (JSONL sources); -o for short.
+        report: write clusters and counts here, as JSON.
+        threshold: estimated Jaccard similarity from which two texts are near duplicates.
+        num_perm: hash functions per signature.
+        ngram: words or characters per shingle.
+        unit: of what shingles are made.
+        mode: near (includes exact) or exact only.
+        on_bad: a broken row stops the command, or is counted and left out.
+        json: machine-readable summary.
+    """
+    from fastsft.data.dedup import dedup as find
+    from fastsft.data.dedup import dedup_file
+    from fastsft.data.prepare import left_out
+    from fastsft.data.records import Problems, read_records
+
+    problems = Problems(on_bad)
+    options: dict[str, Any] = {
+        "threshold": threshold, "num_perm": num_perm, "ngram": ngram, "unit": unit, "mode": mode,
+    }  # fmt: skip
+    with progress_bar() as bar:
+        if output is not None:
+            found = dedup_file(source, output, problems, progress=reporter(bar), **options)
+        else:
+            found = find(list(read_records([source], problems)), progress=reporter(bar), **options)
+    summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
+    if report is not None:
+        write_text(Path(report), to_json(summary))
+    if json:
+        print_json(summary)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)  # the texts are the user's
+    console.print(
+        f"{summary['records']} records: {summary['kept']} kept, {found.exact_duplicates} exact and "
+        f"{found.near_duplicates} near duplicates"
+    )
+    for line in left_out(summary):
+        console.print(line, soft_wrap=True)
+    table = Table("size", "members", "begins with", title="largest clusters")
+    for cluster in summary["clusters"][:10]:
+        table.add_row(
+            str(cluster["size"]), "\n".join(Path(s).name for s in cluster["sources"][:3]), cluster["example"][:80]
+        )
+    console.print(table)
+
+
+def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
+    """Read, check, tokenise, mask and store the data of a run, and report what was left out.
+
+    Args:
+        show: print this many samples with the trained tokens coloured.
+        json: machine-readable report.
+    """
+    import fastsft
+
+    with progress_bar() as bar:
+        prepared = fastsft.prepare(config, progress=reporter(bar))
+    if json:
+        print_json(prepared.report)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    from fastsft.data.prepare import left_out
+
+    console = Console(markup=False)
+    for name in ("train", "eval"):
+        part = prepared.report[name]
+        console.print(f"{name}: {part['samples']} samples, {part['tokens']} tokens, {part['trained_tokens']} trained")
+    for line in left_out(prepared.report):
+        console.print(line, soft_wrap=True)
+    for i in range(min(show, len(prepared.train))):
+        sample = prepared.train[i]
+        text = Text()
+        for token, weight in zip(sample.ids.tolist(), sample.weights.tolist(), strict=True):
+            text.append(prepared.tokenizer.decode([token], False), style="black on green" if weight > 0 else "dim")
+        console.print(f"\n{sample.source}", style="bold")
+        console.print(text)

@@ -1,0 +1,117 @@
+"""``fastsft eval``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastsft.verbs.console import UsageError, print_json
+
+if TYPE_CHECKING:
+    from fastsft.engine.request import SamplingParams
+    from fastsft.models.decoder import Decoder
+    from fastsft.models.tokenizer import Tokenizer
+
+
+def evaluate(
+    model: str,
+    /,
+    *,
+    data: tuple[str, ...] = (),
+    tasks: str | None = None,
+    k: tuple[int, ...] = (1,),
+    n: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_tokens: int = 256,
+    completion: bool = False,
+    fields: dict[str, str] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    json: bool = False,
+) -> None:
+    """Loss on held-out data, and pass@k on tasks whose answers are executed in a sandbox.
+
+    Args:
+        model: folder with config.json, weights and tokenizer.
+        data: held-out files, in the formats of training data.
+        tasks: JSONL(.gz) of tasks: task_id, prompt, check; or HumanEval's fields.
+        k: pass@k for each of these.
+        n: samples per task, at least the largest k.
+        temperature: 0 is greedy.
+        seed: of the draws.
+        max_tokens: most tokens per sample.
+        completion: continue the prompt as it is, not as a chat message.
+        fields: names used in the files, as in data.fields of a run.
+        dtype: of weights and cache.
+        json: machine-readable output.
+    """
+    import torch
+
+    from fastsft.engine.request import SamplingParams
+    from fastsft.models.tokenizer import Tokenizer
+    from fastsft.models.weights import load_model
+
+    if not data and tasks is None:
+        raise UsageError("eval: give --data, --tasks or both")
+    params = SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=max_tokens)
+    decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
+    results: dict[str, Any] = {}
+    if data:
+        results["loss"] = _held_out_loss(decoder, tokenizer, model, data, fields or {})
+    if tasks is not None:
+        results["tasks"] = _pass_at(decoder, tokenizer, tasks, params, k, completion)
+    if json:
+        print_json(results)
+    else:
+        _show(results)
+
+
+def _held_out_loss(
+    decoder: Decoder, tokenizer: Tokenizer, model: str, data: tuple[str, ...], fields: dict[str, str]
+) -> dict[str, Any]:
+    from fastsft.config import DataOptions, load_config
+    from fastsft.data.prepare import left_out, tokenise
+    from fastsft.data.records import Problems, read_records
+    from fastsft.data.store import SampleStore
+    from fastsft.train.evaluate import evaluate_loss
+    from fastsft.train.start import positions
+
+    longest = min(DataOptions().max_length, positions(decoder.config))
+    options = {"train": list(data), "fields": fields, "max_length": longest}
+    config = load_config({"model": {"path": model}, "data": options})
+    problems = Problems("fail")
+    records = list(read_records(data, problems, fields=fields))
+    store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems))
+    report = {"rows": len(records), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
+    result = evaluate_loss(decoder, store, capacity=config.train.tokens_per_batch)
+    if result is None:
+        raise UsageError("; ".join([f"eval: {', '.join(data)}: no usable row", *left_out(report)]))
+    return {**dataclasses.asdict(result), "samples": len(store), **report}
+
+
+def _pass_at(
+    decoder: Decoder, tokenizer: Tokenizer, path: str, params: SamplingParams, k: tuple[int, ...], completion: bool
+) -> dict[str, Any]:
+    from fastsft.engine.llm import LLM
+    from fastsft.verify.passk import evaluate_tasks, extract_code, read_tasks
+
+    tasks = read_tasks(path)
+    llm = LLM(decoder, tokenizer)
+    if completion:
+        outputs = llm.generate([t.prompt for t in tasks], params)
+    else:
+        outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params)
+    samples = [[o.text if completion else extract_code(o.text) for o in r.outputs] for r in outputs]
+    return evaluate_tasks(tasks, samples, k=k).to_dict()
+
+
+def _show(results: dict[str, Any]) -> None:
+    from fastsft.data.prepare import left_out
+
+    if loss := results.get("loss"):
+        print(f"held-out loss {loss['loss']:.4f} over {loss['tokens']} tokens of {loss['samples']} samples")
+        for line in left_out(loss):
+            print(line)
+    if tasks := results.get("tasks"):
+        for size, value in tasks["pass_at"].items():
+            print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks {tasks['statuses']}")

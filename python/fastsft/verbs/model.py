@@ -1,0 +1,90 @@
+"""``fastsft train`` and ``fastsft generate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from fastsft.verbs.console import UsageError, print_json
+
+if TYPE_CHECKING:
+    from fastsft.config import Config
+
+
+def train(config: Config, *, json: bool = False) -> None:
+    """Run a configuration, or go on where it stopped.
+
+    Args:
+        json: machine-readable result on the last line.
+    """
+    import fastsft
+
+    result = fastsft.train(config)
+    if json:
+        print_json({**dataclasses.asdict(result), "model_path": str(result.model_path)})
+        return
+    from fastsft.data.prepare import left_out
+
+    for line in left_out(result.data):
+        print(line)
+    before, after = result.eval_before, result.eval_after
+    losses = f"; held-out loss {before.loss:.4f} -> {after.loss:.4f}" if before and after else ""
+    speed = "finished before" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f} tokens/s"
+    print(f"{result.steps} steps, {speed}{losses}\nmodel: {result.model_path}")
+
+
+def generate(
+    model: str,
+    /,
+    *,
+    prompt: str | None = None,
+    chat: str | None = None,
+    infill: tuple[str, str] | None = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n: int = 1,
+    stop: tuple[str, ...] = (),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    json: bool = False,
+) -> None:
+    """Continue a prompt, answer a message, or fill in the middle.
+
+    Args:
+        model: folder with config.json, weights and tokenizer.
+        prompt: text to continue.
+        chat: a user message, written out by the model's chat template.
+        infill: prefix and suffix; the model writes what is between them.
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy.
+        top_k: draw among this many tokens; 0 is all.
+        top_p: draw among the most probable tokens that have this share together.
+        seed: makes a draw repeatable.
+        n: continuations.
+        stop: strings that end the text.
+        dtype: of weights and cache.
+        json: machine-readable output.
+    """
+    import torch
+
+    import fastsft
+
+    if sum(x is not None for x in (prompt, chat, infill)) != 1:
+        raise UsageError("generate: give exactly one of --prompt, --chat and --infill")
+    params = fastsft.SamplingParams(
+        n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, max_tokens=max_tokens
+    )
+    llm = fastsft.LLM(model, dtype=getattr(torch, dtype))
+    if infill is not None:
+        result = llm.infill(*infill, params)
+    elif chat is not None:
+        result = llm.chat([{"role": "user", "content": chat}], params)[0]
+    else:
+        result = llm.generate(str(prompt), params)[0]
+    if json:
+        print_json(dataclasses.asdict(result))
+        return
+    for output in result.outputs:
+        print(output.text if n == 1 else f"--- {output.index} ({output.finish_reason})\n{output.text}")

@@ -190,7 +190,12 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
         config = pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
-    for name, value in _leaves(to_dict(config)):
+    leaves = dict(_leaves(to_dict(config)))
+    for name, given in _leaves(raw):  # pydantic reads "3e-3" as a number and true as 1
+        if any(isinstance(given, kind) != isinstance(leaves[name], kind) for kind in (str, bool)):
+            expected = "true or false" if isinstance(leaves[name], bool) else "a number"
+            raise ConfigError(f"{where}: {name}: expected {expected}, got {given!r}")
+    for name, value in leaves.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {name}: expected a finite number, got {value!r}")
     for key in config.data.fields:

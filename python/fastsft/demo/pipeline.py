@@ -64,66 +64,93 @@ def run_demo(output: Path, *, quick: bool) -> dict[str, Any]:
     Raises:
         ValueError: ``output`` has something else in it.
     """
-    size = QUICK if quick else FULL
     _clear(output)
-    stages = _Stages()
-    dtype = "bfloat16" if _native_bfloat16() else "float32"
-    results: dict[str, Any] = {"info": fastsft.info(), "size": dataclasses.asdict(size), "dtype": dtype,
-                               "torch_threads": torch.get_num_threads()}  # fmt: skip
+    demo = _Demo(output, QUICK if quick else FULL)
+    demo.read_sources()
+    demo.train_on_code()
+    demo.tune_on_instructions()
+    demo.execute()
+    demo.sample_and_time()
+    return demo.report()
 
-    with stages("source files"):
-        found = corpus.definitions(limit=size.definitions)
-        _write_jsonl(output / CODE, ({"text": d.text, "path": d.source} for d in found))
-        results["corpus"] = {"definitions": len(found), "characters": sum(len(d.text) for d in found)}
-        stages.say(f"{len(found)} functions and classes of the standard library")
-    with stages("dedup, tokenizer, tokens"):
-        config = _train_config(output, size, dtype)
-        prepared = prepare(config)
-        results["prepare"] = prepared.report
-        _say_dedup(stages, prepared.report["dedup"])
-    with stages("training on code with fill-in-the-middle"):
-        trained = Trainer(config, prepared=prepared).run()
-        results["train"] = _summary(trained, output / "base")
-        parameters = sum(p.numel() for p in load_model(trained.model_path).parameters())
-        results["parameters"] = parameters
-        stages.say(f"{parameters / 1e6:.1f} M parameters, {trained.tokens_per_second:,.0f} tokens/s ({dtype})")
-    with stages("tuning on instructions"):
-        conversations, held_out, _ = tasks.build(size.tasks, size.held_out_tasks, seed=0)
-        pairs = corpus.instruction_pairs(found)[: size.pairs]
-        _write_jsonl(output / "instructions.jsonl", ({"messages": m} for m in [*conversations, *pairs]))
-        tune_config = _tune_config(output, size, dtype, trained.model_path)
-        tune_prepared = prepare(tune_config)
-        tuned = Trainer(tune_config, prepared=tune_prepared).run()
-        results["tune"] = _summary(tuned, output / "tuned")
-        results["instructions"] = {"tasks": len(conversations), "from_docstrings": len(pairs)}
-    with stages("held-out tasks, executed in the sandbox"):
-        results["pass_at_1"] = {}
-        for name, path in (("before", trained.model_path), ("after", tuned.model_path)):
-            report, answers = _solve(path, held_out)
-            results["pass_at_1"][name] = report.to_dict()
-            stages.say(f"pass@1 {name} tuning: {report.pass_at[1]:.2f} of {len(held_out)} tasks")
-        results["answers"] = [
-            {"prompt": t.prompt, "answer": a, "passed": bool(r.passed)}
-            for t, a, r in zip(held_out, answers, report.tasks, strict=True)
-        ][:12]
-        results["layers"] = list(report.tasks[0].results[0].layers)
-    with stages("samples"):
-        results["samples"] = _samples(trained.model_path, prepared)
-    with stages("speed against a padded PyTorch loop"):
-        comparison = _compare(trained.model_path, prepared, dtype, size)
-        results["speed"] = {**dataclasses.asdict(comparison), "ratio": comparison.ratio}
-        stages.say(
-            f"{comparison.ours:,.0f} against {comparison.padded:,.0f} tokens/s: {comparison.ratio:.2f}x "
-            f"({comparison.padding_share:.0%} of the padded batch is padding)"
-        )
-    results["seconds"] = dict(stages.seconds)
-    results["total_seconds"] = sum(stages.seconds.values())
-    with stages("report"):
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        report_path = write_report(output, results, read_metrics(output / "base" / "metrics.jsonl"),
-                                   read_metrics(output / "tuned" / "metrics.jsonl"))  # fmt: skip
-    _say_results(stages, results, report_path)
-    return results
+
+class _Demo:
+    """The stages in their order; each leaves its part in ``results``, and what later ones need in an attribute."""
+
+    def __init__(self, output: Path, size: Size) -> None:
+        self.output, self.size = output, size
+        self.dtype = "bfloat16" if _native_bfloat16() else "float32"
+        self.stages = _Stages()
+        self.results: dict[str, Any] = {"info": fastsft.info(), "size": dataclasses.asdict(size), "dtype": self.dtype,
+                                        "torch_threads": torch.get_num_threads()}  # fmt: skip
+
+    def read_sources(self) -> None:
+        with self.stages("source files"):
+            self.found = corpus.definitions(limit=self.size.definitions)
+            _write_jsonl(self.output / CODE, ({"text": d.text, "path": d.source} for d in self.found))
+            characters = sum(len(d.text) for d in self.found)
+            self.results["corpus"] = {"definitions": len(self.found), "characters": characters}
+            self.stages.say(f"{len(self.found)} functions and classes of the standard library")
+
+    def train_on_code(self) -> None:
+        with self.stages("dedup, tokenizer, tokens"):
+            config = _train_config(self.output, self.size, self.dtype)
+            self.prepared = prepare(config)
+            self.results["prepare"] = self.prepared.report
+            _say_dedup(self.stages, self.prepared.report["dedup"])
+        with self.stages("training on code with fill-in-the-middle"):
+            trained = Trainer(config, prepared=self.prepared).run()
+            self.base = trained.model_path
+            self.results["train"] = _summary(trained, self.output / "base")
+            parameters = sum(p.numel() for p in load_model(self.base).parameters())
+            self.results["parameters"] = parameters
+            speed = self.results["train"]["tokens_per_second"]
+            self.stages.say(f"{parameters / 1e6:.1f} M parameters, {speed:,.0f} tokens/s ({self.dtype})")
+
+    def tune_on_instructions(self) -> None:
+        with self.stages("tuning on instructions"):
+            conversations, self.held_out, _ = tasks.build(self.size.tasks, self.size.held_out_tasks, seed=0)
+            pairs = corpus.instruction_pairs(self.found)[: self.size.pairs]
+            _write_jsonl(self.output / "instructions.jsonl", ({"messages": m} for m in [*conversations, *pairs]))
+            tuned = Trainer(_tune_config(self.output, self.size, self.dtype, self.base)).run()
+            self.tuned = tuned.model_path
+            self.results["tune"] = _summary(tuned, self.output / "tuned")
+            self.results["instructions"] = {"tasks": len(conversations), "from_docstrings": len(pairs)}
+
+    def execute(self) -> None:
+        with self.stages("held-out tasks, executed in the sandbox"):
+            self.results["pass_at_1"] = {}
+            for name, path in (("before", self.base), ("after", self.tuned)):
+                report, answers = _solve(path, self.held_out)
+                self.results["pass_at_1"][name] = report.to_dict()
+                self.stages.say(f"pass@1 {name} tuning: {report.pass_at[1]:.2f} of {len(self.held_out)} tasks")
+            self.results["answers"] = [
+                {"prompt": t.prompt, "answer": a, "passed": bool(r.passed)}
+                for t, a, r in zip(self.held_out, answers, report.tasks, strict=True)
+            ][:12]
+            self.results["layers"] = list(report.tasks[0].results[0].layers)
+
+    def sample_and_time(self) -> None:
+        with self.stages("samples"):
+            self.results["samples"] = _samples(self.base, self.prepared)
+        with self.stages("speed against a padded PyTorch loop"):
+            comparison = _compare(self.base, self.prepared, self.dtype, self.size)
+            self.results["speed"] = {**dataclasses.asdict(comparison), "ratio": comparison.ratio}
+            self.stages.say(
+                f"{comparison.ours:,.0f} against {comparison.padded:,.0f} tokens/s: {comparison.ratio:.2f}x "
+                f"({comparison.padding_share:.0%} of the padded batch is padding)"
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Write results.json and the HTML report."""
+        self.results["seconds"] = dict(self.stages.seconds)
+        self.results["total_seconds"] = sum(self.stages.seconds.values())
+        with self.stages("report"):
+            (self.output / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+            path = write_report(self.output, self.results, read_metrics(self.output / "base" / "metrics.jsonl"),
+                                read_metrics(self.output / "tuned" / "metrics.jsonl"))  # fmt: skip
+        _say_results(self.stages, self.results, path)
+        return self.results
 
 
 def _clear(output: Path) -> None:

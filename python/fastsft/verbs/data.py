@@ -41,7 +41,6 @@ def dedup(
     """
     from fastsft.data.dedup import dedup as find
     from fastsft.data.dedup import dedup_file
-    from fastsft.data.prepare import left_out
     from fastsft.data.records import Problems, read_records
 
     problems = Problems(on_bad)
@@ -58,14 +57,20 @@ def dedup(
         write_text(Path(report), to_json(summary))
     if json:
         print_json(summary)
-        return
+    else:
+        _show_duplicates(summary)
+
+
+def _show_duplicates(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fastsft.data.prepare import left_out
+
     console = Console(markup=False)  # the texts are the user's
     console.print(
-        f"{summary['records']} records: {summary['kept']} kept, {found.exact_duplicates} exact and "
-        f"{found.near_duplicates} near duplicates"
+        f"{summary['records']} records: {summary['kept']} kept, {summary['exact_duplicates']} exact and "
+        f"{summary['near_duplicates']} near duplicates"
     )
     for line in left_out(summary):
         console.print(line, soft_wrap=True)

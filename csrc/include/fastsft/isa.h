@@ -1,8 +1,9 @@
 // Run-time choice between the copies of a kernel that were compiled for different instruction sets.
 //
-// A file `x.isa.cpp` is compiled once per instruction set with FASTSFT_ISA_NS defined as base, avx2, avx512 or avx512bf16
-// (the same with bfloat16 dot products) and puts everything it defines in `namespace fastsft::FASTSFT_ISA_NS`. `x.cpp` declares the copies with FASTSFT_ISA_DECLARE
-// (inside namespace fastsft) and picks one with FASTSFT_ISA_SELECT.
+// A file `x.isa.cpp` is compiled once per instruction set with FASTSFT_ISA_NS defined as base, avx2, avx512 or
+// avx512bf16 (the same with bfloat16 dot products) and puts everything it defines in `namespace
+// fastsft::FASTSFT_ISA_NS`. `x.cpp` declares the copies with FASTSFT_ISA_DECLARE (inside namespace fastsft) and picks
+// one with FASTSFT_ISA_SELECT.
 //
 // Hazard (one-definition rule): an inline function or template from a shared header that an x.isa.cpp instantiates may
 // be merged by the linker with the AVX-512 copy and then run on a CPU without it. Such files keep helpers in
@@ -20,8 +21,8 @@ const char* isa_name(Isa isa);
 // Instruction sets that were compiled in and that this CPU and operating system can run, ascending.
 const std::vector<Isa>& available_isas();
 
-// The best available one, unless FASTSFT_ISA=base|avx2|avx512|avx512bf16 names another at the first call or set_isa chose one.
-// Throws Error if the name is unknown or the CPU lacks it.
+// The best available one, unless FASTSFT_ISA=base|avx2|avx512|avx512bf16 names another at the first call or set_isa
+// chose one. Throws Error if the name is unknown or the CPU lacks it.
 Isa active_isa();
 void set_isa(Isa isa);
 

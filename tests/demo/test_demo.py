@@ -50,7 +50,32 @@ def test_canonical_answers_pass_their_own_checks() -> None:
     assert report.pass_at[1] == 1.0, report.statuses
     # And the checks can fail: the answer of a task does not solve the next one.
     wrong = [[a.replace("return ", "return not ")] for a in answers]
-    assert evaluate_tasks(held_out, wrong, workers=2).pass_at[1] < 0.1
+    assert evaluate_tasks(held_out, wrong, workers=2).pass_at[1] == 0.0
+
+
+def _passes(body: str, check: Any) -> bool:
+    names: dict[str, Any] = {}
+    exec(f"def f(x):\n    {body}", names)
+    try:
+        exec(check, names)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("constant", [2, 3, 12, 60, 97, 99])
+@pytest.mark.parametrize("family", tasks.FAMILIES, ids=lambda f: f.ask)
+def test_a_wrong_constant_or_operation_fails(family: tasks.Family, constant: int) -> None:
+    check = compile(tasks._task(0, family, "f", constant).check, "check", "exec")
+    assert _passes(family.body.format(c=constant), check)
+    others = [c for c in range(300) if c != constant]
+    assert not [c for c in others if _passes(family.body.format(c=c), check)]
+    bodies = {f.body for f in tasks.FAMILIES} - {family.body}
+    assert not [b for b in bodies if _passes(b.format(c=constant), check)]
+    for right, wrong in ((">", ">="), (">", "<"), ("<", "<="), ("max", "min"), ("min", "max"), ("+", "-"), ("%", "//"),
+                         (" *", " +"), ("[:{", "[1:{"), ("== 0", "!= 0"), ("[::-1]", "")):  # fmt: skip
+        body = family.body.replace(right, wrong, 1).format(c=constant)
+        assert body == family.body.format(c=constant) or not _passes(body, check), body
 
 
 def test_training_and_held_out_tasks_share_no_name() -> None:
@@ -138,8 +163,8 @@ def _results(evil: str) -> dict[str, Any]:
     return {
         "parameters": 1000, "dtype": "float32", "torch_threads": 1, "total_seconds": 1.0, "seconds": {"stage": 1.0},
         "info": {"cpu": {"isa_active": "base", "threads": 1, "cores": 1}}, "train": losses, "tune": losses,
-        "pass_at_1": {k: {"pass_at": {"1": 0.5}} for k in ("before", "after")},
-        "speed": {"ours": 2.0, "padded": 1.0}, "layers": ["limits"],
+        "pass_at_1": {k: {"pass_at": {"1": 0.5}, "tasks": [{}, {}]} for k in ("before", "after")},
+        "speed": {"ours": 2.0, "padded": 1.0, "rows": 16, "padding_share": 0.25}, "layers": ["limits"],
         "prepare": {"dedup": {"records": 2, "kept": 1, "exact_duplicates": 1, "near_duplicates": 0,
                               "cluster_sizes": {"2": 1},
                               "clusters": [{"size": 2, "sources": [evil], "example": evil}]}},
@@ -158,6 +183,20 @@ def test_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     assert "img" not in tags
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
     assert "&amp;amp;{{ 7 * 7 }}" in page
+
+
+def test_report_explains_itself_in_words(tmp_path: Path) -> None:
+    metrics = [{"kind": "step", "step": i, "loss": 2.0 / i} for i in range(1, 4)]
+    page = write_report(tmp_path, _results("x"), metrics, metrics).read_text(encoding="utf-8")
+    assert "share of the 2 tasks" in page
+    assert "batches of\n16 documents" in page
+    assert "25 % of what it computes is padding" in page
+    plots = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
+    assert plots[0] == "training on code, loss, nats by step: training from 2 to 0.667"
+    assert plots[3] == "training speed, same model and samples, tokens/s: padded PyTorch loop 1, fastsft 2"
+    assert len(plots) == 5
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", page)  # text, not outlines
+    assert {"training on code", "loss, nats", "held-out", "padded PyTorch loop", "0.50"} <= {w.strip() for w in words}
 
 
 def test_demo_removes_nothing_but_a_demo(tmp_path: Path) -> None:

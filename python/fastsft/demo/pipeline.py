@@ -52,6 +52,7 @@ QUICK = Size(definitions=1500, vocab=1024, hidden=64, layers=2, train_steps=8, t
              held_out_tasks=8, rounds=1)  # fmt: skip
 CAPACITY = 2048  # tokens per step
 HEADS, KV_HEADS = 8, 2
+PADDED_ROWS = 16  # documents per batch of the padded loop
 CODE = "code.jsonl"  # the first file a demo writes, and so the mark of its folder
 
 
@@ -124,10 +125,7 @@ class _Demo:
                 report, answers = _solve(path, self.held_out)
                 self.results["pass_at_1"][name] = report.to_dict()
                 self.stages.say(f"pass@1 {name} tuning: {report.pass_at[1]:.2f} of {len(self.held_out)} tasks")
-            self.results["answers"] = [
-                {"prompt": t.prompt, "answer": a, "passed": bool(r.passed)}
-                for t, a, r in zip(self.held_out, answers, report.tasks, strict=True)
-            ][:12]
+            self.results["answers"] = _some(self.held_out, answers, report)
             self.results["layers"] = list(report.tasks[0].results[0].layers)
 
     def sample_and_time(self) -> None:
@@ -135,7 +133,8 @@ class _Demo:
             self.results["samples"] = _samples(self.base, self.prepared)
         with self.stages("speed against a padded PyTorch loop"):
             comparison = _compare(self.base, self.prepared, self.dtype, self.size)
-            self.results["speed"] = {**dataclasses.asdict(comparison), "ratio": comparison.ratio}
+            speed = {**dataclasses.asdict(comparison), "ratio": comparison.ratio, "rows": PADDED_ROWS}
+            self.results["speed"] = speed
             self.stages.say(
                 f"{comparison.ours:,.0f} against {comparison.padded:,.0f} tokens/s: {comparison.ratio:.2f}x "
                 f"({comparison.padding_share:.0%} of the padded batch is padding)"
@@ -254,6 +253,15 @@ def _solve(path: Path, held_out: list[Task]) -> tuple[PassReport, list[str]]:
     return evaluate_tasks(held_out, [[a] for a in answers], workers=os.cpu_count() or 1), answers
 
 
+def _some(tasks: list[Task], answers: list[str], report: PassReport, each: int = 6) -> list[dict[str, Any]]:
+    """A few that passed, then a few that failed."""
+    every = [
+        {"prompt": t.prompt, "answer": a, "passed": bool(r.passed)}
+        for t, a, r in zip(tasks, answers, report.tasks, strict=True)
+    ]
+    return [a for passed in (True, False) for a in [x for x in every if x["passed"] is passed][:each]]
+
+
 def _samples(path: Path, prepared: Prepared) -> dict[str, list[dict[str, str]]]:
     """Completions and infills by the model that was trained on code, for its held-out documents."""
     llm = LLM(path)
@@ -281,7 +289,7 @@ def _compare(path: Path, prepared: Prepared, dtype: str, size: Size) -> baseline
     model = load_model(path, dtype=getattr(torch, dtype))
     loader = PackedLoader(prepared.train, capacity=CAPACITY, seed=1)
     batches = [loader.batch(0, i) for i in range(2)]
-    return baseline.compare(model, batches, rows=16, rounds=size.rounds)
+    return baseline.compare(model, batches, rows=PADDED_ROWS, rounds=size.rounds)
 
 
 def _say_dedup(stages: _Stages, report: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,32 +22,43 @@ class Family:
     ask: str
     body: str
     call: str
-    inputs: tuple[object, ...]
+    inputs: Callable[[int], Sequence[object]]
 
 
-_NUMBERS = (0, 1, -4, 7, 25, 130)
-_LISTS: tuple[list[int], ...] = ([], [3], [5, -2, 40], [9, 9, 17, 60, 2, 88])
-_TEXTS = ("", "a", "Hello World", "abcabc xyz")
+def _numbers(c: int) -> Sequence[object]:
+    """Every number on both sides of c, of its multiples' and of its divisors' borders."""
+    return [*range(-3, 2 * c + 4), -c, 1000 + c]
+
+
+def _lists(c: int) -> Sequence[object]:
+    return [[], [c], [c + 1, c, c - 1, c], [-c, 1000], list(range(-3, 2 * c + 4))]
+
+
+def _texts(c: int) -> Sequence[object]:
+    """Texts shorter than c, of its length and longer, in which neighbouring characters differ."""
+    letters = string.ascii_letters * (c // len(string.ascii_letters) + 2)
+    return ["", "a", "Hello World", letters[: c - 1], letters[:c], letters[: c + 1], letters[: c + 9]]
+
 
 FAMILIES = (
-    Family("adds {c} to x", "return x + {c}", "x + c", _NUMBERS),
-    Family("subtracts {c} from x", "return x - {c}", "x - c", _NUMBERS),
-    Family("multiplies x by {c}", "return x * {c}", "x * c", _NUMBERS),
-    Family("returns the remainder of x divided by {c}", "return x % {c}", "x % c", _NUMBERS),
-    Family("returns the larger of x and {c}", "return max(x, {c})", "max(x, c)", _NUMBERS),
-    Family("returns the smaller of x and {c}", "return min(x, {c})", "min(x, c)", _NUMBERS),
-    Family("tells whether x is greater than {c}", "return x > {c}", "x > c", _NUMBERS),
-    Family("tells whether x is divisible by {c}", "return x % {c} == 0", "x % c == 0", _NUMBERS),
-    Family("squares x and adds {c}", "return x * x + {c}", "x * x + c", _NUMBERS),
-    Family("adds {c} to every element of the list x", "return [v + {c} for v in x]", "[v + c for v in x]", _LISTS),
+    Family("adds {c} to x", "return x + {c}", "x + c", _numbers),
+    Family("subtracts {c} from x", "return x - {c}", "x - c", _numbers),
+    Family("multiplies x by {c}", "return x * {c}", "x * c", _numbers),
+    Family("returns the remainder of x divided by {c}", "return x % {c}", "x % c", _numbers),
+    Family("returns the larger of x and {c}", "return max(x, {c})", "max(x, c)", _numbers),
+    Family("returns the smaller of x and {c}", "return min(x, {c})", "min(x, c)", _numbers),
+    Family("tells whether x is greater than {c}", "return x > {c}", "x > c", _numbers),
+    Family("tells whether x is divisible by {c}", "return x % {c} == 0", "x % c == 0", _numbers),
+    Family("squares x and adds {c}", "return x * x + {c}", "x * x + c", _numbers),
+    Family("adds {c} to every element of the list x", "return [v + {c} for v in x]", "[v + c for v in x]", _lists),
     Family("keeps the elements of the list x above {c}", "return [v for v in x if v > {c}]",
-           "[v for v in x if v > c]", _LISTS),
-    Family("sums the list x and adds {c}", "return sum(x) + {c}", "sum(x) + c", _LISTS),
+           "[v for v in x if v > c]", _lists),
+    Family("sums the list x and adds {c}", "return sum(x) + {c}", "sum(x) + c", _lists),
     Family("counts the elements of the list x below {c}", "return sum(1 for v in x if v < {c})",
-           "sum(1 for v in x if v < c)", _LISTS),
-    Family("repeats the string x {c} times", "return x * {c}", "x * c", _TEXTS),
-    Family("returns the first {c} characters of the string x", "return x[:{c}]", "x[:c]", _TEXTS),
-    Family("reverses the string x and repeats it {c} times", "return x[::-1] * {c}", "x[::-1] * c", _TEXTS),
+           "sum(1 for v in x if v < c)", _lists),
+    Family("repeats the string x {c} times", "return x * {c}", "x * c", _texts),
+    Family("returns the first {c} characters of the string x", "return x[:{c}]", "x[:c]", _texts),
+    Family("reverses the string x and repeats it {c} times", "return x[::-1] * {c}", "x[::-1] * c", _texts),
 )  # fmt: skip
 
 Conversation = list[dict[str, str]]
@@ -92,5 +104,6 @@ def _conversation(family: Family, name: str, constant: int) -> Conversation:
 def _task(number: int, family: Family, name: str, constant: int) -> Task:
     # The expected values come from `call`, not from the answer's text.
     expected: Callable[[object], object] = eval(f"lambda x, c={constant}: {family.call}")
-    checks = "\n".join(f"assert {name}({x!r}) == {expected(x)!r}" for x in family.inputs)
-    return Task(f"demo/{number}", _ask(family, name, constant), checks)
+    cases = [(x, expected(x)) for x in family.inputs(constant)]
+    check = f"for x, expected in {cases!r}:\n    assert {name}(x) == expected, x"
+    return Task(f"demo/{number}", _ask(family, name, constant), check)

@@ -38,12 +38,22 @@ mark { background: #cfe6cf; } .bad { color: #a12622; } .good { color: #1d6b2f; }
 <td>{{ c.sources[:4] | map("base") | join(", ") }}</td>
 <td><pre>{{ c.example[:160] }}</pre></td></tr>{% endfor %}</table>
 <h2>Held-out tasks</h2>
-<p>Executed with {{ layers | join(", ") }}.</p>
+<p>Each task asks for one small Python function over a name and a number. The names of the held-out tasks occur in no
+training conversation, and an answer passes only if it is right on every input of its check, among them those next to
+the number; pass@1 is the share of the {{ tasks }} tasks whose one greedy answer passes. Below are some that passed and
+some that failed. Executed with {{ layers | join(", ") }}.</p>
 <table>{% for a in answers %}<tr><td>{{ a.prompt }}<pre>{{ a.answer }}</pre></td>
 <td class="{{ 'good' if a.passed else 'bad' }}">{{ 'passed' if a.passed else 'failed' }}</td></tr>{% endfor %}</table>
+<h2>Training speed</h2>
+<p>The padded loop is the usual one in plain PyTorch: the same weights, samples, optimizer and type, in batches of
+{{ speed.rows }} documents padded to the longest of them, torch's attention, all logits, torch's cross-entropy.
+{{ "%.0f" | format(100 * speed.padding_share) }} % of what it computes is padding; tokens/s count the others, for
+both.</p>
 <h2>Completions</h2>
+<p>Of definitions that were held out, by the model before tuning; what it wrote is marked.</p>
 {% for s in samples.completions %}<pre>{{ s.prompt }}<mark>{{ s.output }}</mark></pre>{% endfor %}
 <h2>Infills</h2>
+<p>One line was taken out of a held-out definition; what the model wrote in its place is marked.</p>
 {% for s in samples.infills %}<pre>{{ s.prefix }}<mark>{{ s.output }}</mark>{{ s.suffix }}</pre>
 <p class="note">original: <code>{{ s.reference }}</code></p>{% endfor %}
 <h2>Times</h2>
@@ -77,7 +87,9 @@ def write_report(
         figures=_figures(results, train_metrics, tune_metrics) if plots.available() else [],
         dedup=results["prepare"]["dedup"],
         answers=results["answers"],
+        tasks=len(passed["after"]["tasks"]),
         layers=results["layers"],
+        speed=speed,
         samples=results["samples"],
         seconds=results["seconds"],
     )

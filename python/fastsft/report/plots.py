@@ -1,7 +1,11 @@
-"""Plots as SVG text, so that a report is one file. Needs matplotlib (the ``report`` extra)."""
+"""Plots as SVG, so that a report is one file; their words are text that can be searched and read aloud.
+
+Needs matplotlib (the ``report`` extra).
+"""
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +26,18 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> s
     for label, x, y in series:
         axes.plot(x, y, label=label, marker="o" if len(x) < 12 else "", linewidth=1.4)
     axes.legend(frameon=False)
-    return _svg(figure)
+    ends = [f"{label} from {y[0]:.3g} to {y[-1]:.3g}" for label, _, y in series if y]
+    return _svg(figure, f"{title}, {y_label} by {x_label}: {', '.join(ends)}")
 
 
 def bars(title: str, y_label: str, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> str:
     figure, axes = _axes(title, "", y_label)
     drawn = axes.bar(list(names), list(values), width=0.55, color=["#9aa5b1", "#2f6db3"] * len(names))
-    axes.bar_label(drawn, labels=[form.format(v) for v in values], padding=2)
+    labels = [form.format(v) for v in values]
+    axes.bar_label(drawn, labels=labels, padding=2)
     axes.set_ylim(0, max([*values, 1e-9]) * 1.15)
-    return _svg(figure)
+    pairs = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
+    return _svg(figure, f"{title}, {y_label}: {pairs}")
 
 
 def histogram(title: str, x_label: str, counts: dict[int, int]) -> str:
@@ -39,7 +46,8 @@ def histogram(title: str, x_label: str, counts: dict[int, int]) -> str:
     keys = sorted(counts)
     axes.bar([str(k) for k in keys], [counts[k] for k in keys], color="#2f6db3")
     axes.set_yscale("log")
-    return _svg(figure)
+    pairs = ", ".join(f"{counts[k]} of {k}" for k in keys)
+    return _svg(figure, f"{title}, by {x_label}: {pairs}")
 
 
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
@@ -54,9 +62,13 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, alt: str) -> str:
+    import matplotlib
+
     buffer = io.StringIO()
-    # No metadata: it would bring links and the time.
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text, and is no outline
+        # No metadata: it would bring links and the time.
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    label = html.escape(alt)
+    return f'<svg role="img" aria-label="{label}"{text[text.index("<svg") + 4 :]}'

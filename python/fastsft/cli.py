@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     function, takes_config = VERBS[verb]
     from fastsft.config import ConfigError
     from fastsft.data.records import DataError
-    from fastsft.models.tokenizer import TemplateError
+    from fastsft.models.template import TemplateError
 
     try:
         if takes_config:

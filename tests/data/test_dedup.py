@@ -98,9 +98,9 @@ def test_report() -> None:
 def test_conversations_and_file(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in (chat, {"text": "q\na"}, {"text": "other"})))
+    path.write_text("".join(json.dumps(r) + "\n" for r in (chat, {"text": "other"}, chat | {"weight": 2})))
     report = dedup(path, mode="exact")
-    assert report.keep.tolist() == [True, False, True]
+    assert report.keep.tolist() == [True, True, False]
     assert report.sources == [f"{path}:{i}" for i in (1, 2, 3)]
     path.write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: broken JSON"):

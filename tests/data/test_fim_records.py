@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft.data.fim import Sentinels, cut, draft_fim, draft_record, restore
-from fastsft.data.prepare import _encode
+from fastsft.data.fim import Sentinels, cut, draft_fim, draft_record
 from fastsft.data.records import Record
+from fastsft.data.tokenise import encode, join
 from fastsft.models.tokenizer import Tokenizer
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -23,10 +23,19 @@ PRE, SUF, MID = SENTINELS.prefix, SENTINELS.suffix, SENTINELS.middle
 
 
 def sample(parts: tuple[str, str, str], *, spm: bool, train_context: bool = True) -> tuple[list[int], list[float]]:
-    ((ids, weights),) = _encode(
-        [draft_fim(parts, TOKENIZER, SENTINELS, spm=spm, train_context=train_context)], TOKENIZER
-    )
-    return ids, weights
+    (found,) = encode([draft_fim(parts, TOKENIZER, SENTINELS, spm=spm, train_context=train_context)], TOKENIZER)
+    return join(found)
+
+
+def parts_of(ids: list[int], *, spm: bool) -> tuple[list[int], list[int], list[int]]:
+    """The token ids of prefix, of suffix and of the middle; in suffix-first order the prefix is empty, and the middle
+    begins with it."""
+    assert [ids.count(m) for m in (PRE, SUF, MID)] == [1, 1, 1]
+    assert ids[0] == PRE
+    assert ids[-1] == TOKENIZER.eos_id
+    suf, mid = ids.index(SUF), ids.index(MID)
+    assert (suf == 1) >= spm
+    return ids[1:suf], ids[suf + 1 : mid], ids[mid + 1 : -1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -38,9 +47,8 @@ def test_restore_gives_the_document(text: str, spm: bool, index: int) -> None:
     assert order is spm
     assert prefix + middle + suffix == text
     ids, weights = sample((prefix, middle, suffix), spm=spm)
-    assert restore(TOKENIZER.decode(ids, False), *MARKS, END) == text
-    assert [ids.count(m) for m in (PRE, SUF, MID)] == [1, 1, 1]
-    assert ids[-1] == TOKENIZER.eos_id
+    before, after, inside = parts_of(ids, spm=spm)
+    assert TOKENIZER.decode([*before, *inside, *after], False) == text
     assert set(weights) == {1.0}
 
 
@@ -49,16 +57,16 @@ def test_order_of_the_parts() -> None:
     end = TOKENIZER.eos_id
     assert sample(("pre", "mid", "suf"), spm=False)[0] == [PRE, *p, SUF, *s, MID, *m, end]
     assert sample(("pre", "mid", "suf"), spm=True)[0] == [PRE, SUF, *s, MID, *p, *m, end]
-    assert restore("".join([MARKS[0], MARKS[1], "suf", MARKS[2], "mid", END]), *MARKS, END) == "midsuf"
 
 
 def test_infilling_rows_train_the_middle_only() -> None:
     record = Record("fim", "x:1", parts=("before", "after", "inside"), weight=2.0)
-    ((ids, weights),) = _encode([draft_record(record, TOKENIZER, SENTINELS)], TOKENIZER)
+    (parts,) = encode([draft_record(record, TOKENIZER, SENTINELS)], TOKENIZER)
+    ids, weights = join(parts)
     trained = [i for i, w in zip(ids, weights, strict=True) if w]
     assert TOKENIZER.decode(trained, False) == "inside" + END
     assert set(weights) == {0.0, 2.0}
-    assert restore(TOKENIZER.decode(ids, False), *MARKS, END) == "beforeinsideafter"
+    assert [TOKENIZER.decode(part) for part in parts_of(ids, spm=False)] == ["before", "after", "inside"]
 
 
 @pytest.mark.parametrize(("rate", "spm_rate"), [(0.5, 0.5), (0.9, 0.1), (0.25, 1.0)])

@@ -15,7 +15,8 @@ from fastsft.config import Config, ConfigError, load_config
 from fastsft.data import prepare as module
 from fastsft.data.prepare import Prepared, prepare, split
 from fastsft.data.records import DataError, Record
-from fastsft.models.tokenizer import CHATML, Tokenizer
+from fastsft.models.template import CHATML
+from fastsft.models.tokenizer import Tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 

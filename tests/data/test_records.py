@@ -111,7 +111,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     assert records[5].messages == ({"role": "user", "content": "h"}, {"role": "assistant", "content": "g"})
     assert records[6].parts == ("do\n\nthis", "done")
     assert records[7].parts == records[8].parts == ("do", "done")
-    assert records[9].text() == ""
+    assert records[9].text() == 'assistant\n[{"id": 1}]'
 
 
 def test_field_names_and_explicit_format(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_a_save_that_dies_anywhere_leaves_whole_files_and_no_stage(
 def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     rename = os.rename
-    monkeypatch.setattr(weights, "_sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(weights, "sync", lambda path: events.append(path.name))
     monkeypatch.setattr(weights.os, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b)))
     save_model(init_model(LLAMA, seed=0), tmp_path / "m")
     stage = f".m-{os.getpid()}.tmp"

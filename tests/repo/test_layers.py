@@ -15,13 +15,14 @@ PACKAGE = ROOT / "python" / "fastsft"
 # part of the package -> parts it may import besides itself
 ALLOWED: dict[str, set[str]] = {
     "ops": {"_C"},
-    "models": {"ops"},
-    "data": {"ops", "models", "config"},
-    "train": {"ops", "models", "data", "config"},
+    "models": {"ops", "files"},
+    "data": {"ops", "models", "config", "files"},
+    "train": {"ops", "models", "data", "config", "files"},
     "engine": {"ops", "models"},
     "verify": set(),
     "integrations": {"ops"},
     "config": set(),
+    "files": set(),
     "info": {"ops", "_C", "__version__"},
 }
 ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}

@@ -1,31 +1,61 @@
-"""From a record to token ids with one loss weight per token. Nothing is ever masked by token value (a pad id, say)."""
+"""How a record becomes a sample: its pieces of text and the loss weight of each, conversations by their template.
+
+Nothing is ever masked by token value (a pad id, say).
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastsft.data.records import Record
-from fastsft.models.tokenizer import TemplateError, Tokenizer
+from fastsft.models.control import CONTROL
+from fastsft.models.template import Span, TemplateError
+from fastsft.models.tokenizer import Tokenizer
 
-Span = tuple[int, int]  # half-open range of characters
+# What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
+_TODAY = datetime.datetime(2024, 7, 26)
+
+# prompt: encoded as at inference, where the text of a special token becomes that token.
+# start: plain text at a document's beginning. inner: plain text that goes on where another piece ended.
+Form = Literal["prompt", "start", "inner"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One weight for a text, or for a token given by its id."""
+
+    content: str | int
+    weight: float
+    form: Form = "inner"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample before tokenisation: pieces encoded one by one (an int is a token id), each with its weight.
+    """A sample before tokenisation: its pieces in order.
 
-    A conversation is a single piece with ``spans`` of weight 1 inside it.
+    ``context`` are the numbers of the pieces that may be shortened, of an infilling sample: prefix and suffix.
     """
 
-    pieces: tuple[tuple[str | int, float], ...]
-    spans: tuple[Span, ...] | None = None
+    pieces: tuple[Piece, ...]
     weight: float = 1.0
-    prompt_weight: float = 0.0
+    context: tuple[int, int] | None = None
+    shortened: bool = False  # the document was too long and lost its end
 
 
-def draft(record: Record, tokenizer: Tokenizer, *, prompt_weight: float = 0.0) -> Draft:
+@dataclass(frozen=True)
+class ChatDraft:
+    """A conversation before tokenisation: what the template wrote; weight 1 inside ``spans``."""
+
+    text: str
+    spans: tuple[Span, ...]
+    weight: float
+    prompt_weight: float
+
+
+def draft(record: Record, tokenizer: Tokenizer, *, prompt_weight: float = 0.0) -> Draft | ChatDraft:
     """Lay out a record of kind messages, prompt_completion or text; FIM has its own module.
 
     Raises:
@@ -33,15 +63,16 @@ def draft(record: Record, tokenizer: Tokenizer, *, prompt_weight: float = 0.0) -
         ValueError: the tokenizer has no end-of-text token.
     """
     if record.kind == "messages":
-        text, spans = assistant_spans(tokenizer, record.messages)
-        return Draft(((text, 1.0),), tuple(spans), record.weight, prompt_weight)
-    start: list[tuple[str | int, float]] = [(t, 0.0) for t in tokenizer.prefix_ids]
-    end: list[tuple[str | int, float]] = [(end_id(tokenizer), 1.0)]
+        text, spans = assistant_spans(tokenizer, record.messages, record.tools)
+        return ChatDraft(text, tuple(spans), record.weight, prompt_weight)
+    start = [Piece(t, 0.0) for t in tokenizer.prefix_ids]
+    end = Piece(end_id(tokenizer), 1.0)
     if record.kind == "prompt_completion":
         prompt, completion = record.parts
         # Two encodings: the prompt's tokens are then a prefix of the sample, exactly as at inference.
-        return Draft((*start, (prompt, prompt_weight), (completion, 1.0), *end), None, record.weight)
-    return Draft((*start, (record.parts[0], 1.0), *end), None, record.weight)
+        answer = Piece(completion, 1.0, "inner" if prompt else "start")
+        return Draft((*start, Piece(prompt, prompt_weight, "prompt"), answer, end), record.weight)
+    return Draft((*start, Piece(record.parts[0], 1.0, "start"), end), record.weight)
 
 
 def end_id(tokenizer: Tokenizer) -> int:
@@ -50,21 +81,27 @@ def end_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def assistant_spans(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:
+def assistant_spans(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+) -> tuple[str, list[Span]]:
     """The rendered conversation and the character ranges that the assistant wrote, end-of-turn marker included.
 
     From the template's ``{% generation %}`` tags where it has them. Otherwise by rendering prefixes: message i is what
     lies between the conversation before it, with the generation prompt, and the conversation up to and with it. Both
     must be literal prefixes of the whole, or the template is refused: there would be no exact answer.
     """
-    text, spans = tokenizer.render_chat_with_spans(messages)
+
+    def render(part: Sequence[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
+        return tokenizer.render(part, add_generation_prompt=prompt, tools=tools, strftime_now=_TODAY.strftime)
+
+    text, spans = render(messages)
     if tokenizer.marks_generation:
         return text, spans
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
-        upto = tokenizer.render_chat(messages[: i + 1])
+        before = render(messages[:i], prompt=True)[0]
+        upto = render(messages[: i + 1])[0]
         if not (upto.startswith(before) and text.startswith(upto)):
             raise TemplateError(
                 f"chat template: message {i} is rendered differently when more messages follow or when it is being "
@@ -72,7 +109,7 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) ->
             )
         # What follows the end-of-turn marker (a newline, usually) is written by the template, not by the model.
         end = upto.rstrip()
-        closed = any(end.endswith(token) for token in tokenizer.special_tokens)
+        closed = any(end.endswith(CONTROL + name) for name in tokenizer.control.names)
         spans.append((len(before), len(end) if closed else len(upto)))
     return text, spans
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.records import Problems, Record, interpret, read_rows
+from fastsft.files import sync
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -25,7 +26,7 @@ class DedupReport:
 
     keep: npt.NDArray[np.bool_]
     labels: npt.NDArray[np.int64]
-    exact_duplicates: int  # removed because an identical text came before
+    exact_duplicates: int  # removed because an identical record came before
     near_duplicates: int  # removed because a similar one did
     sources: list[str] = field(repr=False)
     texts: list[str] = field(repr=False)
@@ -87,13 +88,13 @@ def dedup(
         records = [
             r for row in read_rows(records, problems) if (r := interpret(row, problems, format="auto", fields={}))
         ]
-    texts = [r if isinstance(r, str) else r.text() for r in records]
-    sources = [f"#{i}" if isinstance(r, str) else r.source for i, r in enumerate(records)]
+    rows = [Record("text", f"#{i}", parts=(r,)) if isinstance(r, str) else r for i, r in enumerate(records)]
+    texts = [r.text() for r in rows]
 
     first: dict[bytes, int] = {}
     exact = np.fromiter(
-        (first.setdefault(hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=16).digest(), i)
-         for i, t in enumerate(texts)), np.int64, len(texts),
+        (first.setdefault(hashlib.blake2b(r.canonical(), digest_size=16).digest(), i) for i, r in enumerate(rows)),
+        np.int64, len(rows),
     )  # fmt: skip
     unique = np.flatnonzero(exact == np.arange(len(texts)))
     labels = exact
@@ -110,7 +111,7 @@ def dedup(
         labels = root[exact]
     keep = labels == np.arange(len(texts))
     removed_exact = len(texts) - len(unique)
-    return DedupReport(keep, labels, removed_exact, int((~keep).sum()) - removed_exact, sources, texts)
+    return DedupReport(keep, labels, removed_exact, int((~keep).sum()) - removed_exact, [r.source for r in rows], texts)
 
 
 def dedup_file(
@@ -136,8 +137,7 @@ def dedup_file(
         for line, kept in zip(rows, report.keep, strict=True):
             if kept:
                 stream.write(line if line.endswith(b"\n") else line + b"\n")
-    with open(stage, "rb") as written:
-        os.fsync(written.fileno())
+    sync(stage)
     stage.replace(target)
     return report
 

@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastsft.config import Config, ConfigError, load_config
-from fastsft.data import fim
-from fastsft.data.batch import Sample
-from fastsft.data.chat import Draft, draft, token_weights
 from fastsft.data.dedup import dedup, kept
 from fastsft.data.lock import hold
 from fastsft.data.records import DataError, Problems, Record, read_records
 from fastsft.data.store import SampleStore, write_store
-from fastsft.models.tokenizer import TemplateError, Tokenizer
+from fastsft.data.tokenise import tokenise
+from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_CHUNK = 512
-_VERSION = 3  # raise when the same inputs would give other samples
+_VERSION = 4  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def left_out(report: dict[str, Any]) -> list[str]:
     places = report.get("skipped_examples", {})
     lines = []
     for reason, count in report.get("skipped", {}).items():
-        what = "shortened" if reason == "truncated" else "left out"
+        what = {"truncated": "shortened", "special token text": "used"}.get(reason, "left out")
         lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")
     for kind in ("exact", "near"):
         if count := report.get("dedup", {}).get(f"{kind}_duplicates"):
@@ -124,11 +119,11 @@ def left_out(report: dict[str, Any]) -> list[str]:
 
 
 def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Hold out about ``fraction`` of the records by a hash of their text: equal texts fall on the same side."""
+    """Hold out about ``fraction`` of the records by a hash of their content: equal rows fall on the same side."""
     limit = int(fraction * 2**64)
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
-        digest = hashlib.blake2b(record.text().encode("utf-8", "surrogatepass"), digest_size=8, key=str(seed).encode())
+        digest = hashlib.blake2b(record.canonical(), digest_size=8, key=str(seed).encode())
         sides[int.from_bytes(digest.digest(), "little") < limit].append(record)
     return sides
 
@@ -146,81 +141,6 @@ def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Toke
     if folder is None:
         raise ConfigError("tokenizer: give tokenizer.path, tokenizer.train_vocab or model.path")
     return Tokenizer.from_folder(folder)
-
-
-def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, problems: Problems) -> Iterator[Sample]:
-    """Samples of the usable records, in order; the rest goes to ``problems``."""
-    options = config.data
-    needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
-    marks = (
-        fim.Sentinels.find(tokenizer, options.fim.prefix, options.fim.suffix, options.fim.middle) if needs_fim else None
-    )
-    for begin in range(0, len(records), _CHUNK):
-        drafts: list[tuple[Record, Draft]] = []
-        for index, record in enumerate(records[begin : begin + _CHUNK], begin):
-            try:
-                drafts.append((record, _draft(record, index, tokenizer, marks, config)))
-            except TemplateError as error:
-                problems.add(record.source, "chat template", str(error))
-        for record, sample in zip((r for r, _ in drafts), _encode([d for _, d in drafts], tokenizer), strict=True):
-            checked = _check(record, sample, tokenizer, config, problems)
-            if checked is not None:
-                yield checked
-
-
-def _draft(record: Record, index: int, tokenizer: Tokenizer, marks: fim.Sentinels | None, config: Config) -> Draft:
-    options = config.data.fim
-    if marks is not None and record.kind == "fim":
-        return fim.draft_record(record, tokenizer, marks)
-    if marks is not None and record.kind == "text":
-        cut = fim.cut(record.parts[0], seed=config.seed, index=index, rate=options.rate, spm_rate=options.spm_rate)
-        if cut is not None:
-            prefix, middle, suffix, spm = cut
-            return fim.draft_fim(
-                (prefix, middle, suffix), tokenizer, marks, spm=spm, train_context=True, weight=record.weight
-            )
-    return draft(record, tokenizer, prompt_weight=config.data.prompt_weight)
-
-
-def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[float]]]:
-    """All plain pieces in one batch call (conversations need character offsets and go one by one)."""
-    texts = [p for d in drafts if d.spans is None for p, _ in d.pieces if isinstance(p, str)]
-    encoded = iter(tokenizer.encode_batch(texts))
-    for d in drafts:
-        ids: list[int] = []
-        weights: list[float] = []
-        if d.spans is not None:
-            ids, offsets = tokenizer.encode_with_offsets(str(d.pieces[0][0]))
-            weights = token_weights(offsets, d.spans, d.prompt_weight)
-        else:
-            for piece, weight in d.pieces:
-                new = [piece] if isinstance(piece, int) else next(encoded)
-                ids += new
-                weights += [weight] * len(new)
-        yield ids, [w * d.weight for w in weights] if d.weight != 1.0 else weights
-
-
-def _check(
-    record: Record, sample: tuple[list[int], list[float]], tokenizer: Tokenizer, config: Config, problems: Problems
-) -> Sample | None:
-    ids, weights = sample
-    options = config.data
-    if len(ids) > options.max_length:
-        detail = f"{len(ids)} tokens, data.max_length is {options.max_length}"
-        if options.on_long == "fail":
-            raise DataError(f"{record.source}: too long: {detail}")
-        if options.on_long == "skip":
-            problems.note(record.source, "too long", detail)
-            return None
-        problems.note(record.source, "truncated", detail)
-        ids, weights = ids[: options.max_length], weights[: options.max_length]
-    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
-        problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
-        return None
-    if not any(w > 0 for w in weights[1:]):
-        problems.add(record.source, "nothing to train on", "every target has weight 0")
-        return None
-    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source)
 
 
 def _read(config: Config, paths: Sequence[str], problems: Problems) -> Iterator[Record]:

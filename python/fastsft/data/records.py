@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import zlib
 from collections import Counter
@@ -39,15 +40,29 @@ class Record:
     messages: tuple[dict[str, Any], ...] = ()
     parts: tuple[str, ...] = ()
     weight: float = 1.0
+    tools: tuple[dict[str, Any], ...] | None = None  # what the assistant may call, for the chat template
+
+    def canonical(self) -> bytes:
+        """Equal for equal rows only: everything that its sample is made of, except the weight."""
+        # json and not orjson: a record built by hand may hold lone surrogates and integers of any size
+        content = (self.kind, self.parts, self.messages, self.tools)
+        return json.dumps(content, sort_keys=True, default=str).encode()
 
     def text(self) -> str:
-        """All its text, for deduplication and hashing."""
+        """What was said, to compare with others: who said it and which tools were called, but not the tools on offer,
+        which are long and the same in many rows."""
         if self.kind == "messages":
-            return "\n".join(str(m.get("content") or "") for m in self.messages)
+            return "\n".join(map(_turn, self.messages))
         if self.kind == "fim":
             prefix, suffix, middle = self.parts
             return prefix + middle + suffix
         return "\n".join(self.parts)
+
+
+def _turn(message: dict[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    written = json.dumps(calls, sort_keys=True, ensure_ascii=False, default=str) if calls else None
+    return "\n".join(str(part) for part in (message["role"], message.get("content"), written) if part)
 
 
 @dataclass
@@ -154,7 +169,11 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         if reason:
             problems.add(row.source, *reason)
             return None
-        return Record(kind, row.source, messages=tuple(parts[0]), weight=float(weight))
+        tools, reason = _tools(value.get(fields.get("tools", "tools")))
+        if reason:
+            problems.add(row.source, *reason)
+            return None
+        return Record(kind, row.source, messages=tuple(parts[0]), weight=float(weight), tools=tools)
     for name, part in zip(FIELDS[kind], parts, strict=True):
         if not isinstance(part, str):
             problems.add(
@@ -197,6 +216,20 @@ def _wrong_messages(messages: Any) -> tuple[str, str] | None:
                 f"messages[{i}].content: expected a string, got {type(message.get('content')).__name__}",
             )
     return None
+
+
+def _tools(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, tuple[str, str] | None]:
+    """(tools, what is wrong). A list, or the JSON of one: columns with a fixed schema cannot hold tools otherwise."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            return None, ("wrong type", f"tools: not JSON: {error}")
+    if value is None:
+        return None, None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        return None, ("wrong type", f"tools: expected a list of objects, got {type(value).__name__}")
+    return tuple(value), None
 
 
 def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:

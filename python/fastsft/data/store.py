@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft.data.batch import Sample
+from fastsft.files import sync_tree
 
 _MANIFEST = "manifest.json"
 
@@ -104,10 +105,7 @@ def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manif
         np.save(stage / f"{name}.npy", array)
     (stage / "sources.txt").write_text("".join(f"{s}\n" for s in store._sources), encoding="utf-8")
     (stage / _MANIFEST).write_text(json.dumps({**store.manifest, **manifest}, indent=2) + "\n")
-    for file in [*stage.iterdir(), stage]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_tree(stage)
     shutil.rmtree(folder, ignore_errors=True)
     stage.rename(folder)
     return SampleStore.open(folder)

@@ -23,8 +23,8 @@ def decode(model: Decoder, cache: KVCache, sequences: list[Sequence]) -> torch.T
 def draw(sequences: list[Sequence], logits_BV: torch.Tensor, end_ids: tuple[int, ...]) -> None:
     """Draw one token for each sequence and append it.
 
-    The noise of token t of a request is a function of its seed and t alone, so neither the batch nor a preemption can
-    change a text.
+    The noise of token t of a request is a function of its seed and t alone: neither the batch nor a preemption changes
+    it. (The logits' last bits may depend on the number of rows, so that a draw on the very edge can fall otherwise.)
     """
     allowed_BV = logits_BV
     for row, sequence in enumerate(sequences):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastsft.engine.request import (
     SamplingParams,
     Sequence,
     as_prompt,
+    check_text,
     draw_seed,
 )
 from fastsft.engine.scheduler import Scheduler
@@ -75,12 +77,21 @@ class LLM:
                 "LLM: expected at least 1 each, got "
                 f"{num_blocks=}, {block_size=}, {max_num_seqs=}, {max_batched_tokens=} ({kv_cache_bytes=})"
             )
+        self._end_ids = self._find_end_ids()
         self._cache = KVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=weights.dtype)
         self._allocator = BlockAllocator(num_blocks)
         self._capacity = min(num_blocks * block_size, config.max_position_embeddings)
         self._scheduler = Scheduler(
             self._allocator, block_size=block_size, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens
         )
+
+    def _find_end_ids(self) -> tuple[int, ...]:
+        """The tokenizer's, which read generation_config.json; without that file, as in transformers, config.json's."""
+        found = self.tokenizer.eos_ids
+        given = self.model.config.source.get("eos_token_id")
+        if given is None or "generation_config.json" in self.tokenizer.files:
+            return found
+        return tuple(dict.fromkeys([*found, *(given if isinstance(given, list) else [given])]))
 
     @torch.inference_mode()
     def generate(
@@ -102,12 +113,15 @@ class LLM:
 
         Raises:
             ValueError: an empty prompt, one that does not fit the cache or the model's context (with the numbers), or a
-                wrong number of params.
+                wrong number or kind of params.
         """
         listed: list[Any] = prompts if isinstance(prompts, list) else [prompts]
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
             raise ValueError(f"generate: params: expected {len(listed)}, one per prompt, got {len(each)}")
+        for i, p in enumerate(each):
+            if not isinstance(p, SamplingParams):
+                raise ValueError(f"generate: params[{i}]: expected SamplingParams, got {p!r:.200}")
         requests = [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(listed, each, strict=True))]
         sequences = [s for _, group in requests for s in group]
         with _reporter(progress, sequences) as report:
@@ -136,8 +150,12 @@ class LLM:
         if not messages:
             raise ValueError("chat: messages: expected at least one message, got none")
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
-        prompts = [self.tokenizer.render_chat(m, add_generation_prompt=True, **template) for m in several]
-        return self.generate(prompts, params)
+        template["add_generation_prompt"] = True
+        # The template writes every special token, as in training: nothing is put before it.
+        prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(m, **template)} for m in several]
+        texts = [self.tokenizer.render_chat(m, **template) for m in several]
+        outputs = self.generate(prompts, params)
+        return [dataclasses.replace(o, prompt=text) for o, text in zip(outputs, texts, strict=True)]
 
     def infill(
         self,
@@ -150,7 +168,7 @@ class LLM:
         """The text between ``prefix`` and ``suffix``, asked for in prefix-suffix-middle order.
 
         Raises:
-            ValueError: one of the ``markers`` is not a token of this model.
+            ValueError: one of the ``markers`` is not a token of this model, or the text cannot be encoded.
         """
         ids = []
         for marker in markers:
@@ -158,13 +176,17 @@ class LLM:
             if found is None:
                 raise ValueError(f"infill: markers: {marker!r} is not a token of this model")
             ids.append(found)
-        encode = self.tokenizer.encode
-        prompt = [*self.tokenizer.prefix_ids, ids[0], *encode(prefix), ids[1], *encode(suffix), ids[2]]
+        check_text("infill: prefix", prefix)
+        check_text("infill: suffix", suffix)
+        (before,) = self.tokenizer.encode_text([prefix])
+        (after,) = self.tokenizer.encode_text([suffix], continues=True)
+        prompt = [*self.tokenizer.prefix_ids, ids[0], *before, ids[1], *after, ids[2]]
         return self.generate({"prompt_token_ids": prompt}, params)[0]
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Sequence]]:
         text, ids = as_prompt(prompt)
         if ids is None:
+            check_text(f"generate: prompts[{number}]", text or "")
             ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text or "")]
             if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text, from a chat template, brought its own
                 ids = ids[1:]
@@ -203,7 +225,7 @@ class LLM:
         else:
             complete = [s for s, _ in step.work]
             logits = decode(self.model, self._cache, complete)
-        draw(complete, logits, self.tokenizer.eos_ids)
+        draw(complete, logits, self._end_ids)
         for sequence in complete:
             if sequence.finish_reason is not None:
                 self._scheduler.finish(sequence)

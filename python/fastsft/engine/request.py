@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from fastsft.models.control import RESERVED
 from fastsft.models.tokenizer import Tokenizer
 
 
@@ -20,7 +21,8 @@ class SamplingParams:
         n: continuations per prompt; continuation i draws with ``seed + i``.
         temperature: 0 takes the most probable token.
         top_k, top_p, min_p: restrict the draw; 0, 1.0 and 0.0 switch each off.
-        seed: the same seed gives the same text whatever else is in the batch; None draws one.
+        seed: of the noise that the draws use, which does not depend on what else is in the batch (docs/engine.md says
+            what may); None draws one.
         stop: strings that end the text and are not part of it.
         stop_token_ids: ids that end the text, besides the model's end tokens.
         ignore_eos: go on past the model's end tokens.
@@ -222,3 +224,13 @@ def as_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
         except TypeError:
             pass  # not integers: the message below says so
     raise ValueError(f"prompt: expected a string or {{'prompt_token_ids': [integers]}}, got {prompt!r:.200}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for what no tokenizer can encode, or what marks control tokens for ours."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text, got a lone surrogate at character {error.start}") from None
+    if (found := RESERVED.search(text)) is not None:
+        raise ValueError(f"{name}: expected text, got a noncharacter (U+FDD0 to U+FDD3) at character {found.start()}")

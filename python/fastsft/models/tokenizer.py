@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-# ChatML as the Qwen models use it, with the generation tags that mark what the assistant wrote.
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from fastsft.files import sync
+from fastsft.models.control import CONTROL, ControlTokens, continuing, marking
+from fastsft.models.template import CHATML, CHATML_TOKENS, Span, TemplateError, render
+
 END_OF_TEXT = "<|endoftext|>"
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 # How Qwen's tokenizers split text. Each digit stands alone, and a line's end is apart from the next line's indentation.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,16 +28,15 @@ FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
-
-class TemplateError(ValueError):
-    """A chat template that cannot be parsed, or that refused the conversation."""
+# What a chat template may ask for by name.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
     """Wraps a ``tokenizers.Tokenizer`` and the settings around it.
 
     ``eos_ids`` are all tokens that end a generation (from tokenizer_config.json and generation_config.json); ``eos_id``
-    is the one that training appends.
+    is the one that training appends. ``named`` are the special tokens that a chat template may write (bos_token, ...).
     """
 
     def __init__(
@@ -52,6 +46,7 @@ class Tokenizer:
         eos_id: int | None = None,
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
+        named: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         files: dict[str, bytes] | None = None,
     ) -> None:
@@ -59,26 +54,28 @@ class Tokenizer:
         self.eos_id = eos_id
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys([*(() if eos_id is None else (eos_id,)), *eos_ids]))
+        known = {"bos_token": bos_id, "eos_token": eos_id}
+        self.named = {n: str(backend.id_to_token(i)) for n, i in known.items() if i is not None} | dict(named or {})
         self.chat_template = chat_template
         self._files = files or {}
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Load from a model folder, or from a bare tokenizer.json.
+        """Load from a model folder, or from a tokenizer.json of any name and the settings beside it.
 
         Raises:
             FileNotFoundError: no tokenizer.json there. ValueError: a file that cannot be parsed.
         """
-        folder = Path(path)
-        if folder.is_file():
-            folder = folder.parent
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-        if "tokenizer.json" not in files:
+        given = Path(path)
+        folder, main = (given.parent, given) if given.is_file() else (given, given / "tokenizer.json")
+        if not main.is_file():
             raise FileNotFoundError(f"{folder}: no tokenizer.json")
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files["tokenizer.json"] = main.read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
+            raise ValueError(f"{main}: not a tokenizer: {error}") from error
         # Many published files carry the settings of whoever saved them; both would silently change samples.
         backend.no_truncation()
         backend.no_padding()
@@ -94,11 +91,13 @@ class Tokenizer:
         template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
         if template is None:
             template = _default_template(config.get("chat_template"))
+        named = _named({**parse("special_tokens_map.json"), **config})
         return cls(
             backend,
-            eos_id=_special(backend, config.get("eos_token")),
-            bos_id=_special(backend, config.get("bos_token")),
+            eos_id=_id(backend, named.get("eos_token")),
+            bos_id=_id(backend, named.get("bos_token")),
             eos_ids=[] if ids is None else [ids] if isinstance(ids, int) else list(ids),
+            named=named,
             chat_template=template,
             files=files,
         )
@@ -150,9 +149,11 @@ class Tokenizer:
         return dict(self._files)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files as they were read."""
+        """Write the files as they were read, to the disk itself."""
         for name, content in self._files.items():
             (Path(folder) / name).write_bytes(content)
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
     @property
     def marks_generation(self) -> bool:
@@ -169,39 +170,72 @@ class Tokenizer:
         return ()
 
     @functools.cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
+    def control(self) -> ControlTokens:
+        return ControlTokens(self.backend)
+
+    @functools.cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        return marking(self.backend, self.control.names)
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        return continuing(self._marking)
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
         return found
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a prompt: the text of a special token becomes that token."""
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and, for each, the half-open range of characters of ``text`` that it covers."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+    def encode_text(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
+        """Ids of texts in which nothing is a control token.
+
+        Args:
+            continues: each goes on where another text ended, so that nothing is put before it.
+
+        Raises:
+            ValueError: the tokenizer cannot do that exactly.
+        """
+        if not texts:
+            return []
+        backend = self._continuing if continues else self._marking
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids of what :meth:`render` wrote and, for each, the half-open range of characters that it covers."""
+        encoding = self._marking.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def head(self, text: str, count: int) -> str:
+        """The beginning of a text: about its first ``count`` tokens."""
+        offsets = self._marking.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= count else text[: max((end for _, end in offsets[:count]), default=0)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render_chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, **extra: Any
-    ) -> str:
-        """The conversation as the model's template writes it."""
-        return self.render_chat_with_spans(messages, add_generation_prompt=add_generation_prompt, **extra)[0]
+    def render_chat(self, messages: Sequence[dict[str, Any]], **extra: Any) -> str:
+        """The conversation as the model's template writes it; for ``extra`` see :meth:`render`."""
+        return self.render(messages, **extra)[0].replace(CONTROL, "")
 
-    def render_chat_with_spans(
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **extra: Any) -> list[int]:
+        """Its ids. The template writes every special token: none is added, and none is taken from a content."""
+        return self.encode_rendered(self.render(messages, **extra)[0])[0]
+
+    def render(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, **extra: Any
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The same, and the character ranges inside ``{% generation %}`` tags (none where the template has no tags).
+    ) -> tuple[str, list[Span]]:
+        """The conversation for :meth:`encode_rendered`, control tokens marked, and the ranges inside generation tags.
+
+        Args:
+            extra: tools, documents and whatever else the template reads.
 
         Raises:
             TemplateError: the folder has no template, or it failed on this conversation.
@@ -210,18 +244,8 @@ class Tokenizer:
             raise TemplateError(
                 "the model's folder has no chat template (chat_template.jinja or tokenizer_config.json)"
             )
-        template = _compile(self.chat_template)
-        names = {"bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)}
-        try:
-            marked = template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **{**names, **extra}
-            )
-        except Exception as error:  # a template's own failure (None + str, a wrong key) is whatever Python raises
-            raise TemplateError(f"chat template: {error}") from error
-        return _take_spans(marked)
-
-    def _token(self, token: int | None) -> str:
-        return "" if token is None else str(self.backend.id_to_token(token))
+        given = {"add_generation_prompt": add_generation_prompt, **extra}
+        return render(self.chat_template, messages, self.control, self.named, given)
 
 
 def _untrained() -> tokenizers.Tokenizer:
@@ -234,8 +258,14 @@ def _untrained() -> tokenizers.Tokenizer:
     return backend
 
 
-def _special(backend: tokenizers.Tokenizer, entry: Any) -> int | None:
-    token = entry.get("content") if isinstance(entry, dict) else entry
+def _named(entries: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that name special tokens, each a string or an object with the token's details."""
+    found = {name: entries.get(name) for name in _NAMED}
+    texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
     found: int | None = None if token is None else backend.token_to_id(token)
     return found
 
@@ -245,59 +275,3 @@ def _default_template(entry: Any) -> str | None:
     if isinstance(entry, list):
         return {t["name"]: t["template"] for t in entry}.get("default")
     return entry if isinstance(entry, str) else None
-
-
-# What {% generation %} leaves in the rendered text until the spans are taken out. A noncharacter cannot occur in text.
-_BEGIN, _END = "\U0010fffe\x02", "\U0010fffe\x03"
-
-
-def _take_spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    pieces: list[str] = []
-    spans: list[tuple[int, int]] = []
-    length = 0
-    for i, part in enumerate(marked.split(_BEGIN)):
-        inside, tagged, outside = part.partition(_END) if i else ("", "", part)
-        if i and not tagged:
-            raise TemplateError("chat template: {% generation %} blocks may not be nested")
-        if i:
-            spans.append((length, length + len(inside)))
-        pieces += [inside, outside]
-        length += len(inside) + len(outside)
-    return "".join(pieces), spans
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str) -> Any:
-    """Compile as transformers does: sandboxed, immutable, trimmed blocks, loop controls, ``tojson`` without escapes."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return f"{_BEGIN}{caller()}{_END}"
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"chat template, line {error.lineno}: {error.message}") from error

@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastsft.files import sync
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.tokenizer import FILES
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -24,20 +26,6 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetens
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-
-# copied from `files_from`: what a tokenizer and a generation loop read, and nothing that describes the old weights
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 # stored by old checkpoints, recomputed from the configuration
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -139,7 +127,7 @@ def save_model(
     stage.mkdir()
     try:
         names = _write_weights(model, stage, max_shard_bytes)
-        for name in _COMPANIONS if files_from is not None else ():
+        for name in FILES if files_from is not None else ():
             if (Path(files_from or "") / name).is_file():
                 shutil.copyfile(Path(files_from or "") / name, stage / name)
                 names.append(name)
@@ -147,18 +135,18 @@ def save_model(
         (stage / "config.json").write_bytes(model.config.with_dtype(dtype).to_json().encode("utf-8"))
         names.append("config.json")
         for name in names:
-            _sync(stage / name)
-        _sync(stage)
+            sync(stage / name)
+        sync(stage)
         if exists:
             for name in names:
                 os.replace(stage / name, target / name)
             for old in target.iterdir():
                 if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
                     old.unlink()
-            _sync(target)
+            sync(target)
         else:
             os.rename(stage, target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -172,14 +160,6 @@ def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) 
 
 def _hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

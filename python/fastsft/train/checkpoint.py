@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsft.files import sync, sync_tree
+
 _NAME = re.compile(r"step-(\d+)$")
 _MANIFEST = "manifest.json"
 
@@ -119,20 +121,6 @@ def write_file(path: Path, content: str) -> None:
     sync(stage)
     os.replace(stage, path)
     sync(path.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -70,9 +70,10 @@ def _held_out_loss(
     decoder: Decoder, tokenizer: Tokenizer, model: str, data: tuple[str, ...], fields: dict[str, str]
 ) -> dict[str, Any]:
     from fastsft.config import DataOptions, load_config
-    from fastsft.data.prepare import left_out, tokenise
+    from fastsft.data.prepare import left_out
     from fastsft.data.records import Problems, read_records
     from fastsft.data.store import SampleStore
+    from fastsft.data.tokenise import tokenise
     from fastsft.train.evaluate import evaluate_loss
     from fastsft.train.start import positions
 

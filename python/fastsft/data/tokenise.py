@@ -1,0 +1,123 @@
+"""Records to samples: laid out, encoded in batches, made to fit, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fastsft.config import Config
+from fastsft.data import fim
+from fastsft.data.batch import Sample
+from fastsft.data.chat import ChatDraft, Draft, draft, token_weights
+from fastsft.data.fim import Part
+from fastsft.data.records import DataError, Problems, Record
+from fastsft.models.control import RESERVED
+from fastsft.models.template import TemplateError
+from fastsft.models.tokenizer import Tokenizer
+
+_CHUNK = 512
+
+
+def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, problems: Problems) -> Iterator[Sample]:
+    """Samples of the usable records, in order; the rest goes to ``problems``."""
+    options = config.data
+    needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
+    marks = (
+        fim.Sentinels.find(tokenizer, options.fim.prefix, options.fim.suffix, options.fim.middle) if needs_fim else None
+    )
+    for begin in range(0, len(records), _CHUNK):
+        drafts: list[tuple[Record, Draft | ChatDraft]] = []
+        for index, record in enumerate(records[begin : begin + _CHUNK], begin):
+            if any(RESERVED.search(part) for part in record.parts):
+                problems.add(record.source, "noncharacter", "one of U+FDD0 to U+FDD3, which mark control tokens here")
+                continue
+            try:
+                drafts.append((record, _draft(record, index, tokenizer, marks, config)))
+            except TemplateError as error:
+                problems.add(record.source, "chat template", str(error))
+        for (record, laid), parts in zip(drafts, encode([d for _, d in drafts], tokenizer), strict=True):
+            sample = _finish(record, laid, parts, tokenizer, config, problems)
+            if sample is not None:
+                yield sample
+
+
+def _draft(
+    record: Record, index: int, tokenizer: Tokenizer, marks: fim.Sentinels | None, config: Config
+) -> Draft | ChatDraft:
+    options = config.data.fim
+    if marks is not None and record.kind == "fim":
+        return fim.draft_record(record, tokenizer, marks)
+    if marks is not None and record.kind == "text":
+        (text,) = record.parts
+        room = config.data.max_length - len(tokenizer.prefix_ids) - fim.MARKERS
+        cut = fim.cut(
+            text, seed=config.seed, index=index, rate=options.rate, spm_rate=options.spm_rate,
+            # Only the head fits, so that is what the places are drawn in: the middle and its end are then kept.
+            head=(lambda whole: tokenizer.head(whole, room)) if config.data.on_long == "truncate" else None,
+        )  # fmt: skip
+        if cut is not None:
+            prefix, middle, suffix, spm = cut
+            return fim.draft_fim(
+                (prefix, middle, suffix), tokenizer, marks, spm=spm, train_context=True, weight=record.weight,
+                shortened=len(prefix + middle + suffix) < len(text),
+            )  # fmt: skip
+    return draft(record, tokenizer, prompt_weight=config.data.prompt_weight)
+
+
+def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterator[list[Part]]:
+    """Each draft's pieces as ids and weights, in one batch call for each form; a conversation is a single piece."""
+    texts: dict[str, list[str]] = {"prompt": [], "start": [], "inner": []}
+    for d in drafts:
+        for piece in d.pieces if isinstance(d, Draft) else ():
+            if isinstance(piece.content, str):
+                texts[piece.form].append(piece.content)
+    encoded = {
+        "prompt": iter(tokenizer.encode_batch(texts["prompt"])),
+        "start": iter(tokenizer.encode_text(texts["start"])),
+        "inner": iter(tokenizer.encode_text(texts["inner"], continues=True)),
+    }
+    for d in drafts:
+        if isinstance(d, ChatDraft):
+            ids, offsets = tokenizer.encode_rendered(d.text)
+            yield [(ids, [w * d.weight for w in token_weights(offsets, d.spans, d.prompt_weight)])]
+        else:
+            pieces = [[p.content] if isinstance(p.content, int) else next(encoded[p.form]) for p in d.pieces]
+            yield [(ids, [p.weight * d.weight] * len(ids)) for p, ids in zip(d.pieces, pieces, strict=True)]
+
+
+def join(parts: Sequence[Part]) -> Part:
+    return [i for ids, _ in parts for i in ids], [w for _, weights in parts for w in weights]
+
+
+def _finish(
+    record: Record, laid: Draft | ChatDraft, parts: list[Part], tokenizer: Tokenizer, config: Config, problems: Problems
+) -> Sample | None:
+    options = config.data
+    context = laid.context if isinstance(laid, Draft) else None
+    shortened = isinstance(laid, Draft) and laid.shortened
+    ids, weights = join(parts)
+    if len(ids) > options.max_length:
+        detail = f"{len(ids)} tokens, data.max_length is {options.max_length}"
+        if options.on_long == "fail":
+            raise DataError(f"{record.source}: too long: {detail}")
+        fitting = fim.shorten(parts, context, options.max_length) if context else parts
+        if options.on_long == "skip" or fitting is None:
+            problems.note(record.source, "too long", detail)
+            return None
+        shortened = True
+        ids, weights = join(fitting)
+        ids, weights = ids[: options.max_length], weights[: options.max_length]
+    if shortened:
+        problems.note(record.source, "truncated", f"to data.max_length, {options.max_length} tokens")
+    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+        problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
+        return None
+    if not any(w > 0 for w in weights[1:]):
+        problems.add(record.source, "nothing to train on", "every target has weight 0")
+        return None
+    # A prompt is left out: there a special token's text is the token, as at inference.
+    content = record.parts[1] if record.kind == "prompt_completion" else record.text()
+    if (name := tokenizer.control.first_in(content)) is not None:
+        problems.note(record.source, "special token text", f"{name} in the content is encoded as plain text")
+    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source)

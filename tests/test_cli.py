@@ -203,17 +203,22 @@ def test_left_out_rows_are_told(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"no usable row; left out: {long.replace(':3:', ':1:')}" in _refused(capsys, "eval", model, "--data", data)
 
 
+@pytest.mark.parametrize(
+    ("verb", "after"), [("train", "goes on from the newest checkpoint, if there is one"), ("prepare", "begins anew")]
+)
 def test_interrupt_is_one_line(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    verb: str, after: str, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
+        """Stands in for the verb."""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsft.prepare", interrupted)
+    monkeypatch.setitem(cli.VERBS, verb, (interrupted, True))
     with pytest.raises(SystemExit) as end:
-        cli.main(["prepare", str(trained / "run.toml")])
+        cli.main([verb, str(trained / "run.toml")])
     assert end.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "fastsft: interrupted"
+    message = f"fastsft: interrupted; the same command {after}"
+    assert capsys.readouterr().err.strip().splitlines() == [message]
 
 
 def test_json_has_no_nan() -> None:
@@ -318,6 +323,37 @@ def test_bad_model_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "config.json" in _refused(capsys, "eval", tmp_path, "--data", trained / "rows.jsonl")
     (tmp_path / "config.json").write_text('{"model_type": "gpt_bigcode"}')
     assert "gpt_bigcode" in _refused(capsys, "generate", tmp_path, "--prompt", "a")
+
+
+def test_outputs_that_cannot_be(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _write(tmp_path / "in.jsonl", [{"text": "a b"}, {"text": "a b"}])
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").hardlink_to(source)
+    for flag in ("--output", "--report"):
+        assert f"{flag}: expected a file, got the folder" in _refused(capsys, "dedup", source, flag, tmp_path)
+        assert f"{flag}: no folder" in _refused(capsys, "dedup", source, flag, tmp_path / "no" / "out.jsonl")
+        for same in (source, tmp_path / "link.jsonl", tmp_path / ".." / tmp_path.name / "in.jsonl"):
+            assert f"{flag}: expected another file than the input" in _refused(capsys, "dedup", source, flag, same)
+    assert source.read_bytes() == before
+    for verb in ("train", "prepare"):
+        for output in (source, source / "run"):
+            message = _refused(capsys, verb, trained / "run.toml", "--output", output)
+            assert message.startswith("output: expected a folder, got ")
+    assert "expected a new or empty folder" in _refused(capsys, "demo", "--output", source)
+    assert _refused(capsys, "eval", trained / "run" / "model", "--tasks", tmp_path) == f"{tmp_path}: Is a directory"
+
+
+def test_dedup_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _write(tmp_path / "in.jsonl", [{"content": "a b"}, {"content": "a b"}])
+    target = tmp_path / "out.jsonl"
+    for options in ([], ["--output", target]):
+        assert _json(capsys, "dedup", source, "--fields", "text", "content", *options)["kept"] == 1
+    assert target.read_bytes() == source.read_bytes()[: source.stat().st_size // 2]
+    message = _refused(capsys, "dedup", source, "--fields", "txt", "content")
+    assert message == "dedup: unknown key 'fields.txt'; did you mean 'text'?"
+    for threshold in ("0", "1.5", "nan"):
+        message = _refused(capsys, "dedup", source, "--fields", "text", "content", "--threshold", threshold)
+        assert "threshold: expected a number above 0 and at most 1, got" in message
 
 
 def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastsft import cli
 
@@ -47,7 +48,7 @@ SHAPES: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
 
 def test_every_example_is_tested() -> None:
     assert {p.stem for p in EXAMPLES.glob("*.toml")} == set(SHAPES)
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py", "transformers_loop.py"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -88,3 +89,28 @@ def test_custom_loop_learns_to_copy() -> None:
     first, last = runpy.run_path(str(EXAMPLES / "custom_loop.py"))["main"](steps=60)
     assert first == pytest.approx(math.log(64), rel=0.1)
     assert last < 0.2
+
+
+def test_transformers_loop_computes_transformers_own_loss() -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(EXAMPLES / "transformers_loop.py"))
+    torch.manual_seed(0)
+    model = example["load"](None)
+    documents = [torch.randint(256, (n,)) for n in (5, 17, 1, 2, 31)]
+    packed = example["packed_loss"](model, documents)
+    packed.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    model.set_attn_implementation("eager")
+    losses = [
+        torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
+        for d in documents if len(d) > 1
+    ]  # fmt: skip
+    alone = torch.stack(losses).sum() / sum(len(d) - 1 for d in documents)
+    alone.backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=1e-6
+    )
+    first, last = example["main"](steps=10)
+    assert last < 0.7 * first

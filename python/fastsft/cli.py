@@ -54,11 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _cli(function, verb, rest)
     except KeyboardInterrupt:
-        print("fastsft: interrupted", file=sys.stderr)
+        after = "goes on from the newest checkpoint, if there is one" if verb == "train" else "begins anew"
+        print(f"\nfastsft: interrupted; the same command {after}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output went away (`fastsft info | head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
-    except (UsageError, ConfigError, DataError, TemplateError, OSError, FloatingPointError) as error:
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (UsageError, ConfigError, DataError, TemplateError, FloatingPointError) as error:
         _fail(str(error))
     except ValueError as error:
         # A contract of ours that the input broke has its raise in our code; anything deeper keeps its traceback.

@@ -129,7 +129,9 @@ class Config:
     """Everything that determines a run. The same Config and data give the same weights, bit for bit on a CPU."""
 
     output: str = "runs/run"
+    """Folder of the run: checkpoints, metrics and the model."""
     seed: int = 0
+    """Of everything random: initial weights, held-out rows, infilling, order."""
     model: ModelOptions = field(default_factory=ModelOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     data: DataOptions = field(default_factory=DataOptions)

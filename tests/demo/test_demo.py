@@ -78,7 +78,7 @@ def test_a_wrong_constant_or_operation_fails(family: tasks.Family, constant: int
         assert body == family.body.format(c=constant) or not _passes(body, check), body
 
 
-def test_training_and_held_out_tasks_share_no_name() -> None:
+def test_training_and_held_out_tasks_share_neither_name_nor_number() -> None:
     train, held_out, answers = tasks.build(2000, 80, seed=0)
     assert tasks.build(2000, 80, seed=0) == (train, held_out, answers)
     assert tasks.build(2000, 80, seed=1)[1] != held_out
@@ -91,6 +91,9 @@ def test_training_and_held_out_tasks_share_no_name() -> None:
     assert trained
     assert tested
     assert not trained & tested
+    problems = {c[0]["content"].partition("that")[2] for c in train}
+    assert not problems & {t.prompt.partition("that")[2] for t in held_out}
+    assert len({t.prompt.partition("that")[2] for t in held_out}) == 80
     assert len({c[0]["content"] for c in train}) == 2000
     assert [t.task_id for t in held_out] == [f"demo/{i}" for i in range(80)]
 
@@ -188,7 +191,7 @@ def test_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
 def test_report_explains_itself_in_words(tmp_path: Path) -> None:
     metrics = [{"kind": "step", "step": i, "loss": 2.0 / i} for i in range(1, 4)]
     page = write_report(tmp_path, _results("x"), metrics, metrics).read_text(encoding="utf-8")
-    assert "share of the 2 tasks" in page
+    assert "share of the\n2 tasks" in page
     assert "batches of\n16 documents" in page
     assert "25 % of what it computes is padding" in page
     plots = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
@@ -225,6 +228,8 @@ def test_quick_demo_end_to_end(tmp_path: Path) -> None:
     tolerance = 1e-2 if results["dtype"] == "bfloat16" else 1e-4
     assert results["speed"]["loss_ours"] == pytest.approx(results["speed"]["loss_padded"], rel=tolerance)
     assert len(results["samples"]["completions"]) == 3
+    assert results["samples"]["infills"]
+    assert all(s["output"] for kind in results["samples"].values() for s in kind)
     page = (output / "report.html").read_text(encoding="utf-8")
     assert _assert_self_contained(page).count("svg") == 5
     assert str(output) not in page  # paths of the machine stay out of what is passed on

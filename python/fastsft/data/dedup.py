@@ -81,6 +81,8 @@ def dedup(
     Raises:
         DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {threshold}")
     if mode not in ("near", "exact"):
         raise ValueError(f"dedup: mode: expected 'near' or 'exact', got {mode!r}")
     if isinstance(records, str | os.PathLike):
@@ -115,17 +117,23 @@ def dedup(
 
 
 def dedup_file(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], problems: Problems, **options: Any
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    problems: Problems,
+    *,
+    fields: dict[str, str] | None = None,
+    **options: Any,
 ) -> DedupReport:
     """Deduplicate a JSONL(.gz) file into another; every kept line keeps its bytes.
 
     The target is written under a temporary name and renamed. Broken rows go to ``problems`` and are left out.
+    ``fields`` maps our field names to those of the file.
     """
     rows, records = [], []
     for row in read_rows(source, problems):
         if not row.raw:
             raise ValueError(f"{source}: expected a JSONL file, whose lines can be copied")
-        record = interpret(row, problems, format="auto", fields={})
+        record = interpret(row, problems, format="auto", fields=fields or {})
         if record is not None:
             rows.append(row.raw)
             records.append(record)

@@ -16,9 +16,12 @@ def hold(output: Path) -> Iterator[None]:
     """Lock ``<output>/.lock``, creating both. The kernel lets go of it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or ``output`` cannot be a folder.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"output: expected a folder, got {output}, which is or lies in a file") from None
     # The file stays: removing it would let a third process lock a new one while a second still waits on the old.
     with open(output / ".lock", "a+") as stream:
         try:

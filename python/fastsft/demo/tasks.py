@@ -67,23 +67,23 @@ Conversation = list[dict[str, str]]
 def build(count: int, held_out: int, *, seed: int) -> tuple[list[Conversation], list[Task], list[str]]:
     """Training conversations, held-out tasks, and the latter's canonical answers.
 
-    Each (family, name, constant) is drawn at most once, and the function names of the held-out tasks occur in no
-    training conversation.
+    Each (family, name, constant) is drawn at most once. Of a held-out task, neither the function name nor the pair of
+    family and constant occurs in a training conversation.
     """
     names = [f"{a}_{n}" for a, n in itertools.product(_ADJECTIVES, _NOUNS)]
     rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
     names = [names[i] for i in rng.permutation(len(names))]
     kept, fresh = names[: -len(names) // 5], names[-len(names) // 5 :]
-    train = [_conversation(*pick) for pick in _draw(rng, kept, count)]
-    picks = list(_draw(rng, fresh, held_out))
-    return train, [_task(i, *pick) for i, pick in enumerate(picks)], [_answer(*pick) for pick in picks]
-
-
-def _draw(rng: np.random.Generator, names: list[str], count: int) -> list[tuple[Family, str, int]]:
-    every = [(f, n, c) for f in FAMILIES for n in names for c in range(2, 100)]
+    problems = list(itertools.product(FAMILIES, range(2, 100)))
+    if held_out > len(problems) // 2:
+        raise ValueError(f"tasks: expected at most {len(problems) // 2} held-out tasks, got {held_out}")
+    problems = [problems[i] for i in rng.permutation(len(problems))]
+    picks = [(family, fresh[rng.integers(len(fresh))], c) for family, c in problems[:held_out]]
+    every = [(family, name, c) for family, c in problems[held_out:] for name in kept]
     if count > len(every):
-        raise ValueError(f"tasks: expected at most {len(every)} for these names, got {count}")
-    return [every[i] for i in rng.choice(len(every), count, replace=False)]
+        raise ValueError(f"tasks: expected at most {len(every)} training tasks, got {count}")
+    train = [_conversation(*every[i]) for i in rng.choice(len(every), count, replace=False)]
+    return train, [_task(i, *pick) for i, pick in enumerate(picks)], [_answer(*pick) for pick in picks]
 
 
 def _ask(family: Family, name: str, constant: int) -> str:

@@ -38,10 +38,11 @@ mark { background: #cfe6cf; } .bad { color: #a12622; } .good { color: #1d6b2f; }
 <td>{{ c.sources[:4] | map("base") | join(", ") }}</td>
 <td><pre>{{ c.example[:160] }}</pre></td></tr>{% endfor %}</table>
 <h2>Held-out tasks</h2>
-<p>Each task asks for one small Python function over a name and a number. The names of the held-out tasks occur in no
-training conversation, and an answer passes only if it is right on every input of its check, among them those next to
-the number; pass@1 is the share of the {{ tasks }} tasks whose one greedy answer passes. Below are some that passed and
-some that failed. Executed with {{ layers | join(", ") }}.</p>
+<p>Each task asks for one small Python function over a name and a number. The kinds of function are those of the
+training conversations; held out are the names, and each pair of kind and number: neither occurs in training. An answer
+passes only if it is right on every input of its check, among them those next to the number; pass@1 is the share of the
+{{ tasks }} tasks whose one greedy answer passes. Below are some that passed and some that failed, if any did. Executed
+with {{ layers | join(", ") }}.</p>
 <table>{% for a in answers %}<tr><td>{{ a.prompt }}<pre>{{ a.answer }}</pre></td>
 <td class="{{ 'good' if a.passed else 'bad' }}">{{ 'passed' if a.passed else 'failed' }}</td></tr>{% endfor %}</table>
 <h2>Training speed</h2>

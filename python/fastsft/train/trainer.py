@@ -116,6 +116,7 @@ class Trainer:
             display.note(f"warning: {warning}")
         for line in left_out(self.prepared.report):
             display.note(line)
+        display.note(self._plan())
         log = MetricsLog(self.output / "metrics.jsonl", resumed_step=first)
         previous = self._catch_signals()
         try:
@@ -128,6 +129,15 @@ class Trainer:
             self._release_signals(previous)
             display.close()
             log.close()
+
+    def _plan(self) -> str:
+        batch = self.config.train.tokens_per_batch * self.config.train.accumulation
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{parameters / 1e6:,.1f} M parameters, {self.config.model.dtype}, "
+            f"{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, {self.total_steps:,} steps of "
+            f"up to {batch:,} tokens"
+        )
 
     def _steps(
         self, first: int, before: EvalResult | None, loss: float, log: MetricsLog, display: Display

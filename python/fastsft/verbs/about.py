@@ -41,7 +41,7 @@ def info(*, json: bool = False) -> None:
     console.print(table)
 
 
-def demo(*, output: str = "runs/demo", quick: bool = False, json: bool = False) -> None:
+def demo(*, output: Path = Path("runs/demo"), quick: bool = False, json: bool = False) -> None:
     """Train, tune, execute and sample a small code model on this machine's own Python library.
 
     Args:
@@ -51,6 +51,6 @@ def demo(*, output: str = "runs/demo", quick: bool = False, json: bool = False) 
     """
     from fastsft.demo.pipeline import run_demo
 
-    results = run_demo(Path(output), quick=quick)
+    results = run_demo(output, quick=quick)
     if json:
         print_json(results)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastsft.verbs.console import print_json, progress_bar, reporter, to_json, write_text
+from fastsft.verbs.console import UsageError, print_json, progress_bar, reporter, to_json, write_text
 
 if TYPE_CHECKING:
     from fastsft.config import Config
 
 
 def dedup(
-    source: str,
+    source: Path,
     /,
     *,
-    output: str | None = None,
-    report: str | None = None,
+    output: Path | None = None,
+    report: Path | None = None,
+    fields: dict[str, str] | None = None,
     threshold: float = 0.7,
     num_perm: int = 128,
     ngram: int = 5,
@@ -31,7 +32,8 @@ def dedup(
         source: JSONL(.gz) or Parquet file, or a datasets folder.
         output: write the kept lines here, byte for byte (JSONL sources); -o for short.
         report: write clusters and counts here, as JSON.
-        threshold: estimated Jaccard similarity from which two texts are near duplicates.
+        fields: our field name and the file's, e.g. --fields text content; as data.fields of a run.
+        threshold: estimated Jaccard similarity from which two texts are near duplicates, above 0 and at most 1.
         num_perm: hash functions per signature.
         ngram: words or characters per shingle.
         unit: of what shingles are made.
@@ -39,26 +41,44 @@ def dedup(
         on_bad: a broken row stops the command, or is counted and left out.
         json: machine-readable summary.
     """
+    from fastsft.config import FIELD_NAMES, unknown_key
     from fastsft.data.dedup import dedup as find
     from fastsft.data.dedup import dedup_file
     from fastsft.data.records import Problems, read_records
 
+    for key in fields or {}:
+        if key not in FIELD_NAMES:
+            raise UsageError(f"dedup: {unknown_key(f'fields.{key}', FIELD_NAMES)}")
+    _check_target("--output", output, source)
+    _check_target("--report", report, source)
     problems = Problems(on_bad)
     options: dict[str, Any] = {
         "threshold": threshold, "num_perm": num_perm, "ngram": ngram, "unit": unit, "mode": mode,
     }  # fmt: skip
     with progress_bar() as bar:
         if output is not None:
-            found = dedup_file(source, output, problems, progress=reporter(bar), **options)
+            found = dedup_file(source, output, problems, fields=fields, progress=reporter(bar), **options)
         else:
-            found = find(list(read_records([source], problems)), progress=reporter(bar), **options)
+            found = find(list(read_records([source], problems, fields=fields)), progress=reporter(bar), **options)
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
-        write_text(Path(report), to_json(summary))
+        write_text(report, to_json(summary))
     if json:
         print_json(summary)
     else:
         _show_duplicates(summary)
+
+
+def _check_target(flag: str, target: Path | None, source: Path) -> None:
+    """Refuse, before any work is done, a file that cannot be written or must not be."""
+    if target is None:
+        return
+    if target.is_dir():
+        raise UsageError(f"dedup: {flag}: expected a file, got the folder {target}")
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"dedup: {flag}: expected another file than the input, got {target}")
+    if not target.parent.is_dir():
+        raise UsageError(f"dedup: {flag}: no folder {target.parent}")
 
 
 def _show_duplicates(summary: dict[str, Any]) -> None:

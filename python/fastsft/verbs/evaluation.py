@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastsft.verbs.console import UsageError, print_json
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: str,
+    model: Path,
     /,
     *,
-    data: tuple[str, ...] = (),
-    tasks: str | None = None,
+    data: tuple[Path, ...] = (),
+    tasks: Path | None = None,
     k: tuple[int, ...] = (1,),
     n: int = 1,
     temperature: float = 0.0,
@@ -67,7 +68,7 @@ def evaluate(
 
 
 def _held_out_loss(
-    decoder: Decoder, tokenizer: Tokenizer, model: str, data: tuple[str, ...], fields: dict[str, str]
+    decoder: Decoder, tokenizer: Tokenizer, model: Path, data: tuple[Path, ...], fields: dict[str, str]
 ) -> dict[str, Any]:
     from fastsft.config import DataOptions, load_config
     from fastsft.data.prepare import left_out
@@ -78,20 +79,20 @@ def _held_out_loss(
     from fastsft.train.start import positions
 
     longest = min(DataOptions().max_length, positions(decoder.config))
-    options = {"train": list(data), "fields": fields, "max_length": longest}
-    config = load_config({"model": {"path": model}, "data": options})
+    options = {"train": list(map(str, data)), "fields": fields, "max_length": longest}
+    config = load_config({"model": {"path": str(model)}, "data": options})
     problems = Problems("fail")
     records = list(read_records(data, problems, fields=fields))
     store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems))
     report = {"rows": len(records), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     result = evaluate_loss(decoder, store, capacity=config.train.tokens_per_batch)
     if result is None:
-        raise UsageError("; ".join([f"eval: {', '.join(data)}: no usable row", *left_out(report)]))
+        raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *left_out(report)]))
     return {**dataclasses.asdict(result), "samples": len(store), **report}
 
 
 def _pass_at(
-    decoder: Decoder, tokenizer: Tokenizer, path: str, params: SamplingParams, k: tuple[int, ...], completion: bool
+    decoder: Decoder, tokenizer: Tokenizer, path: Path, params: SamplingParams, k: tuple[int, ...], completion: bool
 ) -> dict[str, Any]:
     from fastsft.engine.llm import LLM
     from fastsft.verify.passk import evaluate_tasks, extract_code, read_tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastsft.verbs.console import UsageError, print_json
@@ -34,7 +35,7 @@ def train(config: Config, *, json: bool = False) -> None:
 
 
 def generate(
-    model: str,
+    model: Path,
     /,
     *,
     prompt: str | None = None,

@@ -30,7 +30,7 @@ void finish_turn(std::atomic<int32_t>& done) { done.fetch_add(1, std::memory_ord
 namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
-constexpr int64_t kForwardRows = 192;              // rows that share one conversion of a key block
+constexpr int64_t kForwardRows = 224;              // rows that share one packing of a key block
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
@@ -112,8 +112,7 @@ void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
   for (const ForwardItem& item : items) cost += item.cost;
   parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t rows = tile_rows(items[i].num_q, args.group);
-      run_item(args, items[i], thread_scratch(2 * kKeyBlock * dim + rows * (2 * dim + 2) + 8 * kKeyBlock));
+      run_item(args, items[i], thread_scratch(forward_scratch(tile_rows(items[i].num_q, args.group), dim)));
     }
   });
 }
@@ -200,7 +199,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
   args.mask = mask_of(shape);
   args.group = group;
   args.total_q = batch.total_q;
-  args.tile_tokens = std::max<int64_t>((dim <= 128 ? 128 : 64) / group, 1);
+  args.tile_tokens = std::max<int64_t>((dim <= 128 ? 126 : 70) / group, 1);
   args.q = q, args.k = k, args.v = v, args.out = out, args.dout = dout;
   args.lse = lse, args.dlse = dlse, args.delta = delta.get();
   args.dq = dq, args.dk = dk, args.dv = dv;
@@ -221,8 +220,9 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
     BackwardItem item{};
     item.q_first = batch.cu_q[b], item.num_q = batch.cu_q[b + 1] - batch.cu_q[b];
     item.k_first = batch.cu_k[b], item.num_k = batch.cu_k[b + 1] - batch.cu_k[b];
-    const int64_t tiles = item.num_k > kKeyBlock ? (item.num_q + args.tile_tokens - 1) / args.tile_tokens : 0;
-    for (item.block = 0; item.block * kKeyBlock < item.num_k; ++item.block) {
+    const int64_t block = gradient_block(item.num_k);
+    const int64_t tiles = item.num_k > block ? (item.num_q + args.tile_tokens - 1) / args.tile_tokens : 0;
+    for (item.block = 0; item.block * block < item.num_k; ++item.block) {
       for (item.kv_head = 0; item.kv_head < shape.num_kv_heads; ++item.kv_head) {
         item.first_tile = shared_tiles + item.kv_head * tiles;
         items.push_back(item);
@@ -248,7 +248,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
   int64_t cost = 0;
   for (const int64_t b : order) cost += pairs(b) * shape.num_q_heads * dim * 5;
   const int64_t count = static_cast<int64_t>(items.size());
-  const int64_t scratch = 5 * kKeyBlock * dim + rows * (3 * dim + 2 * kKeyBlock + 2);
+  const int64_t scratch = backward_scratch(rows, dim);
   parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* buffer;

@@ -1,7 +1,7 @@
 // Memory traffic per token and layer: q and dout are read once per key block that they see (from cache), k and v once,
 // dk and dv are written once; dq is written once, and its float32 sums are read and written once per key block when a
-// sequence has more than kKeyBlock keys. Arithmetic per visible (query head, key) pair: 5 * D multiply-adds (S = Q K^T,
-// dP = dO V^T, dV += P^T dO, dK += dS^T Q, dQ += dS K) and one exp; P is recomputed from lse.
+// sequence has several. Arithmetic per visible (query head, key) pair: 5 * D multiply-adds (S = Q
+// K^T, dP = dO V^T, dV += P^T dO, dK += dS^T Q, dQ += dS K) and one exp; P is recomputed from lse.
 //
 // One item is a block of keys with all queries that see it, so dk and dv are summed in one place and in one order. The
 // items of a sequence also add to the sums of its query tiles, each in its turn: ascending key block, whatever the
@@ -14,112 +14,171 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
+// Words: one float, or two bfloat16 neighbours along the dimension that the product sums over.
+template <typename Format>
 struct Block {
-  float *keys, *keys_t, *values_t;    // [kKeyBlock, D] and twice [D, kKeyBlock]
-  float *dkeys, *dvalues;             // [kKeyBlock, D]
-  float *queries, *douts, *dqueries;  // [rows, D]
-  float *probs, *dscores;             // [rows, kKeyBlock]
-  float *lse, *delta;                 // [rows]
+  using Word = typename Format::Word;
+  Word *keys, *keys_t, *values_t;       // words of [keys, D], and of [D, kScorePitch] twice
+  float *dkeys, *dvalues;               // [keys, D]
+  Word *queries, *douts;                // words along D: [rows, kRowPitch]
+  Word *queries_stack, *douts_stack;    // words along the rows, stack_pitch apart
+  Word *probs, *dscores;                // words along the rows: [rows / kSteps, kScorePitch]
+  Word* dscores_t;                      // words along the keys: [rows, kScoreRowPitch]
+  float* dqueries;                      // [rows, D]
+  float *lse, *delta;                   // [rows]; lse in units of log 2
+  float *strip_scores, *strip_dscores;  // [kTileRows, kScorePitch]
+  int64_t stack_pitch;
 };
 
-Block carve(float* scratch, int64_t dim, int64_t rows) {
-  Block b;
-  float* next = scratch;
-  for (float** panel : {&b.keys, &b.keys_t, &b.values_t, &b.dkeys, &b.dvalues}) {
-    *panel = next;
-    next += kKeyBlock * dim;
+// Odd numbers of cache lines, so that neighbouring rows do not share cache sets.
+inline constexpr int64_t kScorePitch = kGradientBlock + 16;
+template <typename Format>
+inline constexpr int64_t kScoreRowPitch = Format::kSteps == 1 ? kScorePitch : kGradientBlock / 2 + 16;
+
+template <typename Format, int64_t kMaxDim>
+Block<Format> carve(float* scratch, int64_t dim, int64_t rows) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
+  Block<Format> b;
+  const auto take = [&](auto*& panel, int64_t words) {
+    panel = reinterpret_cast<std::remove_reference_t<decltype(panel)>>(scratch);
+    scratch += words;
+  };
+  take(b.keys, kGradientBlock * dim / kSteps);
+  take(b.keys_t, kScorePitch * dim / kSteps);
+  take(b.values_t, kScorePitch * dim / kSteps);
+  take(b.dkeys, kGradientBlock * dim);
+  take(b.dvalues, kGradientBlock * dim);
+  take(b.queries, rows * kPitch);
+  take(b.douts, rows * kPitch);
+  take(b.probs, rows / kSteps * kScorePitch);
+  take(b.dscores, rows / kSteps * kScorePitch);
+  if constexpr (kSteps == 1) {  // floats along either dimension are the same
+    b.queries_stack = b.queries;
+    b.douts_stack = b.douts;
+    b.stack_pitch = kPitch;
+    b.dscores_t = b.dscores;
+  } else {
+    take(b.queries_stack, rows / kSteps * dim);
+    take(b.douts_stack, rows / kSteps * dim);
+    b.stack_pitch = dim;
+    take(b.dscores_t, rows * kScoreRowPitch<Format>);
   }
-  for (float** panel : {&b.queries, &b.douts, &b.dqueries}) {
-    *panel = next;
-    next += rows * dim;
-  }
-  for (float** panel : {&b.probs, &b.dscores}) {
-    *panel = next;
-    next += rows * kKeyBlock;
-  }
-  b.lse = next;
-  b.delta = next + rows;
+  take(b.dqueries, rows * dim);
+  take(b.lse, rows);
+  take(b.delta, rows);
+  take(b.strip_scores, kTileRows * kScorePitch);
+  take(b.strip_dscores, kTileRows * kScorePitch);
   return b;
 }
 
+template <typename Format, int64_t kMaxDim>
 FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, int64_t first_token, int64_t tokens,
-                                   float query_factor, bool is_whole, const Block& b) {
+                                   bool is_whole, const Block<Format>& b) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group, used = tokens * group;
-  const void *q_rows[kKeyBlock], *dout_rows[kKeyBlock];
-  for (int64_t begin = 0; begin < used; begin += kKeyBlock) {
-    const int64_t n = smaller(used - begin, kKeyBlock);
+  const void *q_rows[kGradientBlock], *dout_rows[kGradientBlock];
+  for (int64_t begin = 0; begin < used; begin += kGradientBlock) {
+    const int64_t n = smaller(used - begin, kGradientBlock);
     int64_t token = first_token + begin / group, member = begin % group;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t head = kv_head * group + member;
+      const int64_t head = kv_head * group + member, index = head * args.total_q + token;
       q_rows[i] = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
       dout_rows[i] = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
-      const float lse = args.lse[head * args.total_q + token];
-      b.lse[begin + i] = lse == -INFINITY ? INFINITY : lse;  // exp(s - inf) = 0: a row that sees no key
-      const int64_t index = head * args.total_q + token;
-      const float dlse = args.dlse == nullptr ? 0.0f : args.dlse[index];
+      const float lse = args.lse[index] * kLog2e, dlse = args.dlse == nullptr ? 0.0f : args.dlse[index];
+      b.lse[begin + i] = lse == -INFINITY ? INFINITY : lse;  // 2^(s - inf) = 0: a row that sees no key
       b.delta[begin + i] = is_whole ? -dlse : args.delta[index];
       if (++member == group) {
         member = 0;
         ++token;
       }
     }
-    load_rows(dtype, q_rows, n, dim, query_factor, b.queries + begin * dim);
-    load_rows(dtype, dout_rows, n, dim, 1.0f, b.douts + begin * dim);
+    pack_rows<Format, kMaxDim>(dtype, q_rows, n, dim, b.queries + begin * kPitch);
+    pack_rows<Format, kMaxDim>(dtype, dout_rows, n, dim, b.douts + begin * kPitch);
+    if constexpr (kSteps > 1) {
+      pack_stack<Format>(dtype, q_rows, n, dim, b.queries_stack + begin / kSteps * dim);
+      pack_stack<Format>(dtype, dout_rows, n, dim, b.douts_stack + begin / kSteps * dim);
+    }
   }
-  const int64_t rows = round_up(used, kStrip);
-  fill_zero(b.queries + used * dim, b.queries + rows * dim);
-  fill_zero(b.douts + used * dim, b.douts + rows * dim);
-  for (int64_t r = used; r < rows; ++r) {
-    b.lse[r] = INFINITY;
-    b.delta[r] = 0;
+  if (used % kSteps != 0) {  // the last row's partner: scores and gradients of 0
+    std::memset(b.queries + used * kPitch, 0, static_cast<std::size_t>(dim) * 2);
+    std::memset(b.douts + used * kPitch, 0, static_cast<std::size_t>(dim) * 2);
+    b.lse[used] = INFINITY;
+    b.delta[used] = 0;
   }
 }
 
-// From S and dP to P and dS for one strip, columns [begin, end). bands: what each row sees, or null if every column.
-// kWhole: the columns are all the keys there are, so delta = sum(P * dP) - dlse, and `delta` holds -dlse.
-template <bool kCapped, bool kWhole>
-FASTSFT_NOINLINE void score_gradients(float* probs, float* dscores, int64_t begin, int64_t end, const float* lse,
-                                      const float* delta, float softcap, const Band* bands) {
-  float slopes[kKeyBlock];  // of the cap at each score
-  for (int i = 0; i < kStrip; ++i) {
-    float *prob = probs + i * kKeyBlock, *dscore = dscores + i * kKeyBlock;
-    Vec sum{};
-    for (int64_t j = begin; j < end; j += kLanes) {
-      Vec score = load(prob + j), dp = load(dscore + j), slope = splat(1.0f);
-      if (kCapped) {
-        const Vec t = tanh_of(score);
-        score = t * softcap;
-        slope = 1.0f - t * t;
-      }
-      Vec p = exp_nonpositive(score - lse[i]);
-      if (bands != nullptr) {
-        const VecInt visible = inside(bands[i], j);
-        p = select(visible, p, Vec{});
-        dp = select(visible, dp, Vec{});
-      }
-      store(prob + j, p);
-      if (kWhole) {
-        sum += p * dp;
-        store(dscore + j, dp);
-        if (kCapped) store(slopes + j, slope);
-      } else {
-        const Vec ds = p * (dp - delta[i]);
-        store(dscore + j, kCapped ? ds * slope : ds);
-      }
+// Ask for one row ahead of its use. A call's tensors exceed the second-level cache, and the rows of one key head are
+// too short for the processor to see the next ones coming.
+FASTSFT_INLINE void prefetch_queries(const BackwardArgs& args, int64_t token, int64_t head) {
+  const DType dtype = args.shape.dtype;
+  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
+  for (int64_t i = 0; i < args.shape.head_dim; i += line) {
+    for (const AttentionInput* x : {&args.q, &args.dout}) {
+      __builtin_prefetch(element(dtype, x->data, token * x->token_stride + head * x->head_stride + i));
     }
-    if (!kWhole) continue;
-    const float offset = delta[i] + sum_lanes(sum);
+  }
+}
+FASTSFT_INLINE void prefetch_gradient(DType dtype, void* row, int64_t dim) {
+  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
+  for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(element(dtype, row, i), 1);
+}
+
+// From S and dP of one strip, `have` rows (a multiple of kSteps), to P and dS, columns [begin, end). bands: what each
+// row sees, or null if every column. is_whole: the columns are all the keys there are, so delta = sum(P * dP) - dlse,
+// and `delta` holds -dlse.
+template <typename Format, bool kCapped>
+FASTSFT_NOINLINE void score_gradients(const Block<Format>& b, int64_t row, int64_t have, int64_t begin, int64_t end,
+                                      float softcap, const Band* bands, bool is_whole) {
+  constexpr int64_t kSteps = Format::kSteps;
+  Vec sums[kLanes]{};
+  for (int64_t i = 0; i < have; i += kSteps) {
     for (int64_t j = begin; j < end; j += kLanes) {
-      const Vec ds = load(prob + j) * (load(dscore + j) - offset);
-      store(dscore + j, kCapped ? ds * load(slopes + j) : ds);
+      Vec probs[kSteps];
+      for (int64_t step = 0; step < kSteps; ++step) {
+        float *scores = b.strip_scores + (i + step) * kScorePitch + j,
+              *dprobs = b.strip_dscores + (i + step) * kScorePitch + j;
+        Vec score = load(scores), dp = load(dprobs), slope;
+        if (kCapped) {
+          const Vec t = tanh_of(score);
+          score = t * (softcap * kLog2e);
+          slope = 1.0f - t * t;
+        }
+        Vec p = exp2_nonpositive<Format::kExpDegree>(score - b.lse[row + i + step]);
+        if (bands != nullptr) {
+          const VecInt visible = inside(bands[i + step], j);
+          p = select(visible, p, Vec{});
+          dp = select(visible, dp, Vec{});
+          store(dprobs, dp);
+        }
+        store(scores, kCapped ? p * slope : p);
+        sums[i + step] += p * dp;
+        probs[step] = p;
+      }
+      store_along_rows<Format>(probs, b.probs + (row + i) / kSteps * kScorePitch + j);
+    }
+  }
+  float offsets[kLanes];
+  store(offsets, is_whole ? load(b.delta + row) + reduce_rows<false>(sums) : load(b.delta + row));
+  for (int64_t i = 0; i < have; i += kSteps) {
+    for (int64_t j = begin; j < end; j += kLanes) {
+      Vec dscores[kSteps];
+      for (int64_t step = 0; step < kSteps; ++step) {
+        const int64_t at = (i + step) * kScorePitch + j;
+        dscores[step] = load(b.strip_scores + at) * (load(b.strip_dscores + at) - offsets[i + step]);
+        if (kSteps > 1) {
+          store_along_columns<Format>(dscores[step], b.dscores_t + (row + i + step) * kScoreRowPitch<Format>, j);
+        }
+      }
+      store_along_rows<Format>(dscores, b.dscores + (row + i) / kSteps * kScorePitch + j);
     }
   }
 }
 
-template <DType kDType>
+template <typename Format, DType kDType>
 void delta_as(const BackwardArgs& args, int64_t begin, int64_t end) {
-  const int64_t dim = args.shape.head_dim, heads = args.shape.num_q_heads;
+  constexpr DType kWordType = Format::kSteps == 1 ? kDType : DType::kFloat32;  // what has the width of a word
+  const int64_t words = args.shape.head_dim / Format::kSteps, heads = args.shape.num_q_heads;
   for (int64_t row = begin * heads; row < end * heads; row += kLanes) {
     const int64_t have = smaller<int64_t>(kLanes, end * heads - row);
     const void *outs[kLanes], *douts[kLanes];
@@ -130,14 +189,17 @@ void delta_as(const BackwardArgs& args, int64_t begin, int64_t end) {
     }
     // Summed in the order of the product dP = dO V^T, so that dP - delta is exactly 0 where a row sees a single key.
     Vec sum{};
-    for (int64_t start = 0; start < dim; start += kChain) {
+    for (int64_t start = 0; start < words; start += kChain) {
       Vec chain{};
-      for (int64_t d = start; d < smaller(start + kChain, dim); d += kLanes) {
+      for (int64_t w = start; w < smaller(start + kChain, words); w += kLanes) {
+        const int64_t at = smaller<int64_t>(w, words - kLanes);
         float x[kLanes * kLanes], y[kLanes * kLanes];
-        load_transposed_as<kDType>(outs, kLanes, d, kLanes, x, kLanes);
-        load_transposed_as<kDType>(douts, kLanes, d, kLanes, y, kLanes);
+        load_transposed_as<kWordType>(outs, kLanes, at, kLanes, x, kLanes);
+        load_transposed_as<kWordType>(douts, kLanes, at, kLanes, y, kLanes);
 #pragma GCC unroll 1  // straight-line sums would be reassociated
-        for (int64_t i = 0; i < kLanes; ++i) chain += load(x + i * kLanes) * load(y + i * kLanes);
+        for (int64_t i = w - at; i < kLanes; ++i) {
+          chain = multiply_add<Format>(chain, load(x + i * kLanes), load(y + i * kLanes));
+        }
       }
       sum += chain;
     }
@@ -148,111 +210,116 @@ void delta_as(const BackwardArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void attention_backward_delta(const BackwardArgs& args, int64_t begin, int64_t end) {
-  switch (args.shape.dtype) {
-    case DType::kFloat32: return delta_as<DType::kFloat32>(args, begin, end);
-    case DType::kBFloat16: return delta_as<DType::kBFloat16>(args, begin, end);
-    case DType::kFloat16: return delta_as<DType::kFloat16>(args, begin, end);
-  }
-}
-
-void attention_backward_item(const BackwardArgs& args, const BackwardItem& item, float* scratch) {
+template <typename Format, int64_t kMaxDim>
+void backward_item(const BackwardArgs& args, const BackwardItem& item, float* scratch) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group, heads = args.shape.num_q_heads;
   const int64_t max_rows = tile_rows(args.tile_tokens, group);
-  const Block b = carve(scratch, dim, max_rows);
-  const float softcap = args.shape.softcap, scale = args.shape.scale;
-  const float query_factor = softcap > 0 ? scale / softcap : scale;
+  const Block<Format> b = carve<Format, kMaxDim>(scratch, dim, max_rows);
+  const float softcap = args.shape.softcap, scale = args.shape.scale, one = 1.0f;
+  const float score_factor = softcap > 0 ? scale / softcap : scale * kLog2e;
   const int64_t left = args.mask.left, right = args.mask.right;
-  const int64_t start = item.block * kKeyBlock;
-  const int64_t n = smaller<int64_t>(kKeyBlock, item.num_k - start);
-  const bool is_whole = item.num_k <= kKeyBlock;  // this block is all there is
+  const int64_t block = gradient_block(item.num_k), start = item.block * block;
+  const int64_t n = smaller(block, item.num_k - start);
+  const bool is_whole = item.num_k <= block;      // this block is all there is
   const int64_t shift = item.num_k - item.num_q;  // key position of query 0
 
-  const void* addresses[kKeyBlock];
+  const void* addresses[kGradientBlock];
   for (const bool is_key : {true, false}) {
     const AttentionInput& source = is_key ? args.k : args.v;
     for (int64_t j = 0; j < n; ++j) {
       const int64_t token = item.k_first + start + j;
       addresses[j] = element(dtype, source.data, token * source.token_stride + item.kv_head * source.head_stride);
     }
-    load_transposed(dtype, addresses, n, 0, dim, is_key ? b.keys_t : b.values_t, kKeyBlock);
-    if (is_key) load_rows(dtype, addresses, n, dim, 1.0f, b.keys);
+    pack_columns<Format>(dtype, addresses, n, dim, is_key ? b.keys_t : b.values_t, kScorePitch);
+    if (is_key) pack_stack<Format>(dtype, addresses, n, dim, b.keys);
   }
-  fill_zero(b.dkeys, b.dkeys + kKeyBlock * dim);
-  fill_zero(b.dvalues, b.dvalues + kKeyBlock * dim);
+  fill_zero(b.dkeys, b.dkeys + round_up(n, kKeyStrip) * dim);
+  fill_zero(b.dvalues, b.dvalues + round_up(n, kKeyStrip) * dim);
 
   const int64_t queries_begin = larger<int64_t>(start - right - shift, 0);
   const int64_t queries_end = smaller<int64_t>(start + n + left - shift, item.num_q);
   for (int64_t tile = queries_begin / args.tile_tokens; tile * args.tile_tokens < queries_end; ++tile) {
     const int64_t token0 = tile * args.tile_tokens;
     const int64_t tokens = smaller(args.tile_tokens, item.num_q - token0);
-    const int64_t position = token0 + shift, used = tokens * group, rows = round_up(used, kStrip);
-    load_queries(args, item.kv_head, item.q_first + token0, tokens, query_factor, is_whole, b);
+    const int64_t position = token0 + shift, rows = tokens * group;
+    load_queries<Format, kMaxDim>(args, item.kv_head, item.q_first + token0, tokens, is_whole, b);
 
     // The tile's key blocks, and whose turn this item's is.
-    const int64_t first_block = larger<int64_t>(position - left, 0) / kKeyBlock;
-    const int64_t last_block = (smaller(position + tokens + right, item.num_k) - 1) / kKeyBlock;
+    const int64_t first_block = larger<int64_t>(position - left, 0) / block;
+    const int64_t last_block = (smaller(position + tokens + right, item.num_k) - 1) / block;
     const bool is_first = item.block == first_block, is_last = item.block == last_block;
     const bool is_shared = !(is_first && is_last);
     const int64_t slot = item.first_tile + tile;
     float* dqueries = is_shared ? args.dq_sums + slot * max_rows * dim : b.dqueries;
 
-    for (int64_t row = 0; row < rows; row += kStrip) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t have = smaller<int64_t>(kTileRows, rows - row);
+      for (int64_t r = row; r < row + have; ++r) {
+        const int64_t token = token0 + r / group, head = item.kv_head * group + r % group;
+        if (is_shared && !is_first) prefetch_gradient(DType::kFloat32, dqueries + r * dim, dim);
+        if (is_last) {
+          prefetch_gradient(dtype, element(dtype, args.dq, ((item.q_first + token) * heads + head) * dim), dim);
+        }
+        if (token + args.tile_tokens < item.num_q) {
+          prefetch_queries(args, item.q_first + token + args.tile_tokens, head);
+        }
+      }
       const Band top = visible_band(position + row / group, left, right, start, n);
-      const int64_t last_token = smaller(row + kStrip - 1, used - 1) / group;
-      const Band bottom = visible_band(position + last_token, left, right, start, n);
+      const Band bottom = visible_band(position + (row + have - 1) / group, left, right, start, n);
       if (top.first >= bottom.last) continue;
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-      product<Start::kZero, Left::kRows>(b.queries + row * dim, dim, b.keys_t + begin, kKeyBlock,
-                                         b.probs + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
-      product<Start::kZero, Left::kRows>(b.douts + row * dim, dim, b.values_t + begin, kKeyBlock,
-                                         b.dscores + row * kKeyBlock + begin, kKeyBlock, nullptr, dim, end - begin);
-      float *probs = b.probs + row * kKeyBlock, *dscores = b.dscores + row * kKeyBlock;
-      Band bands[kStrip];
-      for (int i = 0; i < kStrip; ++i) {
-        bands[i] = visible_band(position + smaller(row + i, used - 1) / group, left, right, start, n);
+      product<Format, Left::kRows, kPitch, Into::kStore>(round_up(have, kSteps), end - begin, b.queries + row * kPitch,
+                                                         b.keys_t + begin, kScorePitch, dim / kSteps,
+                                                         b.strip_scores + begin, kScorePitch, &score_factor);
+      product<Format, Left::kRows, kPitch, Into::kStore>(round_up(have, kSteps), end - begin, b.douts + row * kPitch,
+                                                         b.values_t + begin, kScorePitch, dim / kSteps,
+                                                         b.strip_dscores + begin, kScorePitch, &one);
+      Band bands[kTileRows];
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        bands[i] = visible_band(position + smaller(row + i, rows - 1) / group, left, right, start, n);
       }
       const bool is_cut = bottom.first > begin || top.last < end;
-      const auto gradients = softcap > 0 ? (is_whole ? score_gradients<true, true> : score_gradients<true, false>)
-                                         : (is_whole ? score_gradients<false, true> : score_gradients<false, false>);
-      gradients(probs, dscores, begin, end, b.lse + row, b.delta + row, softcap, is_cut ? bands : nullptr);
+      const auto gradients = softcap > 0 ? score_gradients<Format, true> : score_gradients<Format, false>;
+      gradients(b, row, round_up(have, kSteps), begin, end, softcap, is_cut ? bands : nullptr, is_whole);
     }
 
     // Keys in strips; the rows that see any key of a strip are those of a contiguous range of tokens.
-    for (int64_t key = 0; key < n; key += kStrip) {
-      const int64_t last_key = smaller(key + kStrip, n) - 1;
-      const int64_t from = larger<int64_t>(start + key - right - position, 0) * group;
-      const int64_t to = smaller(start + last_key + left - position + 1, tokens) * group;
+    for (int64_t key = 0; key < n; key += kKeyStrip) {
+      const int64_t last_key = smaller(key + kKeyStrip, n) - 1;
+      const int64_t from = larger<int64_t>(start + key - right - position, 0) * group / kSteps;
+      const int64_t to = (smaller(start + last_key + left - position + 1, tokens) * group + kSteps - 1) / kSteps;
       if (from >= to) continue;
-      product<Start::kAdd, Left::kColumns>(b.probs + from * kKeyBlock + key, kKeyBlock, b.douts + from * dim, dim,
-                                           b.dvalues + key * dim, dim, nullptr, to - from, dim);
-      product<Start::kAdd, Left::kColumns>(b.dscores + from * kKeyBlock + key, kKeyBlock, b.queries + from * dim, dim,
-                                           b.dkeys + key * dim, dim, nullptr, to - from, dim);
+      product<Format, Left::kColumns, kScorePitch, Into::kAdd>(kKeyStrip, dim, b.probs + from * kScorePitch + key,
+                                                               b.douts_stack + from * b.stack_pitch, b.stack_pitch,
+                                                               to - from, b.dvalues + key * dim, dim, &one);
+      product<Format, Left::kColumns, kScorePitch, Into::kAdd>(kKeyStrip, dim, b.dscores + from * kScorePitch + key,
+                                                               b.queries_stack + from * b.stack_pitch, b.stack_pitch,
+                                                               to - from, b.dkeys + key * dim, dim, &one);
     }
 
     if (is_shared && !is_first) {
       const auto turn = static_cast<int32_t>(item.block - first_block);
       if (!wait_for_turn(args.blocks_done[slot], turn, *args.abandoned)) return;
     }
-    for (int64_t row = 0; row < rows; row += kStrip) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t have = smaller<int64_t>(kTileRows, rows - row);
       const Band top = visible_band(position + row / group, left, right, start, n);
-      const int64_t last_token = smaller(row + kStrip - 1, used - 1) / group;
-      const Band bottom = visible_band(position + last_token, left, right, start, n);
-      const int64_t depth = larger<int64_t>(bottom.last - top.first, 0);
-      const float* dscores = b.dscores + row * kKeyBlock + top.first;
+      const Band bottom = visible_band(position + (row + have - 1) / group, left, right, start, n);
+      const int64_t first = top.first / kSteps;
+      const int64_t words = larger<int64_t>((bottom.last + kSteps - 1) / kSteps - first, 0);
+      const auto* dscores = b.dscores_t + row * kScoreRowPitch<Format> + first;
       if (is_first) {
-        product<Start::kZero, Left::kRows>(dscores, kKeyBlock, b.keys + top.first * dim, dim, dqueries + row * dim, dim,
-                                           nullptr, depth, dim);
-      } else if (depth > 0) {
-        product<Start::kAdd, Left::kRows>(dscores, kKeyBlock, b.keys + top.first * dim, dim, dqueries + row * dim, dim,
-                                          nullptr, depth, dim);
+        product<Format, Left::kRows, kScoreRowPitch<Format>, Into::kStore>(have, dim, dscores, b.keys + first * dim,
+                                                                           dim, words, dqueries + row * dim, dim, &one);
+      } else if (words > 0) {
+        product<Format, Left::kRows, kScoreRowPitch<Format>, Into::kAdd>(have, dim, dscores, b.keys + first * dim, dim,
+                                                                         words, dqueries + row * dim, dim, &one);
       }
     }
     if (is_last) {
-      for (int64_t r = 0; r < used; ++r) {
+      for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = item.q_first + token0 + r / group, head = item.kv_head * group + r % group;
         store_row(dtype, dqueries + r * dim, dim, scale, element(dtype, args.dq, (token * heads + head) * dim));
       }
@@ -263,9 +330,28 @@ void attention_backward_item(const BackwardArgs& args, const BackwardItem& item,
 
   for (int64_t j = 0; j < n; ++j) {
     const int64_t index = ((item.k_first + start + j) * args.shape.num_kv_heads + item.kv_head) * dim;
-    store_row(dtype, b.dkeys + j * dim, dim, softcap > 0 ? softcap : 1.0f, element(dtype, args.dk, index));
+    store_row(dtype, b.dkeys + j * dim, dim, scale, element(dtype, args.dk, index));
     store_row(dtype, b.dvalues + j * dim, dim, 1.0f, element(dtype, args.dv, index));
   }
+}
+
+}  // namespace
+
+void attention_backward_delta(const BackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.shape.dtype) {
+    case DType::kFloat32: return delta_as<Single, DType::kFloat32>(args, begin, end);
+    case DType::kBFloat16: return delta_as<Bfloat16Format, DType::kBFloat16>(args, begin, end);
+    case DType::kFloat16: return delta_as<Single, DType::kFloat16>(args, begin, end);
+  }
+}
+
+void attention_backward_item(const BackwardArgs& args, const BackwardItem& item, float* scratch) {
+  const bool is_small = args.shape.head_dim <= 64;
+  if (args.shape.dtype == DType::kBFloat16) {
+    using Format = Bfloat16Format;
+    return is_small ? backward_item<Format, 64>(args, item, scratch) : backward_item<Format, 256>(args, item, scratch);
+  }
+  return is_small ? backward_item<Single, 64>(args, item, scratch) : backward_item<Single, 256>(args, item, scratch);
 }
 
 }  // namespace fastsft::FASTSFT_ISA_NS

@@ -15,22 +15,26 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
+template <typename Format>
 struct Tile {
-  float *keys, *values;    // [D, kKeyBlock] and [kKeyBlock, D]
-  float *queries, *sums;   // [rows, D]
-  float *maxima, *totals;  // [rows]
-  float* scores;           // [kStrip, kKeyBlock]
+  typename Format::Word *keys, *values;  // words of [D, kKeyBlock] and of [kKeyBlock, D]
+  typename Format::Word* queries;        // [rows, kRowPitch]
+  float* sums;                           // [rows, D]
+  float *maxima, *totals;                // [strips, kLanes]; maxima in units of log 2
+  float* scores;                         // [kTileRows, kKeyBlock]
 };
 
-Tile carve(float* scratch, int64_t dim, int64_t rows) {
-  Tile t;
-  t.keys = scratch;
-  t.values = t.keys + kKeyBlock * dim;
-  t.queries = t.values + kKeyBlock * dim;
-  t.sums = t.queries + rows * dim;
+template <typename Format>
+Tile<Format> carve(float* scratch, int64_t dim, int64_t rows, int64_t pitch) {
+  using Word = typename Format::Word;
+  Tile<Format> t;
+  t.keys = reinterpret_cast<Word*>(scratch);
+  t.values = t.keys + kKeyBlock * dim / Format::kSteps;
+  t.queries = t.values + kKeyBlock * dim / Format::kSteps;
+  t.sums = reinterpret_cast<float*>(t.queries + rows * pitch);
   t.maxima = t.sums + rows * dim;
-  t.totals = t.maxima + rows;
-  t.scores = t.totals + rows;
+  t.totals = t.maxima + 2 * rows;
+  t.scores = t.totals + 2 * rows;
   return t;
 }
 
@@ -54,91 +58,94 @@ void row_addresses(const ForwardArgs& args, const ForwardItem& item, const KeySo
   }
 }
 
-// Scores of one strip, columns [begin, end), in softcap's units -> probabilities relative to each row's running
-// maximum. factors: what each row's past must be scaled by.
-FASTSFT_NOINLINE void online_softmax(float* scores, int64_t begin, int64_t end, float* maxima, float* totals,
-                                     float* factors) {
-  float tops[kStrip], references[kStrip];
-  for (int i = 0; i < kStrip; ++i) {
+// Scores of one strip, columns [begin, end), in units of log 2 -> probabilities relative to each row's running
+// maximum, in the scores' place. factors: what each row's past must be scaled by.
+template <typename Format>
+FASTSFT_NOINLINE void online_softmax(float* scores, int64_t have, int64_t begin, int64_t end, float* maxima,
+                                     float* totals, float* factors) {
+  Vec rows[kLanes]{};
+  for (int64_t i = 0; i < have; ++i) {
     const float* row = scores + i * kKeyBlock;
-    Vec top = load(row + begin);
-    for (int64_t j = begin + kLanes; j < end; j += kLanes) top = max_of(top, load(row + j));
-    tops[i] = max_lanes(top);
+    rows[i] = load(row + begin);
+    for (int64_t j = begin + kLanes; j < end; j += kLanes) rows[i] = max_of(rows[i], load(row + j));
   }
-  Vec past{};
-  for (int i = 0; i < kStrip; ++i) {
-    const float now = maxima[i] < tops[i] ? tops[i] : maxima[i];
-    references[i] = now == -INFINITY ? 0.0f : now;  // no key seen yet: exp(-inf - 0) = 0, not NaN
-    past[i % kLanes] = maxima[i] - references[i];
-    maxima[i] = now;
-  }
-  past = exp_nonpositive(past);
-  for (int i = 0; i < kStrip; ++i) {
+  const Vec before = load(maxima), now = max_of(reduce_rows<true>(rows), before);
+  const Vec reference = select(now == -INFINITY, Vec{}, now);  // no key seen yet: 2^(-inf - 0) = 0, not NaN
+  const Vec past = exp2_nonpositive<6>(before - reference);
+  float references[kLanes];
+  store(references, reference);
+  for (int64_t i = 0; i < have; ++i) {
     float* row = scores + i * kKeyBlock;
-    Vec sum{};
+    rows[i] = Vec{};
     for (int64_t j = begin; j < end; j += kLanes) {
-      const Vec p = exp_nonpositive(load(row + j) - references[i]);
-      store(row + j, p);
-      sum += p;
+      const Vec p = exp2_nonpositive<Format::kExpDegree>(load(row + j) - references[i]);
+      rows[i] += p;
+      store_along_columns<Format>(p, row, j);
     }
-    factors[i] = past[i % kLanes];
-    totals[i] = totals[i] * factors[i] + sum_lanes(sum);
   }
+  store(maxima, now);
+  store(totals, load(totals) * past + reduce_rows<false>(rows));
+  store(factors, past);
 }
 
-FASTSFT_NOINLINE void cap_scores(float* scores, int64_t begin, int64_t end, float softcap) {
-  for (int i = 0; i < kStrip; ++i) {
+FASTSFT_NOINLINE void cap_scores(float* scores, int64_t have, int64_t begin, int64_t end, float softcap) {
+  for (int64_t i = 0; i < have; ++i) {
     float* row = scores + i * kKeyBlock;
-    for (int64_t j = begin; j < end; j += kLanes) store(row + j, tanh_of(load(row + j)) * softcap);
+    for (int64_t j = begin; j < end; j += kLanes) store(row + j, tanh_of(load(row + j)) * (softcap * kLog2e));
   }
 }
 
-FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, float factor, float* panel) {
-  const int64_t dim = args.shape.head_dim, group = args.group;
+template <typename Format, int64_t kMaxDim>
+FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, typename Format::Word* panel) {
+  const DType dtype = args.shape.dtype;
+  const int64_t used = item.num_q * args.group;
   const void* rows[kKeyBlock];
-  for (int64_t t = 0; t < item.num_q; ++t) {
-    for (int64_t g = 0; g < group; g += kKeyBlock) {
-      const int64_t n = smaller(group - g, kKeyBlock);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t head = item.kv_head * group + g + i;
-        rows[i] = element(args.shape.dtype, args.q.data,
-                          (item.q_first + t) * args.q.token_stride + head * args.q.head_stride);
+  for (int64_t begin = 0; begin < used; begin += kKeyBlock) {
+    const int64_t n = smaller(used - begin, kKeyBlock);
+    int64_t token = item.q_first + begin / args.group, member = begin % args.group;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t head = item.kv_head * args.group + member;
+      rows[i] = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
+      if (++member == args.group) {
+        member = 0;
+        ++token;
       }
-      load_rows(args.shape.dtype, rows, n, dim, factor, panel + (t * group + g) * dim);
     }
+    pack_rows<Format, kMaxDim>(dtype, rows, n, args.shape.head_dim, panel + begin * kRowPitch<Format, kMaxDim>);
   }
 }
 
-FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& item, const Tile& tile) {
+template <typename Format>
+FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& item, const Tile<Format>& tile) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim;
   for (int64_t r = 0; r < item.num_q * args.group; ++r) {
     const int64_t token = item.q_first + r / args.group, head = item.kv_head * args.group + r % args.group;
-    const float total = tile.totals[r];
+    const int64_t lane = r / kTileRows * kLanes + r % kTileRows;
+    const float total = tile.totals[lane];
     store_row(dtype, tile.sums + r * dim, dim, total == 0 ? 0.0f : 1.0f / total,
               element(dtype, args.out, (token * args.shape.num_q_heads + head) * dim));
     if (args.lse != nullptr) {
-      args.lse[head * args.total_q + token] = total == 0 ? -INFINITY : tile.maxima[r] + std::log(total);
+      args.lse[head * args.total_q + token] = total == 0 ? -INFINITY : tile.maxima[lane] * kLn2 + std::log(total);
     }
   }
 }
 
-}  // namespace
-
-void attention_forward_item(const ForwardArgs& args, const ForwardItem& item, float* scratch) {
+template <typename Format, int64_t kMaxDim>
+void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scratch) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
-  const int64_t dim = args.shape.head_dim, group = args.group;
-  const int64_t used_rows = item.num_q * group, rows = round_up(used_rows, kStrip);
-  const Tile tile = carve(scratch, dim, rows);
+  const int64_t dim = args.shape.head_dim, group = args.group, rows = item.num_q * group;
+  const Tile<Format> tile = carve<Format>(scratch, dim, tile_rows(item.num_q, group), kPitch);
   const float softcap = args.shape.softcap;
+  const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
   const int64_t left = args.mask.left, right = args.mask.right;
 
-  load_queries(args, item, softcap > 0 ? args.shape.scale / softcap : args.shape.scale, tile.queries);
-  fill_zero(tile.queries + used_rows * dim, tile.queries + rows * dim);
+  load_queries<Format, kMaxDim>(args, item, tile.queries);
   fill_zero(tile.sums, tile.sums + rows * dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    tile.maxima[r] = -INFINITY;
-    tile.totals[r] = 0;
+  for (int64_t strip = 0; strip * kTileRows < rows; ++strip) {
+    store(tile.maxima + strip * kLanes, splat(-INFINITY));
+    store(tile.totals + strip * kLanes, Vec{});
   }
 
   const int64_t keys_begin = larger<int64_t>(item.position - left, 0);
@@ -147,36 +154,50 @@ void attention_forward_item(const ForwardArgs& args, const ForwardItem& item, fl
   for (int64_t start = keys_begin / kKeyBlock * kKeyBlock; start < keys_end; start += kKeyBlock) {
     const int64_t n = smaller<int64_t>(kKeyBlock, keys_end - start);
     row_addresses(args, item, args.k, start, n, addresses);
-    load_transposed(dtype, addresses, n, 0, dim, tile.keys, kKeyBlock);
+    pack_columns<Format>(dtype, addresses, n, dim, tile.keys, kKeyBlock);
     row_addresses(args, item, args.v, start, n, addresses);
-    load_rows(dtype, addresses, n, dim, 1.0f, tile.values);
+    pack_stack<Format>(dtype, addresses, n, dim, tile.values);
 
-    for (int64_t row = 0; row < rows; row += kStrip) {
-      const int64_t first_token = row / group, last_token = smaller(row + kStrip - 1, used_rows - 1) / group;
-      const Band top = visible_band(item.position + first_token, left, right, start, n);
-      const Band bottom = visible_band(item.position + last_token, left, right, start, n);
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t have = smaller<int64_t>(kTileRows, rows - row);
+      const Band top = visible_band(item.position + row / group, left, right, start, n);
+      const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
       if (top.first >= bottom.last) continue;
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-      product<Start::kZero, Left::kRows>(tile.queries + row * dim, dim, tile.keys + begin, kKeyBlock,
-                                         tile.scores + begin, kKeyBlock, nullptr, dim, end - begin);
-      if (softcap > 0) cap_scores(tile.scores, begin, end, softcap);
+      product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, tile.queries + row * kPitch,
+                                                         tile.keys + begin, kKeyBlock, dim / kSteps,
+                                                         tile.scores + begin, kKeyBlock, &score_factor);
+      if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
       if (bottom.first > begin || top.last < end) {
-        for (int64_t i = 0; i < kStrip; ++i) {
+        for (int64_t i = 0; i < have; ++i) {
           float* scores = tile.scores + i * kKeyBlock;
-          const int64_t token = smaller(row + i, used_rows - 1) / group;
-          const Band band = visible_band(item.position + token, left, right, start, n);
+          const Band band = visible_band(item.position + (row + i) / group, left, right, start, n);
           for (int64_t j = begin; j < end; j += kLanes) {
             store(scores + j, select(inside(band, j), load(scores + j), splat(-INFINITY)));
           }
         }
       }
-      float factors[kStrip];
-      online_softmax(tile.scores, begin, end, tile.maxima + row, tile.totals + row, factors);
-      product<Start::kScale, Left::kRows>(tile.scores + top.first, kKeyBlock, tile.values + top.first * dim, dim,
-                                          tile.sums + row * dim, dim, factors, bottom.last - top.first, dim);
+      float factors[kLanes];
+      const int64_t stats = row / kTileRows * kLanes;
+      online_softmax<Format>(tile.scores, have, begin, end, tile.maxima + stats, tile.totals + stats, factors);
+      const int64_t first = top.first / kSteps, last = (bottom.last + kSteps - 1) / kSteps;
+      const auto* probs = reinterpret_cast<const typename Format::Word*>(tile.scores);
+      product<Format, Left::kRows, kKeyBlock, Into::kRescale>(have, dim, probs + first, tile.values + first * dim, dim,
+                                                              last - first, tile.sums + row * dim, dim, factors);
     }
   }
   store_tile(args, item, tile);
+}
+
+}  // namespace
+
+void attention_forward_item(const ForwardArgs& args, const ForwardItem& item, float* scratch) {
+  const bool is_small = args.shape.head_dim <= 64;
+  if (args.shape.dtype == DType::kBFloat16) {
+    using Format = Bfloat16Format;
+    return is_small ? forward_item<Format, 64>(args, item, scratch) : forward_item<Format, 256>(args, item, scratch);
+  }
+  return is_small ? forward_item<Single, 64>(args, item, scratch) : forward_item<Single, 256>(args, item, scratch);
 }
 
 }  // namespace fastsft::FASTSFT_ISA_NS

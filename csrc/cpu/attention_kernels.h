@@ -9,6 +9,10 @@
 
 namespace fastsft {
 
+// Keys per block of the backward pass, at most: a sequence that fits into one shares no sums between blocks. A longer
+// one is cut finer, so that there is work for more threads.
+inline constexpr int64_t kGradientBlock = 256;
+static inline int64_t gradient_block(int64_t num_k) { return num_k <= kGradientBlock ? kGradientBlock : 128; }
 inline constexpr int64_t kKeyBlock = 64;  // keys per block; part of the forward pass's rounding, see attention.h
 
 // The positions a query at key position p sees: [p - left, p + right], already cut to what can occur.
@@ -56,7 +60,7 @@ struct BackwardArgs {
   AttentionInput q, k, v, out, dout;
   const float* lse;
   const float* dlse;
-  float* delta;  // [Hq, Tq]: rowsum(dout * out) - dlse; set for sequences with more than kKeyBlock keys only
+  float* delta;  // [Hq, Tq]: rowsum(dout * out) - dlse; set for sequences of several key blocks only
   void *dq, *dk, *dv;
   float* dq_sums;                      // float32 sums of the query tiles that several key blocks contribute to
   std::atomic<int32_t>* blocks_done;   // per tile in dq_sums: key blocks added so far
@@ -67,15 +71,25 @@ struct BackwardArgs {
 struct BackwardItem {
   int64_t q_first, num_q;  // the sequence
   int64_t k_first, num_k;
-  int64_t
-      first_tile;  // the sequence's first tile of this key head in dq_sums and blocks_done; -1 if num_k <= kKeyBlock
+  int64_t first_tile;  // the sequence's first tile of this key head in dq_sums and blocks_done; meaningless if there is
+                       // a single block
   int64_t block;
   int64_t kv_head;
 };
 
-// Rows a tile of queries occupies in scratch: a whole number of any instruction set's strips. Static, like everything
-// that an x.isa.cpp might instantiate (see the hazard in isa.h).
-static inline int64_t tile_rows(int64_t tokens, int64_t group) { return (tokens * group + 7) / 8 * 8; }
+// What the units need of their caller. Static, like everything that an x.isa.cpp might instantiate (see the hazard in
+// isa.h).
+//
+// Rows a tile of queries occupies in scratch: the last register tile may reach up to 15 rows beyond those in use.
+static inline int64_t tile_rows(int64_t tokens, int64_t group) { return (tokens * group + 30) / 16 * 16; }
+// Bounds, for any instruction set, of the scratch memory in floats.
+static inline int64_t forward_scratch(int64_t rows, int64_t dim) {
+  return 2 * kKeyBlock * dim + rows * ((dim <= 64 ? 64 : 256) + 16 + dim + 4) + 16 * kKeyBlock;
+}
+static inline int64_t backward_scratch(int64_t rows, int64_t dim) {
+  constexpr int64_t kPitch = kGradientBlock + 16;
+  return 5 * kPitch * dim + rows * (2 * ((dim <= 64 ? 64 : 256) + 16) + 2 * dim + 2 * kPitch + 2) + 32 * kPitch;
+}
 
 // Blocks until `turns` key blocks have been added to a tile; false if the call was abandoned meanwhile.
 bool wait_for_turn(const std::atomic<int32_t>& done, int32_t turns, const std::atomic<bool>& abandoned);

@@ -1,17 +1,69 @@
-// The mask of a tile and the register-blocked product of the attention kernels. Included by attention_*.isa.cpp only.
+// The mask of a tile, the packed forms of its operands and their register-blocked product.
+// Included by attention_*.isa.cpp only.
+//
+// Every product is C[i, j] += sum_k a(i, k) b(k, j) over words: a word is one float or, where the CPU multiplies
+// bfloat16 in pairs, two bfloat16 that are neighbours along k. One register tile of R x C floats costs R + C loads and
+// R C multiply-adds per word. A's words are broadcast from where they lie, so only B has to be rearranged.
 #pragma once
 
 #include "simd.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
 #if defined(__AVX512F__)
-inline constexpr int kStrip = 8;
+inline constexpr int kTileRows = 14;
+#elif defined(__AVX2__)
+inline constexpr int kTileRows = 6;
 #else
-inline constexpr int kStrip = 4;
+inline constexpr int kTileRows = 4;
 #endif
-// kStrip: rows of a register block. It divides kLanes, so a block of kStrip columns never straddles two vectors.
+inline constexpr int kTileVecs = 2;
+// Where the rows of a product are keys: a strip that never straddles two vectors of columns.
+inline constexpr int kKeyStrip = kTileRows > 8 ? 8 : 4;
+static_assert(kTileRows <= kLanes && kTileRows % 2 == 0);  // one lane per row; pairs of rows never straddle two strips
+
+// --- words
+// ------------------------------------------------------------------------------------------------------------
+
+struct Single {
+  using Word = float;
+  static constexpr int kSteps = 1;
+  static constexpr int kExpDegree = 6;
+};
+struct Pair {
+  using Word = uint32_t;
+  static constexpr int kSteps = 2;
+  static constexpr int kExpDegree = 4;  // relative error 3e-6; the result is rounded to bfloat16 (4e-3)
+};
+
+#if defined(__AVX512BF16__)
+using Bfloat16Format = Pair;
+#else
+using Bfloat16Format = Single;  // converted to float32
+#endif
+
+FASTSFT_INLINE Vec spread(float word) { return splat(word); }
+FASTSFT_INLINE Vec spread(uint32_t word) { return reinterpret_cast<Vec>(VecBits{} + word); }
+
+// sum + a * b by lanes of one word each
+template <typename Format>
+FASTSFT_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (Format::kSteps == 2) {
+    return reinterpret_cast<Vec>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a)));
+  }
+#endif
+  return sum + a * b;
+}
+
+// --- masks
+// ------------------------------------------------------------------------------------------------------------
 
 // Rows of a query tile are (token, query head of the group), token first, so that a strip of rows covers few tokens and
 // a causal mask cuts it close. Columns are keys of one block. Both are counted from the tile's and the block's start.
@@ -29,55 +81,155 @@ FASTSFT_INLINE VecInt inside(const Band& band, int64_t column) {
   return (index >= static_cast<int32_t>(band.first)) & (index < static_cast<int32_t>(band.last));
 }
 
-enum class Start { kZero, kAdd, kScale };
-enum class Left { kRows, kColumns };  // a(i, k) is A[i * lda + k] or A[k * lda + i]
+// --- packing
+// ----------------------------------------------------------------------------------------------------------
 
-// C = product, C + product, or C * factors + product (factors per row), for kStrip rows and kVecs * kLanes columns;
-// product[i, ...] = sum_k a(i, k) * B[k, ...], one fused chain per element in ascending k. Starting the chain from
-// zero, not from C, keeps the rounding error of long sums low.
-template <int kVecs, Start kStart, Left kLeft>
-FASTSFT_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                  const float* factors, int64_t depth) {
-  Vec sum[kStrip][kVecs];
-  for (int i = 0; i < kStrip; ++i) {
+// Distance of rows whose words lie along k (pack_rows), for head sizes up to kMaxDim. A constant, so that a register
+// tile's rows share one address register; an odd number of cache lines, so that they do not share cache sets.
+template <typename Format, int64_t kMaxDim>
+inline constexpr int64_t kRowPitch = kMaxDim / Format::kSteps + 16;
+
+template <typename Format, int64_t kMaxDim>
+FASTSFT_INLINE void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t dim,
+                              typename Format::Word* panel) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>;
+  if constexpr (Format::kSteps == 1) return load_rows(dtype, rows, n, dim, panel, kPitch);
+  for (int64_t i = 0; i < n; ++i) std::memcpy(panel + i * kPitch, rows[i], static_cast<std::size_t>(dim) * 2);
+}
+
+// panel[word * stride + j] = word of row j, for j < n rounded up to whole vectors; rows past n count as zeros.
+template <typename Format>
+FASTSFT_NOINLINE void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t dim,
+                                   typename Format::Word* panel, int64_t stride) {
+  if constexpr (Format::kSteps == 1) {
+    load_transposed(dtype, rows, n, 0, dim, panel, stride);
+  } else {
+    load_transposed_as<DType::kFloat32>(rows, n, 0, dim / 2, reinterpret_cast<float*>(panel), stride);
+  }
+}
+
+// panel[k * dim + d] = element d of row k, or of rows 2 k and 2 k + 1; an odd last row's partner counts as zeros.
+template <typename Format>
+FASTSFT_NOINLINE void pack_stack(DType dtype, const void* const* rows, int64_t n, int64_t dim,
+                                 typename Format::Word* panel) {
+  if constexpr (Format::kSteps == 1) {
+    load_rows(dtype, rows, n, dim, panel, dim);
+  } else {
+    for (int64_t k = 0; k < n; k += 2, panel += dim) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        VecHalf low, high{};
+        std::memcpy(&low, static_cast<const uint16_t*>(rows[k]) + d, sizeof(low));
+        if (k + 1 < n) std::memcpy(&high, static_cast<const uint16_t*>(rows[k + 1]) + d, sizeof(high));
+        const VecBits words = __builtin_convertvector(low, VecBits) | __builtin_convertvector(high, VecBits) << 16;
+        std::memcpy(panel + d, &words, sizeof(words));
+      }
+    }
+  }
+}
+
+// Probabilities and their gradients in the two forms that products want: words along the columns, here those of one
+// row from an even `column` on ...
+template <typename Format>
+FASTSFT_INLINE void store_along_columns(Vec values, void* row, int64_t column) {
+#if defined(__AVX512BF16__)
+  if constexpr (Format::kSteps == 2) {
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(values));
+    std::memcpy(static_cast<uint16_t*>(row) + column, &halves, sizeof(halves));
+    return;
+  }
+#endif
+  store(static_cast<float*>(row) + column, values);
+}
+// ... and words along the rows: `values` are kSteps neighbouring rows.
+template <typename Format>
+FASTSFT_INLINE void store_along_rows(const Vec* values, typename Format::Word* words) {
+#if defined(__AVX512BF16__)
+  if constexpr (Format::kSteps == 2) {
+    const auto low = reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values[0])));
+    const auto high = reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values[1])));
+    const VecBits zipped = __builtin_convertvector(low, VecBits) | __builtin_convertvector(high, VecBits) << 16;
+    std::memcpy(words, &zipped, sizeof(zipped));
+    return;
+  }
+#endif
+  store(reinterpret_cast<float*>(words), values[0]);
+}
+
+// --- the product
+// ------------------------------------------------------------------------------------------------------
+
+enum class Left { kRows, kColumns };  // a(i, k) is a[i * kPitch + k] or a[k * kPitch + i]
+// C = factor * product, C + factor * product, or factors[i] * C + product
+enum class Into { kStore, kAdd, kRescale };
+
+// kRows rows and kVecs * kLanes columns; one fused chain per element in ascending k. Starting the chain from zero, not
+// from C, keeps the rounding error of long sums low.
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word>
+FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_t words, float* c, int64_t ldc,
+                               const float* factors) {
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < words; ++k) {
     Vec row[kVecs];
-    for (int j = 0; j < kVecs; ++j) row[j] = load(b + k * ldb + j * kLanes);
-    for (int i = 0; i < kStrip; ++i) {
-      const float x = kLeft == Left::kRows ? a[i * lda + k] : a[k * lda + i];
-      for (int j = 0; j < kVecs; ++j) sum[i][j] += x * row[j];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec x = spread(a[kLeft == Left::kRows ? i * kPitch : i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<Format>(sum[i][j], x, row[j]);
     }
+    a += kLeft == Left::kRows ? 1 : kPitch;
+    b += ldb;
   }
-  for (int i = 0; i < kStrip; ++i) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    const float factor = factors[kInto == Into::kRescale ? i : 0];
+#pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       float* place = c + i * ldc + j * kLanes;
-      if (kStart == Start::kAdd) sum[i][j] += load(place);
-      if (kStart == Start::kScale) sum[i][j] += load(place) * factors[i];
-      store(place, sum[i][j]);
+      if (kInto == Into::kStore) store(place, sum[i][j] * factor);
+      if (kInto == Into::kAdd) store(place, load(place) + sum[i][j] * factor);
+      if (kInto == Into::kRescale) store(place, load(place) * factor + sum[i][j]);
     }
   }
 }
 
-// The same for any width that is a multiple of kLanes. Chains longer than kChain are cut, which bounds their error.
-inline constexpr int64_t kChain = 64;
-template <Start kStart, Left kLeft>
-FASTSFT_NOINLINE void product_links(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                    const float* factors, int64_t depth, int64_t width) {
-  int64_t n = 0;
-  for (; n + 2 * kLanes <= width; n += 2 * kLanes) {
-    product_block<2, kStart, kLeft>(a, lda, b + n, ldb, c + n, ldc, factors, depth);
+// One strip of at most kTileRows rows and a multiple of kLanes columns. The register tile used has as many rows or a
+// few more: what A holds below the strip is read, and what C holds below it is overwritten with sums of its own.
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kRows = kTileRows, typename Word>
+FASTSFT_INLINE void product_chain(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
+                                  float* c, int64_t ldc, const float* factors) {
+  constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : 2;
+  if constexpr (kRows > 2) {
+    if (rows <= kFewer) {
+      return product_chain<Format, kLeft, kPitch, kInto, kFewer>(rows, width, a, b, ldb, words, c, ldc, factors);
+    }
   }
-  if (n < width) product_block<1, kStart, kLeft>(a, lda, b + n, ldb, c + n, ldc, factors, depth);
+  int64_t n = 0;
+  for (; n + kTileVecs * kLanes <= width; n += kTileVecs * kLanes) {
+    multiply<Format, kLeft, kPitch, kInto, kTileVecs, kRows>(a, b + n, ldb, words, c + n, ldc, factors);
+  }
+  for (; n < width; n += kLanes) {
+    multiply<Format, kLeft, kPitch, kInto, 1, kRows>(a, b + n, ldb, words, c + n, ldc, factors);
+  }
 }
-template <Start kStart, Left kLeft>
-FASTSFT_INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                            const float* factors, int64_t depth, int64_t width) {
-  product_links<kStart, kLeft>(a, lda, b, ldb, c, ldc, factors, smaller(depth, kChain), width);
-  for (int64_t k = kChain; k < depth; k += kChain) {
-    product_links<Start::kAdd, kLeft>(a + k * (kLeft == Left::kRows ? 1 : lda), lda, b + k * ldb, ldb, c, ldc, nullptr,
-                                      smaller(depth - k, kChain), width);
+
+// The same; chains longer than kChain are cut, which bounds their error.
+inline constexpr int64_t kChain = 64;
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, typename Word = typename Format::Word>
+FASTSFT_NOINLINE void product(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
+                              float* c, int64_t ldc, const float* factors) {
+  product_chain<Format, kLeft, kPitch, kInto>(rows, width, a, b, ldb, smaller(words, kChain), c, ldc, factors);
+  if constexpr (kInto != Into::kRescale) {  // whose words are the keys of one block
+    for (int64_t k = kChain; k < words; k += kChain) {
+      product_chain<Format, kLeft, kPitch, Into::kAdd>(rows, width, a + k * (kLeft == Left::kRows ? 1 : kPitch),
+                                                       b + k * ldb, ldb, smaller(words - k, kChain), c, ldc, factors);
+    }
   }
 }
 

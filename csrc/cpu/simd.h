@@ -12,6 +12,10 @@
 
 #include "fastsft/common.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
@@ -77,8 +81,7 @@ FASTSFT_INLINE float max_lanes(Vec v) {
   return v[0];
 }
 
-// --- element conversion
-// -----------------------------------------------------------------------------------------------
+// --- element conversion ------------------------------------------------------------------------------------------
 
 FASTSFT_INLINE Vec widen_bfloat16(VecHalf h) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
@@ -138,21 +141,19 @@ FASTSFT_INLINE void* element(DType dtype, void* data, int64_t index) {
   return static_cast<char*>(data) + index * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
-// panel[row] = rows[row] * factor as float32, `dim` elements each
+// panel[row * pitch + i] = element i of rows[row] as float32, `dim` elements each
 template <DType kDType>
-FASTSFT_INLINE void load_rows_as(const void* const* rows, int64_t n, int64_t dim, float factor, float* panel) {
+FASTSFT_INLINE void load_rows_as(const void* const* rows, int64_t n, int64_t dim, float* panel, int64_t pitch) {
   for (int64_t row = 0; row < n; ++row) {
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      store(panel + row * dim + i, load_as_float(kDType, rows[row], i) * factor);
-    }
+    for (int64_t i = 0; i < dim; i += kLanes) store(panel + row * pitch + i, load_as_float(kDType, rows[row], i));
   }
 }
-FASTSFT_NOINLINE void load_rows(DType dtype, const void* const* rows, int64_t n, int64_t dim, float factor,
-                                float* panel) {
+FASTSFT_NOINLINE void load_rows(DType dtype, const void* const* rows, int64_t n, int64_t dim, float* panel,
+                                int64_t pitch) {
   switch (dtype) {
-    case DType::kFloat32: return load_rows_as<DType::kFloat32>(rows, n, dim, factor, panel);
-    case DType::kBFloat16: return load_rows_as<DType::kBFloat16>(rows, n, dim, factor, panel);
-    case DType::kFloat16: return load_rows_as<DType::kFloat16>(rows, n, dim, factor, panel);
+    case DType::kFloat32: return load_rows_as<DType::kFloat32>(rows, n, dim, panel, pitch);
+    case DType::kBFloat16: return load_rows_as<DType::kBFloat16>(rows, n, dim, panel, pitch);
+    case DType::kFloat16: return load_rows_as<DType::kFloat16>(rows, n, dim, panel, pitch);
   }
 }
 FASTSFT_NOINLINE void store_row(DType dtype, const float* panel, int64_t n, float factor, void* row) {
@@ -180,20 +181,22 @@ FASTSFT_INLINE void transpose(Vec* rows) {
   transpose_step<1>(rows, lanes);
 }
 
-// columns[d * stride + j] = element first + d of row j, for d < dim and j < n rounded up to whole vectors; rows past n
-// count as zeros.
+// columns[d * stride + j] = element first + d of row j, for d < dim (>= kLanes) and j < n rounded up to whole vectors;
+// rows past n count as zeros.
 template <DType kDType>
 FASTSFT_INLINE void load_transposed_as(const void* const* rows, int64_t n, int64_t first, int64_t dim, float* columns,
                                        int64_t stride) {
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t have = smaller<int64_t>(kLanes, n - j);
     for (int64_t d = 0; d < dim; d += kLanes) {
+      // The last vector of a width that is no multiple of kLanes is taken further left and overlaps the one before.
+      const int64_t at = smaller<int64_t>(d, dim - kLanes);
       Vec block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        block[i] = i < have ? load_as_float(kDType, rows[j + i], first + d) : Vec{};
+        block[i] = i < have ? load_as_float(kDType, rows[j + i], first + at) : Vec{};
       }
       transpose(block);
-      for (int64_t i = 0; i < kLanes; ++i) store(columns + (d + i) * stride + j, block[i]);
+      for (int64_t i = 0; i < kLanes; ++i) store(columns + (at + i) * stride + j, block[i]);
     }
   }
 }
@@ -206,10 +209,29 @@ FASTSFT_NOINLINE void load_transposed(DType dtype, const void* const* rows, int6
   }
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+// Lane i of the result is the maximum or the sum over the lanes of rows[i]; every row is reduced in the same order.
+template <int kXor, bool kMax, std::size_t... kIndex>
+FASTSFT_INLINE void reduce_step(Vec* rows, std::index_sequence<kIndex...>) {
+  for (int i = 0; i < kXor; ++i) {
+    const Vec a = rows[i], b = rows[i + kXor];
+    const Vec kept = __builtin_shufflevector(a, b, ((kIndex & kXor) ? kLanes + kIndex : kIndex)...);
+    const Vec moved = __builtin_shufflevector(a, b, ((kIndex & kXor) ? kLanes + (kIndex ^ kXor) : (kIndex ^ kXor))...);
+    rows[i] = kMax ? max_of(kept, moved) : kept + moved;
+  }
+}
+template <bool kMax>
+FASTSFT_INLINE Vec reduce_rows(Vec* rows) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  if constexpr (kLanes >= 16) reduce_step<8, kMax>(rows, lanes);
+  if constexpr (kLanes >= 8) reduce_step<4, kMax>(rows, lanes);
+  reduce_step<2, kMax>(rows, lanes);
+  reduce_step<1, kMax>(rows, lanes);
+  return rows[0];
+}
 
-// --- elementary functions
-// ---------------------------------------------------------------------------------------------
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// --- elementary functions ----------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0 (a rounding error above 0 is fine): 0 below 2^-126, NaN for NaN, and exactly 1 for 0. The
 // polynomial is the minimax one of degree 6 for 2^r on [-1/2, 1/2] (relative error 2e-9 before rounding).
@@ -226,6 +248,44 @@ FASTSFT_INLINE Vec exp_nonpositive(Vec x) {
   p = p * r + 1.0f;
   const Vec power = reinterpret_cast<Vec>((whole + 127) << 23);
   return select(underflow, Vec{}, p * power);
+}
+
+// 2^x for x <= 0 (a rounding error above 0 is fine): 0 below 2^-150, NaN for NaN, and exactly 1 for 0. The polynomial
+// is the minimax one with constant term 1 for 2^r on [-1/2, 1/2]: relative error 3e-6 in degree 4, 2e-9 in degree 6,
+// before rounding.
+template <int kDegree>
+FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
+#if defined(__AVX512F__)
+  // The second operand where either is NaN. 2^-160 underflows to 0.
+  const __m512 bounded = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-160.0f), reinterpret_cast<__m512>(x));
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec r = reinterpret_cast<Vec>(bounded) - reinterpret_cast<Vec>(whole);
+#else
+  const VecInt underflow = x < -126.0f;
+  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) - 0.5f, VecInt);  // truncates
+  const Vec r = x - __builtin_convertvector(whole, Vec);
+#endif
+  Vec p;
+  if constexpr (kDegree == 4) {
+    p = splat(0x1.3a02ccp-7f);
+    p = p * r + 0x1.c9fc46p-5f;
+    p = p * r + 0x1.ec0378p-3f;
+    p = p * r + 0x1.62e12cp-1f;
+  } else {
+    static_assert(kDegree == 6);
+    p = splat(0x1.41fbbcp-13f);
+    p = p * r + 0x1.5f3e54p-10f;
+    p = p * r + 0x1.3b2d4cp-7f;
+    p = p * r + 0x1.c6aee8p-5f;
+    p = p * r + 0x1.ebfbdcp-3f;
+    p = p * r + 0x1.62e430p-1f;
+  }
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), whole));
+#else
+  return select(underflow, Vec{}, p * reinterpret_cast<Vec>((whole + 127) << 23));
+#endif
 }
 
 // tanh: odd polynomial near 0 (the quotient would cancel there), (1 - e) / (1 + e) with e = exp(-2|x|) beyond.

@@ -114,9 +114,9 @@ Result reference(const Problem& p) {
   return r;
 }
 
-bool close(const Floats& ours, const Doubles& exact) {
+bool close(const Floats& ours, const Doubles& exact, double tolerance = 2e-4) {
   for (std::size_t i = 0; i < ours.size(); ++i) {
-    if (std::isinf(exact[i]) ? ours[i] != exact[i] : !(std::abs(ours[i] - exact[i]) < 2e-4)) {
+    if (std::isinf(exact[i]) ? ours[i] != exact[i] : !(std::abs(ours[i] - exact[i]) < tolerance)) {
       std::printf("element %zu: %g, expected %g\n", i, ours[i], exact[i]);
       return false;
     }
@@ -157,6 +157,7 @@ TEST(packed_sequences_of_odd_lengths) {
     check_problem(make_problem({1, 0, 67, 31, 3, 130}, {1, 0, 67, 31, 3, 130}, 4, 2, 32));
     check_problem(make_problem({70, 9}, {70, 9}, 7, 1, 80));
     check_problem(make_problem({65}, {65}, 1, 1, 256));
+    check_problem(make_problem({300, 2, 256}, {300, 2, 256}, 3, 1, 64));  // several key blocks of the backward pass
     check_problem(make_problem({}, {}, 2, 1, 64));
   });
 }
@@ -220,9 +221,51 @@ TEST(half_precision_inputs_round_once) {
           value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
           if (bits & 0x8000u) value = -value;
         }
+        // Bfloat16 dot products take the probabilities in bfloat16, too. |v| <= 2.
+        const bool are_probs_rounded = dtype == DType::kBFloat16 && active_isa() == Isa::kAvx512Bf16;
+        const double slack = are_probs_rounded ? 0x1p-8 : 0.0;
         const double half_ulp = std::ldexp(std::abs(exact[i]), dtype == DType::kBFloat16 ? -8 : -11) + 0x1p-25;
-        CHECK(std::abs(value - exact[i]) <= half_ulp * (1 + 1e-5));
+        CHECK(std::abs(value - exact[i]) <= half_ulp * (1 + 1e-5) + slack);
       }
+    }
+  });
+}
+
+TEST(bfloat16_forward_and_backward) {
+  on_every_isa([] {
+    for (int64_t dim : {32, 80, 128}) {
+      Problem p = make_problem({67, 1, 300, 0, 8}, {67, 1, 300, 4, 3}, 3, 1, dim);
+      for (Floats* x : {&p.q, &p.k, &p.v, &p.dout}) {
+        for (float& value : *x) value = std::round(value * 4) / 4;  // exact in bfloat16
+      }
+      const Result exact = reference(p);
+      const auto narrow = [](const Floats& x) {
+        std::vector<uint16_t> words(x.size());
+        for (std::size_t i = 0; i < x.size(); ++i) {
+          std::memcpy(&words[i], reinterpret_cast<const char*>(&x[i]) + 2, 2);
+        }
+        return words;
+      };
+      const auto widen = [](const std::vector<uint16_t>& words) {
+        Floats x(words.size(), 0.0f);
+        for (std::size_t i = 0; i < x.size(); ++i) std::memcpy(reinterpret_cast<char*>(&x[i]) + 2, &words[i], 2);
+        return x;
+      };
+      const auto q = narrow(p.q), k = narrow(p.k), v = narrow(p.v), dout = narrow(p.dout);
+      std::vector<uint16_t> out(q.size(), 0x7fc0), dq = out, dk(k.size(), 0x7fc0), dv = dk;
+      Floats lse(p.dlse.size());
+      p.shape.dtype = DType::kBFloat16;
+      const auto rows = [dim](const std::vector<uint16_t>& x, int64_t heads) {
+        return AttentionInput{x.data(), heads * dim, dim};
+      };
+      varlen_attention_forward(p.shape, p.batch(), rows(q, 3), rows(k, 1), rows(v, 1), out.data(), lse.data());
+      varlen_attention_backward(p.shape, p.batch(), rows(dout, 3), rows(q, 3), rows(k, 1), rows(v, 1), rows(out, 3),
+                                lse.data(), p.dlse.data(), dq.data(), dk.data(), dv.data());
+      CHECK(close(widen(out), exact.out, 0.02));
+      CHECK(close(lse, exact.lse));
+      CHECK(close(widen(dq), exact.dq, 0.05));
+      CHECK(close(widen(dk), exact.dk, 0.1));
+      CHECK(close(widen(dv), exact.dv, 0.1));
     }
   });
 }

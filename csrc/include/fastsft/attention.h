@@ -3,7 +3,8 @@
 // Shapes: q, out, dq [Tq, Hq, D]; k, v, dk, dv [Tk, Hkv, D]; lse [Hq, Tq] float32, natural logarithm. Hq % Hkv == 0:
 // query head h reads key head h / (Hq / Hkv). D is one of 32, 64, 80, 96, 128, 256.
 // Element types: q, k, v, out and the gradients share one of float32, bfloat16, float16; everything is accumulated in
-// float32 and rounded once, on store.
+// float32 and rounded once, on store. One exception: with bfloat16 dot products (Isa::kAvx512Bf16) and bfloat16 inputs,
+// probabilities and score gradients are rounded to bfloat16 before they are multiplied.
 //
 // Which keys a query sees: query i of a sequence with len_q queries and len_k keys stands at key position
 // p = i + len_k - len_q (bottom-right alignment) and sees keys p - window_left .. p + window_right, -1 meaning

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsft import _C
 from fastsft.ops import reference
@@ -329,6 +330,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
         cu_k = cu_q if cu_k is None else cu_k

@@ -29,9 +29,9 @@ void varlen_attention_fwd(py::handle q_tensor, py::handle k_tensor, py::handle v
                           py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
                           double softcap, py::handle out_tensor, py::handle lse_tensor) {
   Check check("varlen_attention");
-  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
-  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", false);
-  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", false);
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
+  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", Layout::kRows);
+  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", Layout::kRows);
   const TensorView out = check.floats("out", out_tensor, "Tq Hq D");
   check.same_dtype("k", k, q);
   check.same_dtype("v", v, q);
@@ -50,11 +50,11 @@ void varlen_attention_bwd(py::handle dout_tensor, py::handle q_tensor, py::handl
                           py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
                           double softcap, py::handle dq_tensor, py::handle dk_tensor, py::handle dv_tensor) {
   Check check("varlen_attention_bwd");
-  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
-  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", false);
-  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", false);
-  const TensorView out = check.floats("out", out_tensor, "Tq Hq D", false);
-  const TensorView dout = check.floats("dout", dout_tensor, "Tq Hq D", false);
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
+  const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", Layout::kRows);
+  const TensorView v = check.floats("v", v_tensor, "Tk Hkv D", Layout::kRows);
+  const TensorView out = check.floats("out", out_tensor, "Tq Hq D", Layout::kRows);
+  const TensorView dout = check.floats("dout", dout_tensor, "Tq Hq D", Layout::kRows);
   const TensorView dq = check.floats("dq", dq_tensor, "Tq Hq D");
   const TensorView dk = check.floats("dk", dk_tensor, "Tk Hkv D");
   const TensorView dv = check.floats("dv", dv_tensor, "Tk Hkv D");
@@ -80,9 +80,9 @@ void paged_attention(py::handle q_tensor, py::handle k_tensor, py::handle v_tens
                      py::handle cu_q_tensor, py::handle lens_tensor, bool causal, double scale, int64_t window_left,
                      int64_t window_right, double softcap, py::handle out_tensor) {
   Check check("paged_attention");
-  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", false);
-  const TensorView k = check.floats("k_cache", k_tensor, "N S Hkv D", false);
-  const TensorView v = check.floats("v_cache", v_tensor, "N S Hkv D", false);
+  const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
+  const TensorView k = check.floats("k_cache", k_tensor, "N S Hkv D", Layout::kRows);
+  const TensorView v = check.floats("v_cache", v_tensor, "N S Hkv D", Layout::kRows);
   const TensorView out = check.floats("out", out_tensor, "Tq Hq D");
   check.same_dtype("k_cache", k, q);
   check.same_dtype("v_cache", v, q);

@@ -210,18 +210,30 @@ DType Check::dtype_of(const TensorView& view) {
   detail::fail("expected float32, bfloat16 or float16, got ", view.describe());
 }
 
-TensorView Check::floats(const char* name, py::handle object, const char* dims, bool contiguous) {
-  const TensorView view = view_of(object);
+TensorView Check::floats(const char* name, py::handle object, const char* dims, Layout layout) {
+  TensorView view = view_of(object);
   const bool is_float = (view.dtype.code == dlpack::kFloat && (view.dtype.bits == 32 || view.dtype.bits == 16)) ||
                         (view.dtype.code == dlpack::kBFloat && view.dtype.bits == 16);
   REQUIRE(is_float, name, "float32, bfloat16 or float16 [" + std::string(dims) + "]", view.describe());
-  if (contiguous) {
-    REQUIRE(view.contiguous(), name, "a contiguous tensor", view.describe() + ", not contiguous");
-  } else if (view.ndim > 0 && view.numel() > 0) {
-    REQUIRE(view.shape[view.ndim - 1] == 1 || view.strides[view.ndim - 1] == 1, name, "a contiguous last dimension",
-            view.describe() + " with last stride " + std::to_string(view.strides[view.ndim - 1]));
-  }
   bind(name, view, dims);
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] == 1) view.strides[i] = 1;
+  }
+  switch (layout) {
+    case Layout::kContiguous:
+      REQUIRE(view.contiguous(), name, "a contiguous tensor", view.describe() + ", not contiguous");
+      break;
+    case Layout::kRows:
+      REQUIRE(view.ndim == 0 || view.numel() == 0 || view.strides[view.ndim - 1] == 1, name,
+              "a contiguous last dimension",
+              view.describe() + " with last stride " + std::to_string(view.strides[view.ndim - 1]));
+      break;
+    case Layout::kMatrix:
+      REQUIRE(view.numel() == 0 || view.strides[0] == 1 || view.strides[1] == 1, name, "one contiguous dimension",
+              view.describe() + " with strides " + std::to_string(view.strides[0]) + " and " +
+                  std::to_string(view.strides[1]));
+      break;
+  }
   return view;
 }
 

@@ -38,6 +38,12 @@ struct TensorView {
 
 TensorView view_of(py::handle object);  // throws py::type_error if it is no tensor or array
 
+enum class Layout {
+  kContiguous,
+  kRows,    // the last dimension is contiguous, the outer strides are free
+  kMatrix,  // two dimensions, one of them contiguous; a dimension of size 1 counts as such
+};
+
 // Binds the letters of a contract to sizes, so that a call's checks read as a table:
 //
 //   Check check("varlen_attention");
@@ -49,8 +55,8 @@ class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
 
-  // A floating-point tensor. The last dimension must be contiguous; outer strides are free unless contiguous = true.
-  TensorView floats(const char* name, py::handle object, const char* dims, bool contiguous = true);
+  // A floating-point tensor.
+  TensorView floats(const char* name, py::handle object, const char* dims, Layout layout = Layout::kContiguous);
   static DType dtype_of(const TensorView& view);  // throws Error for other types
 
   // A contiguous tensor of exactly the element type T.

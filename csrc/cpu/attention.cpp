@@ -14,6 +14,7 @@
 
 #include "attention_kernels.h"
 #include "fastsft/parallel.h"
+#include "scratch.h"
 
 namespace fastsft {
 
@@ -34,24 +35,7 @@ constexpr int64_t kForwardRows = 224;              // rows that share one packin
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
-// Grows to the largest unit a thread has run and is kept: a page fault per call would cost more than a short sequence.
-float* thread_scratch(int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < floats) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    const auto bytes = (static_cast<std::size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    if (buffer.data == nullptr) throw std::bad_alloc();
-    buffer.size = floats;
-  }
-  return buffer.data;
-}
+float* scratch_floats(int64_t n) { return static_cast<float*>(thread_scratch(n * static_cast<int64_t>(sizeof(float)))); }
 
 void check_shape(const char* op, const AttentionShape& shape) {
   FASTSFT_CHECK(shape.num_q_heads > 0 && shape.num_kv_heads > 0 && shape.num_q_heads % shape.num_kv_heads == 0, op,
@@ -112,7 +96,7 @@ void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
   for (const ForwardItem& item : items) cost += item.cost;
   parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      run_item(args, items[i], thread_scratch(forward_scratch(tile_rows(items[i].num_q, args.group), dim)));
+      run_item(args, items[i], scratch_floats(forward_scratch(tile_rows(items[i].num_q, args.group), dim)));
     }
   });
 }
@@ -253,7 +237,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
     for (int64_t i = begin; i < end; ++i) {
       float* buffer;
       try {
-        buffer = thread_scratch(scratch);
+        buffer = scratch_floats(scratch);
       } catch (...) {
         abandoned = true;  // else the items that wait for this one would never end
         throw;

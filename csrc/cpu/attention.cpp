@@ -35,7 +35,9 @@ constexpr int64_t kForwardRows = 224;              // rows that share one packin
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
-float* scratch_floats(int64_t n) { return static_cast<float*>(thread_scratch(n * static_cast<int64_t>(sizeof(float)))); }
+float* scratch_floats(int64_t n) {
+  return static_cast<float*>(thread_scratch(n * static_cast<int64_t>(sizeof(float))));
+}
 
 void check_shape(const char* op, const AttentionShape& shape) {
   FASTSFT_CHECK(shape.num_q_heads > 0 && shape.num_kv_heads > 0 && shape.num_q_heads % shape.num_kv_heads == 0, op,

@@ -9,10 +9,10 @@
 namespace fastsft {
 namespace {
 
-constexpr int64_t kMaxRows = 512;             // of a task: its block of A then fits half the L2 cache
-constexpr int64_t kMaxTileBytes = 2 << 20;    // of a task's part of C in float32, which is visited once per depth block
-constexpr int64_t kPackCost = 24;             // multiply-adds that take as long as packing one element
-constexpr int64_t kSerialCost = 1 << 20;      // multiply-adds that take about as long as waking a thread
+constexpr int64_t kMaxRows = 512;           // of a task: its block of A then fits half the L2 cache
+constexpr int64_t kMaxTileBytes = 2 << 20;  // of a task's part of C in float32, which is visited once per depth block
+constexpr int64_t kPackCost = 24;           // multiply-adds that take as long as packing one element
+constexpr int64_t kSerialCost = 1 << 20;    // multiply-adds that take about as long as waking a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -46,8 +46,7 @@ bool in_pairs(const Gemm& g) {
 #endif
 }
 
-// --- packing ----------------------------------------------------------------------------------------------------------
-
+// --- packing -----------------------------------------------------------------------------------------------------
 // An operand seen from its panels: `across` runs over the panel's width (rows of A, columns of B), `along` the depth.
 struct Source {
   DType dtype;
@@ -114,8 +113,7 @@ FASTSFT_NOINLINE void pack(const Source& s, int64_t across, int64_t along, int64
         Vec block[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           const bool exists = i + j < kWidth && across + i + j < s.across_end;
-          block[j] =
-              exists ? words_along<Format>(s.dtype, s.at(across + i + j, along + w * kSteps), have) : Vec{};
+          block[j] = exists ? words_along<Format>(s.dtype, s.at(across + i + j, along + w * kSteps), have) : Vec{};
         }
         transpose(block);
         const int64_t rows = smaller<int64_t>(kLanes, words - w);
@@ -133,8 +131,7 @@ FASTSFT_NOINLINE void pack(const Source& s, int64_t across, int64_t along, int64
   }
 }
 
-// --- the register tile ------------------------------------------------------------------------------------------------
-
+// --- the register tile -------------------------------------------------------------------------------------------
 FASTSFT_INLINE Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
 #if defined(__AVX512BF16__)
 FASTSFT_INLINE Vec multiply_add(Vec sum, uint32_t a, Vec b) {
@@ -200,8 +197,7 @@ FASTSFT_NOINLINE void store_tile(const Gemm& g, const float* tile, int64_t row, 
   }
 }
 
-// --- the task ---------------------------------------------------------------------------------------------------------
-
+// --- the task ----------------------------------------------------------------------------------------------------
 template <typename Format>
 constexpr int64_t max_depth() {
   return kPanelBytes / (kTileColumns * 4) * Format::kSteps;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fastsft/common.h"
+#include "host_team.h"
 
 namespace fastsft {
 namespace {
@@ -46,17 +47,15 @@ struct Job {
 class Pool {
  public:
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { loop(); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { loop(); });
+    } catch (...) {  // the process may not have more threads
+      stop();
+      throw;
+    }
   }
 
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  ~Pool() { stop(); }
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -75,6 +74,16 @@ class Pool {
   }
 
  private:
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+  }
+
   void loop() {
     uint64_t seen = 0;
     for (;;) {
@@ -123,6 +132,8 @@ int threads_from_affinity() {
 struct State {
   std::mutex use;  // held by the thread that is running a job
   Pool* pool = nullptr;
+  HostTeam team = nullptr;
+  bool may_borrow = true;  // not in a forked child, where the team's threads do not exist
   std::atomic<int> wanted{0};  // 0: not chosen yet
 };
 State* g_state = nullptr;
@@ -131,6 +142,7 @@ std::once_flag g_once;
 void child_after_fork() {
   State* fresh = new State;  // the old one's mutex may be locked by a thread that does not exist here
   fresh->wanted = std::getenv("FASTSFT_NUM_THREADS") ? 0 : 1;
+  fresh->may_borrow = false;
   g_state = fresh;
   t_inside = false;
 }
@@ -171,13 +183,18 @@ void detail::run_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
     return;
   }
   std::lock_guard<std::mutex> lock(s.use, std::adopt_lock);
-  if (s.pool == nullptr || s.pool->threads() != threads) {
-    delete s.pool;
-    s.pool = nullptr;
-    s.pool = new Pool(threads);
-  }
   Job job{.fn = fn, .context = context, .n = n, .grain = grain};
-  s.pool->run(job);
+  if (s.may_borrow && s.team == nullptr && s.pool == nullptr) s.team = find_host_team();
+  if (s.team != nullptr) {
+    s.team([](void* work) { static_cast<Job*>(work)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    if (s.pool == nullptr || s.pool->threads() != threads) {
+      delete s.pool;
+      s.pool = nullptr;
+      s.pool = new Pool(threads);
+    }
+    s.pool->run(job);
+  }
   if (job.failed.load()) std::rethrow_exception(job.error);
 }
 

@@ -1,0 +1,126 @@
+"""Linear layers on the native matrix product: forward, and backward into the input, the weight and the bias.
+
+torch's float32 product runs AVX2 code on some CPUs that have AVX-512; ours uses the widest vectors there are, shares one
+thread pool with the other native ops, and accumulates in float32 with one rounding at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsft import _C
+from fastsft.ops._library import Implementation, define
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, as ``torch.nn.functional.linear``.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        weight: [N, K], like x.
+        bias: [N], like x.
+
+    Returns:
+        [..., N] in x's type: sums in float32, rounded once, bias included.
+
+    Raises:
+        ValueError: shapes or dtypes out of contract, naming the argument.
+    """
+    if x.dtype not in _FLOATS or x.dim() < 1:
+        raise ValueError(f"linear: x: expected floats [..., K], got {x.dtype} {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        got = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"linear: weight: expected {x.dtype} [N, {x.shape[-1]}], got {got}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        got = f"{bias.dtype} {list(bias.shape)}"
+        raise ValueError(f"linear: bias: expected {x.dtype} [{weight.shape[0]}], got {got}")
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+    """``out = a @ b`` or ``out += a @ b`` for matrices on the CPU, summed in float32 whatever the types.
+
+    Below the dispatcher: no autograd, no fake tensors. Each of a [M, K] and b [K, N] has one contiguous dimension, out
+    [M, N] has contiguous rows; the types of all three may differ.
+    """
+    _C.gemm(_matrix(a), _matrix(b), out, accumulate)
+    return out
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if 1 in tensor.stride() or 0 in tensor.shape else tensor.contiguous()
+
+
+# --- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return product(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]))
+    return product(x, weight.t(), bias.repeat(x.shape[0], 1), accumulate=True)
+
+
+def _forward_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+    d_x = product(grad, weight, torch.empty_like(x)) if wants_x else x.new_empty(0)
+    d_weight = product(grad.t(), x, torch.empty_like(weight)) if wants_weight else x.new_empty(0)
+    return d_x, d_weight
+
+
+def _backward_torch(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor]:
+    d_x = grad @ weight if wants_x else x.new_empty(0)
+    d_weight = grad.t() @ x if wants_weight else x.new_empty(0)
+    return d_x, d_weight
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if wants_x else 0), weight.new_empty(weight.shape if wants_weight else 0)
+
+
+_CUDA_IS = Implementation("torch", "cuBLAS through torch")
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    cpu=_forward,
+    cuda=_forward_torch,
+    cpu_is=Implementation("native", "packed C++ matrix product"),
+    cuda_is=_CUDA_IS,
+)
+_linear_backward = define(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x, bool wants_weight) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    cpu=_backward,
+    cuda=_backward_torch,
+    cpu_is=Implementation("native", "packed C++ matrix product"),
+    cuda_is=_CUDA_IS,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out: Tensor = _linear(x, weight, bias)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        d_x, d_weight = _linear_backward(grad, x, weight, wants_x, wants_weight)
+        d_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype) if wants_bias else None
+        return d_x if wants_x else None, d_weight if wants_weight else None, d_bias

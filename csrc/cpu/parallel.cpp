@@ -133,7 +133,7 @@ struct State {
   std::mutex use;  // held by the thread that is running a job
   Pool* pool = nullptr;
   HostTeam team = nullptr;
-  bool may_borrow = true;  // not in a forked child, where the team's threads do not exist
+  bool may_borrow = true;      // not in a forked child, where the team's threads do not exist
   std::atomic<int> wanted{0};  // 0: not chosen yet
 };
 State* g_state = nullptr;

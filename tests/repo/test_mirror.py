@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEMS = {
     "varlen_attention": "attention",
     "paged_attention": "attention",
+    "linear": "gemm",
     "linear_cross_entropy": "loss",
     "linear_logprobs": "loss",
     "fim_permute": "fim",

@@ -1,5 +1,5 @@
-// The package's own thread pool. No OpenMP: a process that used libgomp and then forks hangs in the child at its next
-// parallel region, and that is exactly what a DataLoader worker does.
+// Loops over threads: torch's own OpenMP workers where torch is loaded (csrc/cpu/host_team.h says why), otherwise a
+// pool of the package. A forked child, such as a DataLoader worker, always has the latter: libgomp would hang there.
 #pragma once
 
 #include <cstdint>

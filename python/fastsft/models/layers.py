@@ -12,6 +12,7 @@ from torch import nn
 from fastsft.models.attend import Attend
 from fastsft.models.config import ModelConfig
 from fastsft.models.rope import rotate
+from fastsft.ops import linear
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +33,13 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` on ``ops.linear``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions, optional biases and query/key norms."""
 
@@ -42,10 +50,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = K
         self.window = config.windows[layer]
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_proj = Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = Linear(D, G * K, bias=config.qkv_bias)
+        self.o_proj = Linear(H * K, D, bias=config.o_bias)
         self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else None
 
@@ -67,9 +75,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(D, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, D, bias=config.mlp_bias)
+        self.gate_proj = Linear(D, width, bias=config.mlp_bias)
+        self.up_proj = Linear(D, width, bias=config.mlp_bias)
+        self.down_proj = Linear(width, D, bias=config.mlp_bias)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         h_TF = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)

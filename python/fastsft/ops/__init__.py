@@ -5,6 +5,7 @@
 
 from fastsft.ops.attention import paged_attention, varlen_attention
 from fastsft.ops.fim import fim_permute
+from fastsft.ops.gemm import linear
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.minhash import lsh_clusters, minhash_signatures
 from fastsft.ops.pack import pack_sequences
@@ -12,6 +13,7 @@ from fastsft.ops.sampling import sample
 
 __all__ = [
     "fim_permute",
+    "linear",
     "linear_cross_entropy",
     "linear_logprobs",
     "lsh_clusters",

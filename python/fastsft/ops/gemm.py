@@ -1,36 +1,68 @@
 """Linear layers on the native matrix product: forward, and backward into the input, the weight and the bias.
 
-torch's float32 product runs AVX2 code on some CPUs that have AVX-512; ours uses the widest vectors there are, shares one
-thread pool with the other native ops, and accumulates in float32 with one rounding at the end.
+torch's float32 product runs AVX2 code on some CPUs that have AVX-512, and its float16 product is scalar on many; ours
+uses the widest vectors there are.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastsft import _C
 from fastsft.ops._library import Implementation, define
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MIN_ROWS = 16  # with fewer a product is one pass over the weight, and packing it would be a second
+
+
+def _choose() -> tuple[frozenset[torch.dtype], Implementation]:
+    """The one rule of who computes ``linear`` on this CPU, as measured (docs/LOG.md): the types the packed product
+    serves, and what ``fastsft.info()`` says. Where oneDNN has instructions of the type's own, it is faster."""
+    isas = _C.available_isas()
+    if isas == ["base"]:
+        return frozenset(), Implementation("torch", "the packed product is slower without AVX2")
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn = {
+        torch.bfloat16: has_onednn and "avx512bf16" in isas,
+        torch.float16: has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    types = [torch.float32, *(t for t in onednn if not onednn[t])]
+    names = ", ".join(str(t).removeprefix("torch.") for t in types)
+    reason = f"packed C++ product: {names}; torch: fewer than {_MIN_ROWS} rows"
+    if left := [str(t).removeprefix("torch.") for t in onednn if onednn[t]]:
+        reason += f", {' and '.join(left)} (oneDNN has this CPU's instructions for it)"
+    return frozenset(types), Implementation("native", reason)
+
+
+_NATIVE_TYPES, _CPU_IS = _choose()
+_CUDA_IS = Implementation("torch", "cuBLAS through torch")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, as ``torch.nn.functional.linear``.
+    """``x @ weight.T + bias``, as ``torch.nn.functional.linear``, under autocast too.
+
+    The packed product serves it on the CPU where it is faster than torch, which serves the rest (see
+    ``fastsft.info()``). With it there is no second derivative.
 
     Args:
-        x: [..., K], float32, bfloat16 or float16.
+        x: [..., K], floating point.
         weight: [N, K], like x.
         bias: [N], like x.
 
     Returns:
-        [..., N] in x's type: sums in float32, rounded once, bias included.
+        [..., N] in x's type; sums in float32, rounded once, bias included.
 
     Raises:
         ValueError: shapes or dtypes out of contract, naming the argument.
     """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype not in _FLOATS or x.dim() < 1:
         raise ValueError(f"linear: x: expected floats [..., K], got {x.dtype} {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
@@ -39,7 +71,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         got = f"{bias.dtype} {list(bias.shape)}"
         raise ValueError(f"linear: bias: expected {x.dtype} [{weight.shape[0]}], got {got}")
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    rows = math.prod(x.shape[:-1])
+    if x.device.type != "cpu" or x.dtype not in _NATIVE_TYPES or rows < _MIN_ROWS:
+        return functional.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -66,45 +101,28 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight.t(), bias.repeat(x.shape[0], 1), accumulate=True)
 
 
-def _forward_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
-
-
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
-    d_x = product(grad, weight, torch.empty_like(x)) if wants_x else x.new_empty(0)
-    d_weight = product(grad.t(), x, torch.empty_like(weight)) if wants_weight else x.new_empty(0)
+    d_x = product(grad, weight, x.new_empty(x.shape)) if wants_x else x.new_empty(0)
+    d_weight = product(grad.t(), x, weight.new_empty(weight.shape)) if wants_weight else x.new_empty(0)
     return d_x, d_weight
 
 
-def _backward_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    d_x = grad @ weight if wants_x else x.new_empty(0)
-    d_weight = grad.t() @ x if wants_weight else x.new_empty(0)
-    return d_x, d_weight
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if wants_x else 0), weight.new_empty(weight.shape if wants_weight else 0)
 
 
-_CUDA_IS = Implementation("torch", "cuBLAS through torch")
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cpu=_forward,
-    cuda=_forward_torch,
-    cpu_is=Implementation("native", "packed C++ matrix product"),
+    cpu_is=_CPU_IS,
     cuda_is=_CUDA_IS,
 )
 _linear_backward = define(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x, bool wants_weight) -> (Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_backward,
-    cuda=_backward_torch,
-    cpu_is=Implementation("native", "packed C++ matrix product"),
+    cpu_is=_CPU_IS,
     cuda_is=_CUDA_IS,
 )
 

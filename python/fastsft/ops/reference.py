@@ -111,6 +111,15 @@ def paged_attention(
     return torch.cat(outs)
 
 
+# --- linear layers --------------------------------------------------------------------------------------------------
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 

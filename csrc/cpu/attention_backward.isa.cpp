@@ -108,22 +108,6 @@ FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, in
   }
 }
 
-// Ask for one row ahead of its use. A call's tensors exceed the second-level cache, and the rows of one key head are
-// too short for the processor to see the next ones coming.
-FASTSFT_INLINE void prefetch_queries(const BackwardArgs& args, int64_t token, int64_t head) {
-  const DType dtype = args.shape.dtype;
-  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
-  for (int64_t i = 0; i < args.shape.head_dim; i += line) {
-    for (const AttentionInput* x : {&args.q, &args.dout}) {
-      __builtin_prefetch(element(dtype, x->data, token * x->token_stride + head * x->head_stride + i));
-    }
-  }
-}
-FASTSFT_INLINE void prefetch_gradient(DType dtype, void* row, int64_t dim) {
-  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
-  for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(element(dtype, row, i), 1);
-}
-
 // From S and dP of one strip, `have` rows (a multiple of kSteps), to P and dS, columns [begin, end). bands: what each
 // row sees, or null if every column. is_whole: the columns are all the keys there are, so delta = sum(P * dP) - dlse,
 // and `delta` holds -dlse.
@@ -258,12 +242,17 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
       const int64_t have = smaller<int64_t>(kTileRows, rows - row);
       for (int64_t r = row; r < row + have; ++r) {
         const int64_t token = token0 + r / group, head = item.kv_head * group + r % group;
-        if (is_shared && !is_first) prefetch_gradient(DType::kFloat32, dqueries + r * dim, dim);
+        if (is_shared && !is_first) prefetch_row<For::kWriting>(DType::kFloat32, dqueries + r * dim, dim);
         if (is_last) {
-          prefetch_gradient(dtype, element(dtype, args.dq, ((item.q_first + token) * heads + head) * dim), dim);
+          const int64_t index = ((item.q_first + token) * heads + head) * dim;
+          prefetch_row<For::kWriting>(dtype, element(dtype, args.dq, index), dim);
         }
         if (token + args.tile_tokens < item.num_q) {
-          prefetch_queries(args, item.q_first + token + args.tile_tokens, head);
+          const int64_t next = item.q_first + token + args.tile_tokens;
+          for (const AttentionInput* x : {&args.q, &args.dout}) {
+            const int64_t index = next * x->token_stride + head * x->head_stride;
+            prefetch_row<For::kReading>(dtype, element(dtype, x->data, index), dim);
+          }
         }
       }
       const Band top = visible_band(position + row / group, left, right, start, n);

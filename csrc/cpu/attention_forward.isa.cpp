@@ -95,24 +95,26 @@ FASTSFT_NOINLINE void cap_scores(float* scores, int64_t have, int64_t begin, int
   }
 }
 
+// Packs one strip of queries from `row` on and asks for the next strip and for this one's place in the output.
 template <typename Format, int64_t kMaxDim>
-FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, typename Format::Word* panel) {
+FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, int64_t row, int64_t have,
+                                   typename Format::Word* panel) {
   const DType dtype = args.shape.dtype;
-  const int64_t used = item.num_q * args.group;
-  const void* rows[kKeyBlock];
-  for (int64_t begin = 0; begin < used; begin += kKeyBlock) {
-    const int64_t n = smaller(used - begin, kKeyBlock);
-    int64_t token = item.q_first + begin / args.group, member = begin % args.group;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t head = item.kv_head * args.group + member;
-      rows[i] = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
-      if (++member == args.group) {
-        member = 0;
-        ++token;
-      }
+  const int64_t dim = args.shape.head_dim, group = args.group;
+  const void* rows[kTileRows];
+  for (int64_t i = 0; i < have + kTileRows; ++i) {
+    const int64_t r = row + i, token = item.q_first + r / group, head = item.kv_head * group + r % group;
+    if (r >= item.num_q * group) break;
+    const void* query = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
+    if (i < have) {
+      rows[i] = query;
+      const int64_t index = (token * args.shape.num_q_heads + head) * dim;
+      prefetch_row<For::kWriting>(dtype, element(dtype, args.out, index), dim);
+    } else {
+      prefetch_row<For::kReading>(dtype, query, dim);
     }
-    pack_rows<Format, kMaxDim>(dtype, rows, n, args.shape.head_dim, panel + begin * kRowPitch<Format, kMaxDim>);
   }
+  pack_rows<Format, kMaxDim>(dtype, rows, have, dim, panel + row * kRowPitch<Format, kMaxDim>);
 }
 
 template <typename Format>
@@ -141,7 +143,6 @@ void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scrat
   const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
   const int64_t left = args.mask.left, right = args.mask.right;
 
-  load_queries<Format, kMaxDim>(args, item, tile.queries);
   fill_zero(tile.sums, tile.sums + rows * dim);
   for (int64_t strip = 0; strip * kTileRows < rows; ++strip) {
     store(tile.maxima + strip * kLanes, splat(-INFINITY));
@@ -151,7 +152,8 @@ void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scrat
   const int64_t keys_begin = larger<int64_t>(item.position - left, 0);
   const int64_t keys_end = smaller<int64_t>(item.position + item.num_q + right, item.num_k);
   const void* addresses[kKeyBlock];
-  for (int64_t start = keys_begin / kKeyBlock * kKeyBlock; start < keys_end; start += kKeyBlock) {
+  const int64_t first_start = keys_begin / kKeyBlock * kKeyBlock;
+  for (int64_t start = first_start; start < keys_end; start += kKeyBlock) {
     const int64_t n = smaller<int64_t>(kKeyBlock, keys_end - start);
     row_addresses(args, item, args.k, start, n, addresses);
     pack_columns<Format>(dtype, addresses, n, dim, tile.keys, kKeyBlock);
@@ -160,6 +162,7 @@ void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scrat
 
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t have = smaller<int64_t>(kTileRows, rows - row);
+      if (start == first_start) load_queries<Format, kMaxDim>(args, item, row, have, tile.queries);
       const Band top = visible_band(item.position + row / group, left, right, start, n);
       const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
       if (top.first >= bottom.last) continue;

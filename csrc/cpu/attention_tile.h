@@ -27,8 +27,7 @@ inline constexpr int kTileVecs = 2;
 inline constexpr int kKeyStrip = kTileRows > 8 ? 8 : 4;
 static_assert(kTileRows <= kLanes && kTileRows % 2 == 0);  // one lane per row; pairs of rows never straddle two strips
 
-// --- words
-// ------------------------------------------------------------------------------------------------------------
+// --- words -------------------------------------------------------------------------------------------------------
 
 struct Single {
   using Word = float;
@@ -62,8 +61,7 @@ FASTSFT_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
   return sum + a * b;
 }
 
-// --- masks
-// ------------------------------------------------------------------------------------------------------------
+// --- masks -------------------------------------------------------------------------------------------------------
 
 // Rows of a query tile are (token, query head of the group), token first, so that a strip of rows covers few tokens and
 // a causal mask cuts it close. Columns are keys of one block. Both are counted from the tile's and the block's start.
@@ -81,8 +79,18 @@ FASTSFT_INLINE VecInt inside(const Band& band, int64_t column) {
   return (index >= static_cast<int32_t>(band.first)) & (index < static_cast<int32_t>(band.last));
 }
 
-// --- packing
-// ----------------------------------------------------------------------------------------------------------
+// --- prefetching -------------------------------------------------------------------------------------------------
+
+// Asks for one row ahead of its use. A call's tensors exceed the second-level cache, and the rows of one key head are
+// too short for the processor to see the next ones coming.
+enum class For { kReading, kWriting };
+template <For kFor>
+FASTSFT_INLINE void prefetch_row(DType dtype, const void* row, int64_t dim) {
+  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
+  for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(element(dtype, row, i), kFor == For::kWriting);
+}
+
+// --- packing -----------------------------------------------------------------------------------------------------
 
 // Distance of rows whose words lie along k (pack_rows), for head sizes up to kMaxDim. A constant, so that a register
 // tile's rows share one address register; an odd number of cache lines, so that they do not share cache sets.
@@ -155,8 +163,7 @@ FASTSFT_INLINE void store_along_rows(const Vec* values, typename Format::Word* w
   store(reinterpret_cast<float*>(words), values[0]);
 }
 
-// --- the product
-// ------------------------------------------------------------------------------------------------------
+// --- the product -------------------------------------------------------------------------------------------------
 
 enum class Left { kRows, kColumns };  // a(i, k) is a[i * kPitch + k] or a[k * kPitch + i]
 // C = factor * product, C + factor * product, or factors[i] * C + product

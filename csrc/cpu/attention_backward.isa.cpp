@@ -71,40 +71,46 @@ Block<Format> carve(float* scratch, int64_t dim, int64_t rows) {
   return b;
 }
 
+// Packs one strip of a tile that starts at token `first`, rows [row, row + have), and asks for the strip after it, be
+// it in the next tile, and for this one's place in dq.
 template <typename Format, int64_t kMaxDim>
-FASTSFT_NOINLINE void load_queries(const BackwardArgs& args, int64_t kv_head, int64_t first_token, int64_t tokens,
-                                   bool is_whole, const Block<Format>& b) {
+FASTSFT_NOINLINE void load_strip(const BackwardArgs& args, const BackwardItem& item, int64_t first, int64_t row,
+                                 int64_t have, bool is_whole, bool is_last, const Block<Format>& b) {
   constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
-  const int64_t dim = args.shape.head_dim, group = args.group, used = tokens * group;
-  const void *q_rows[kGradientBlock], *dout_rows[kGradientBlock];
-  for (int64_t begin = 0; begin < used; begin += kGradientBlock) {
-    const int64_t n = smaller(used - begin, kGradientBlock);
-    int64_t token = first_token + begin / group, member = begin % group;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t head = kv_head * group + member, index = head * args.total_q + token;
-      q_rows[i] = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
-      dout_rows[i] = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
-      const float lse = args.lse[index] * kLog2e, dlse = args.dlse == nullptr ? 0.0f : args.dlse[index];
-      b.lse[begin + i] = lse == -INFINITY ? INFINITY : lse;  // 2^(s - inf) = 0: a row that sees no key
-      b.delta[begin + i] = is_whole ? -dlse : args.delta[index];
-      if (++member == group) {
-        member = 0;
-        ++token;
-      }
+  const int64_t dim = args.shape.head_dim, group = args.group;
+  const void *q_rows[kTileRows], *dout_rows[kTileRows];
+  for (int64_t i = 0; i < have + kTileRows; ++i) {
+    const int64_t token = first + (row + i) / group, head = item.kv_head * group + (row + i) % group;
+    if (token >= item.q_first + item.num_q) break;
+    const void* query = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
+    const void* dout = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
+    if (i >= have) {
+      prefetch_row<For::kReading>(dtype, query, dim);
+      prefetch_row<For::kReading>(dtype, dout, dim);
+      continue;
     }
-    pack_rows<Format, kMaxDim>(dtype, q_rows, n, dim, b.queries + begin * kPitch);
-    pack_rows<Format, kMaxDim>(dtype, dout_rows, n, dim, b.douts + begin * kPitch);
-    if constexpr (kSteps > 1) {
-      pack_stack<Format>(dtype, q_rows, n, dim, b.queries_stack + begin / kSteps * dim);
-      pack_stack<Format>(dtype, dout_rows, n, dim, b.douts_stack + begin / kSteps * dim);
+    if (is_last) {
+      prefetch_row<For::kWriting>(dtype, element(dtype, args.dq, (token * args.shape.num_q_heads + head) * dim), dim);
     }
+    q_rows[i] = query;
+    dout_rows[i] = dout;
+    const int64_t index = head * args.total_q + token;
+    const float lse = args.lse[index] * kLog2e, dlse = args.dlse == nullptr ? 0.0f : args.dlse[index];
+    b.lse[row + i] = lse == -INFINITY ? INFINITY : lse;  // 2^(s - inf) = 0: a row that sees no key
+    b.delta[row + i] = is_whole ? -dlse : args.delta[index];
   }
-  if (used % kSteps != 0) {  // the last row's partner: scores and gradients of 0
-    std::memset(b.queries + used * kPitch, 0, static_cast<std::size_t>(dim) * 2);
-    std::memset(b.douts + used * kPitch, 0, static_cast<std::size_t>(dim) * 2);
-    b.lse[used] = INFINITY;
-    b.delta[used] = 0;
+  pack_rows<Format, kMaxDim>(dtype, q_rows, have, dim, b.queries + row * kPitch);
+  pack_rows<Format, kMaxDim>(dtype, dout_rows, have, dim, b.douts + row * kPitch);
+  if constexpr (kSteps > 1) {
+    pack_stack<Format>(dtype, q_rows, have, dim, b.queries_stack + row / kSteps * dim);
+    pack_stack<Format>(dtype, dout_rows, have, dim, b.douts_stack + row / kSteps * dim);
+  }
+  if (have % kSteps != 0) {  // the last row's partner: scores and gradients of 0
+    std::memset(b.queries + (row + have) * kPitch, 0, static_cast<std::size_t>(dim) * 2);
+    std::memset(b.douts + (row + have) * kPitch, 0, static_cast<std::size_t>(dim) * 2);
+    b.lse[row + have] = INFINITY;
+    b.delta[row + have] = 0;
   }
 }
 
@@ -228,7 +234,6 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
     const int64_t token0 = tile * args.tile_tokens;
     const int64_t tokens = smaller(args.tile_tokens, item.num_q - token0);
     const int64_t position = token0 + shift, rows = tokens * group;
-    load_queries<Format, kMaxDim>(args, item.kv_head, item.q_first + token0, tokens, is_whole, b);
 
     // The tile's key blocks, and whose turn this item's is.
     const int64_t first_block = larger<int64_t>(position - left, 0) / block;
@@ -240,24 +245,15 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
 
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t have = smaller<int64_t>(kTileRows, rows - row);
-      for (int64_t r = row; r < row + have; ++r) {
-        const int64_t token = token0 + r / group, head = item.kv_head * group + r % group;
-        if (is_shared && !is_first) prefetch_row<For::kWriting>(DType::kFloat32, dqueries + r * dim, dim);
-        if (is_last) {
-          const int64_t index = ((item.q_first + token) * heads + head) * dim;
-          prefetch_row<For::kWriting>(dtype, element(dtype, args.dq, index), dim);
-        }
-        if (token + args.tile_tokens < item.num_q) {
-          const int64_t next = item.q_first + token + args.tile_tokens;
-          for (const AttentionInput* x : {&args.q, &args.dout}) {
-            const int64_t index = next * x->token_stride + head * x->head_stride;
-            prefetch_row<For::kReading>(dtype, element(dtype, x->data, index), dim);
-          }
-        }
-      }
       const Band top = visible_band(position + row / group, left, right, start, n);
       const Band bottom = visible_band(position + (row + have - 1) / group, left, right, start, n);
       if (top.first >= bottom.last) continue;
+      load_strip<Format, kMaxDim>(args, item, item.q_first + token0, row, have, is_whole, is_last, b);
+      if (is_shared && !is_first) {
+        for (int64_t r = row; r < row + have; ++r) {
+          prefetch_row<For::kWriting>(DType::kFloat32, dqueries + r * dim, dim);
+        }
+      }
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
       product<Format, Left::kRows, kPitch, Into::kStore>(round_up(have, kSteps), end - begin, b.queries + row * kPitch,
                                                          b.keys_t + begin, kScorePitch, dim / kSteps,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from fastsft import cli
+from fastsft.train import trainer
 from fastsft.verbs.console import to_json
 
 Rows = list[dict[str, Any]]
@@ -221,9 +224,42 @@ def test_interrupt_is_one_line(
     assert capsys.readouterr().err.strip().splitlines() == [message]
 
 
+@pytest.mark.parametrize(
+    ("verb", "after"), [("train", "goes on from the newest checkpoint, if there is one"), ("demo", "begins anew")]
+)
+def test_interrupted_training_says_what_the_same_command_does(
+    verb: str, after: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def signalled(*args: Any) -> None:
+        """Ctrl-C in the first step."""
+        if trainer.threading.current_thread() is trainer.threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    update = trainer.Trainer._update
+    monkeypatch.setattr(trainer.Trainer, "_update", signalled)
+    given = [trained / "run.toml", "--output", tmp_path / "x"] if verb == "train" else ["--quick", "--output", tmp_path]
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, *map(str, given)])
+    assert end.value.code == 130
+    error = capsys.readouterr().err
+    assert "signal 2: saved step 1 in " in error
+    assert error.endswith(f"\nfastsft: interrupted; the same command {after}\n")
+    assert error.count("same command") == 1
+
+
 def test_json_has_no_nan() -> None:
     value = {"a": math.nan, "b": [(math.inf, 1.5)], 1: "NaN"}
     assert json.loads(to_json(value)) == {"a": None, "b": [[None, 1.5]], "1": "NaN"}
+
+
+def test_a_saved_configuration_runs_again(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = (trained / "run" / "config.json"), tmp_path / "again"
+    assert _json(capsys, "train", first, "--output", again)["steps"] == 2
+    weights = "model/model.safetensors"
+    assert (again / weights).read_bytes() == (trained / "run" / weights).read_bytes()
+    (tmp_path / "x.json").write_text("{")
+    assert "x.json: not valid JSON" in _refused(capsys, "train", tmp_path / "x.json")
 
 
 def test_flags_override_the_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,8 +304,19 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["loss"]["samples"] == 40
     assert 3 < result["loss"]["loss"] < 7
     assert 0 <= result["tasks"]["pass_at"]["1"] <= 0.5  # the second check cannot pass
+    assert result["tasks"]["tasks"][1]["failure"].startswith("error: ")
     cli.main(["eval", str(model), "--data", str(trained / "rows.jsonl")])
     assert "held-out loss" in capsys.readouterr().out
+    cli.main(["eval", str(model), "--tasks", str(tasks), "--max-tokens", "4", "--completion"])
+    assert "failed, e.g. " in capsys.readouterr().out
+
+
+def test_eval_stops_where_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = _write(tmp_path / "tasks.jsonl", [{"task_id": "a", "prompt": "say", "check": "", "prefix": "x = 1"}])
+    everything = [c for i in range(32, 127) if (c := chr(i)) != "-"]  # so that nothing is left of a sample
+    options = ["--completion", "--max-tokens", "4", "--stop", *everything]
+    result = _json(capsys, "eval", trained / "run" / "model", "--tasks", tasks, *options)
+    assert result["tasks"]["pass_at"]["1"] == 1.0
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -311,9 +358,15 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("dedup", broken),
         ("eval", trained / "run" / "model", "--data", broken),
     ):
-        assert f"{broken}:2: broken JSON" in _refused(capsys, *command)
-    _write(tmp_path / "tasks.jsonl", [{"task_id": "a"}])
-    assert "tasks.jsonl:1: " in _refused(capsys, "eval", trained / "run" / "model", "--tasks", tmp_path / "tasks.jsonl")
+        message = _refused(capsys, *command)
+        assert f"{broken}:2: broken JSON" in message
+        # Only a setting that the verb has is offered.
+        hint = {"train": "data.on_bad = 'skip' would", "dedup": "--on-bad skip would"}.get(command[0])
+        assert hint in message if hint else "skip" not in message
+    tasks = tmp_path / "tasks.jsonl"
+    for rows, wrong in (([{"task_id": "a"}], "tasks.jsonl:1: expected task_id, prompt and check, found no 'prompt'"),
+                        ([7], "tasks.jsonl:1: expected an object"), ([], "tasks.jsonl: no task")):  # fmt: skip
+        assert wrong in _refused(capsys, "eval", trained / "run" / "model", "--tasks", _write(tasks, rows))
 
 
 def test_bad_model_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,6 +402,10 @@ def test_dedup_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for options in ([], ["--output", target]):
         assert _json(capsys, "dedup", source, "--fields", "text", "content", *options)["kept"] == 1
     assert target.read_bytes() == source.read_bytes()[: source.stat().st_size // 2]
+    cli.main(["dedup", str(target), "--fields", "text", "content"])
+    shown = capsys.readouterr()
+    assert shown.out == "1 records: 1 kept, 0 exact and 0 near duplicates\n"  # no empty table
+    assert shown.err == ""
     message = _refused(capsys, "dedup", source, "--fields", "txt", "content")
     assert message == "dedup: unknown key 'fields.txt'; did you mean 'text'?"
     for threshold in ("0", "1.5", "nan"):
@@ -360,6 +417,10 @@ def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) 
     model = trained / "run" / "model"
     assert "exactly one of" in _refused(capsys, "generate", model)
     assert "--data, --tasks" in _refused(capsys, "eval", model)
+    for k in ("0", "2"):
+        refused = _refused(capsys, "eval", model, "--tasks", trained / "rows.jsonl", "--k", k)
+        assert refused == f"eval: --k: expected numbers from 1 to --n, 1, got {k}"
+    assert _refused(capsys, "generate", trained / "run", "--prompt", "a").endswith(f"its model is {model}")
     assert "temperature" in _refused(capsys, "generate", model, "--prompt", "a", "--temperature", "-1")
     assert "model.path" in _refused(capsys, "train")
     assert "data.train" in _refused(capsys, "prepare")

@@ -13,6 +13,7 @@ from fastsft.verbs import UsageError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "info": (verbs.info, False),
@@ -53,9 +54,12 @@ def main(argv: list[str] | None = None) -> None:
             _run_with_config(verb, function, rest)
         else:
             _cli(function, verb, rest)
+    except SystemExit as stop:
+        if stop.code in (EXIT_INTERRUPTED, EXIT_TERMINATED):  # the trainer's, after it saved its step
+            _say_interrupted(verb)
+        raise
     except KeyboardInterrupt:
-        after = "goes on from the newest checkpoint, if there is one" if verb == "train" else "begins anew"
-        print(f"\nfastsft: interrupted; the same command {after}", file=sys.stderr)
+        _say_interrupted(verb)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output went away (`fastsft info | head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
@@ -113,6 +117,11 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
         config=(tyro.conf.SuppressFixed, tyro.conf.FlagConversionOff),
     )
     function(load_config(to_dict(config)), **options)
+
+
+def _say_interrupted(verb: str) -> None:
+    after = "goes on from the newest checkpoint, if there is one" if verb == "train" else "begins anew"
+    print(f"\nfastsft: interrupted; the same command {after}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

@@ -156,11 +156,11 @@ def load_config(source: Config | str | os.PathLike[str] | dict[str, Any]) -> Con
     """Read and validate a run configuration.
 
     Args:
-        source: a TOML file, or the same structure as nested dicts. A :class:`Config` is validated as well: building one
-            in Python checks nothing.
+        source: a TOML file, the config.json of a run, or the same structure as nested dicts. A :class:`Config` is
+            validated as well: building one in Python checks nothing.
 
     Raises:
-        ConfigError: unreadable or malformed TOML, an unknown key (the nearest known one is named), a value of the wrong
+        ConfigError: an unreadable or malformed file, an unknown key (the nearest one is named), a value of the wrong
             type or out of range.
     """
     if isinstance(source, Config):
@@ -169,11 +169,12 @@ def load_config(source: Config | str | os.PathLike[str] | dict[str, Any]) -> Con
         return _validate(source, "config")
     path = Path(source)
     try:
-        return _validate(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        text = path.read_text(encoding="utf-8")
+        return _validate(json.loads(text) if path.suffix == ".json" else tomllib.loads(text), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:

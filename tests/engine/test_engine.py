@@ -242,11 +242,15 @@ def test_detokenizer_equals_decoding_the_whole(skip: bool) -> None:
 def test_progress_bar(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     llm = engine(folders["llama"])
     llm.generate(["the cat", "sat"], GREEDY, progress=True)
-    shown = capsys.readouterr().out
-    assert "2/2" in shown
-    assert "tokens/s" in shown
+    shown = capsys.readouterr()
+    assert "2/2" in shown.err
+    assert "tokens/s" in shown.err
+    assert shown.out == ""  # which is for results
     llm.generate("the cat", GREEDY)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
+    counts: list[tuple[int, int]] = []
+    engine(folders["qwen3"]).chat([{"role": "user", "content": "cat"}], GREEDY, progress=lambda *c: counts.append(c))
+    assert counts[-1] == (1, 1)
 
 
 def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import random
 from functools import cache
 from pathlib import Path
@@ -76,3 +77,34 @@ def test_digits_and_line_ends_stand_alone() -> None:
     for end in (i + 1 for i, c in enumerate(text) if c == "\n"):
         head = ours.encode(text[:end])
         assert ours.encode(text)[: len(head)] == head
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{}", "not a tokenizer"),
+        ("tokenizer_config.json", b"[1]", "expected a JSON object, got list"),
+        ("tokenizer_config.json", b"{", "not valid JSON"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id: expected ids"),
+        ("chat_template.jinja", b"\xff", "not UTF-8"),
+    ],
+)
+def test_a_broken_file_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_missing_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"other\.json: no such file"):
+        Tokenizer.from_folder(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("entry", [[{"name": "tool_use"}], ["x"], 7])
+def test_no_default_template(entry: object, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
+    assert Tokenizer.from_folder(tmp_path).chat_template is None

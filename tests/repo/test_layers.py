@@ -17,12 +17,13 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"_C"},
     "models": {"ops", "files"},
     "data": {"ops", "models", "config", "files"},
-    "train": {"ops", "models", "data", "config", "files"},
+    "train": {"ops", "models", "data", "config", "files", "progress"},
     "engine": {"ops", "models"},
     "verify": set(),
     "integrations": {"ops"},
     "config": set(),
     "files": set(),
+    "progress": set(),
     "info": {"ops", "_C", "__version__"},
 }
 ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}

@@ -62,7 +62,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
 
 def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     options = config.data
-    problems = Problems(options.on_bad)
+    problems = Problems(options.on_bad, skip="data.on_bad = 'skip'")
     records = list(_counted(_read(config, options.train, problems), tell, "reading"))
     report: dict[str, Any] = {"key": key, "rows": len(records) + sum(problems.counts.values())}
     if options.dedup.mode != "none":
@@ -159,7 +159,7 @@ def _counted(items: Iterator[Any], tell: Progress, stage: str, total: int = 0) -
 def _summary(problems: Problems) -> str:
     counts = ", ".join(f"{n} x {reason}" for reason, n in problems.counts.most_common())
     places = "; ".join(p for places in problems.examples.values() for p in places[:2])
-    return f"{counts or 'the files are empty'}. {places}"
+    return f"{counts}. {places}" if counts else "the files are empty"
 
 
 def _content_key(config: Config) -> str:

@@ -67,9 +67,13 @@ def _turn(message: dict[str, Any]) -> str:
 
 @dataclass
 class Problems:
-    """Counts what was wrong, keeps the first few places of each kind, and stops the run if so asked."""
+    """Counts what was wrong, keeps the first few places of each kind, and stops the run if so asked.
+
+    ``skip``: the setting that leaves unusable rows out, for the message; None where there is none.
+    """
 
     mode: Literal["fail", "skip"]
+    skip: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -77,7 +81,7 @@ class Problems:
         """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
         if self.mode == "fail":
             message = f"{source}: {reason}{': ' if detail else ''}{detail}"
-            raise DataError(f"{message} (data.on_bad = 'skip' would leave such rows out and count them)")
+            raise DataError(message + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
         self.note(source, reason, detail)
 
     def note(self, source: str, reason: str, detail: str = "") -> None:
@@ -143,7 +147,7 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         value = _normalise(value, fields)
         found = [kind for kind, names in FIELDS.items() if all(fields.get(n, n) in value for n in names)]
         if not found:
-            problems.add(row.source, "unknown format", f"fields {', '.join(sorted(map(str, value)))[:200]}")
+            problems.add(row.source, "unknown format", _fields(value))
             return None
         kind = found[0]
     else:
@@ -181,6 +185,11 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
             )
             return None
     return Record(kind, row.source, parts=tuple(parts), weight=float(weight))
+
+
+def _fields(value: dict[str, Any]) -> str:
+    expected = " or ".join(" + ".join(names) for names in FIELDS.values())
+    return f"expected {expected}, got {', '.join(sorted(map(str, value)))[:200] or 'no field'}"
 
 
 def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:

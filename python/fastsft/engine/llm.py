@@ -144,9 +144,16 @@ class LLM:
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[[int, int], None] = False,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, written out by the model's chat template."""
+        """Answer one conversation, or each of several, written out by the model's chat template.
+
+        Args:
+            progress: as in :meth:`generate`.
+            template: tools and whatever else the template reads.
+        """
         if not messages:
             raise ValueError("chat: messages: expected at least one message, got none")
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
@@ -154,7 +161,7 @@ class LLM:
         # The template writes every special token, as in training: nothing is put before it.
         prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(m, **template)} for m in several]
         texts = [self.tokenizer.render_chat(m, **template) for m in several]
-        outputs = self.generate(prompts, params)
+        outputs = self.generate(prompts, params, progress=progress)
         return [dataclasses.replace(o, prompt=text) for o, text in zip(outputs, texts, strict=True)]
 
     def infill(
@@ -259,10 +266,11 @@ def _reporter(progress: bool | Callable[[int, int], None], sequences: list[Seque
         function = progress
         yield lambda: function(finished(), total)
     else:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-        with Progress(*columns, TimeElapsedColumn()) as bar:
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=total, speed="")
 
             def show() -> None:

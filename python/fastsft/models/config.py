@@ -128,6 +128,8 @@ class ModelConfig:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+        if "model_type" not in raw and (path.parent / "model" / path.name).is_file():
+            raise ValueError(f"{path.parent}: the folder of a run; its model is {path.parent / 'model'}")
         return dataclasses.replace(ModelConfig.from_hf(raw, str(path)), text=text)
 
     @property

@@ -69,7 +69,7 @@ class Tokenizer:
         given = Path(path)
         folder, main = (given.parent, given) if given.is_file() else (given, given / "tokenizer.json")
         if not main.is_file():
-            raise FileNotFoundError(f"{folder}: no tokenizer.json")
+            raise FileNotFoundError(f"{given}: {'no tokenizer.json' if given.is_dir() else 'no such file or folder'}")
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         files["tokenizer.json"] = main.read_bytes()
         try:
@@ -82,13 +82,22 @@ class Tokenizer:
 
         def parse(name: str) -> dict[str, Any]:
             try:
-                return dict(json.loads(files[name])) if name in files else {}
+                found = json.loads(files.get(name, b"{}"))
             except ValueError as error:
                 raise ValueError(f"{folder / name}: not valid JSON: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{folder / name}: expected a JSON object, got {type(found).__name__}")
+            return found
 
         config, generation = parse("tokenizer_config.json"), parse("generation_config.json")
-        ids = generation.get("eos_token_id")
-        template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
+        ends = generation.get("eos_token_id")
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(isinstance(end, int) for end in ends):
+            raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id: expected ids, got {ends}")
+        try:
+            template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / 'chat_template.jinja'}: not UTF-8: {error}") from error
         if template is None:
             template = _default_template(config.get("chat_template"))
         named = _named({**parse("special_tokens_map.json"), **config})
@@ -96,7 +105,7 @@ class Tokenizer:
             backend,
             eos_id=_id(backend, named.get("eos_token")),
             bos_id=_id(backend, named.get("bos_token")),
-            eos_ids=[] if ids is None else [ids] if isinstance(ids, int) else list(ids),
+            eos_ids=ends,
             named=named,
             chat_template=template,
             files=files,
@@ -273,5 +282,5 @@ def _id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
 def _default_template(entry: Any) -> str | None:
     """tokenizer_config.json holds one template, or a list of named ones of which "default" is meant."""
     if isinstance(entry, list):
-        return {t["name"]: t["template"] for t in entry}.get("default")
+        entry = next((t.get("template") for t in entry if isinstance(t, dict) and t.get("name") == "default"), None)
     return entry if isinstance(entry, str) else None

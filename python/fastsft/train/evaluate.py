@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,12 +39,20 @@ def batch_loss(model: Decoder, batch: VarlenBatch, *, normalizer: float) -> torc
 
 
 @torch.inference_mode()
-def evaluate_loss(model: Decoder, store: SampleStore, *, capacity: int) -> EvalResult | None:
-    """Weighted mean loss over a store, packed into batches of at most ``capacity`` tokens; None for an empty store."""
+def evaluate_loss(
+    model: Decoder, store: SampleStore, *, capacity: int, progress: Callable[[int, int], None] | None = None
+) -> EvalResult | None:
+    """Weighted mean loss over a store, packed into batches of at most ``capacity`` tokens; None for an empty store.
+
+    ``progress`` is called with (batches done, all).
+    """
     total = weight = 0.0
     tokens = 0
-    for batch in sequential_batches(store, capacity=max(capacity, int(store.lengths.max(initial=0)))):
+    batches = sequential_batches(store, capacity=max(capacity, int(store.lengths.max(initial=0))))
+    for done, batch in enumerate(batches, 1):
         total += float(batch_loss(model, batch, normalizer=1.0))
         weight += float(batch.weights.sum(dtype=torch.float64))
         tokens += int((batch.weights > 0).sum())
+        if progress:
+            progress(done, len(batches))
     return EvalResult(total / weight, tokens) if tokens else None

@@ -60,16 +60,16 @@ class Display:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tok/s  ETA"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]:,.0f} tok/s  ETA"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=total, completed=start, loss=float("nan"), rate=0.0)
+            self._task = self._bar.add_task("", total=total, completed=start, loss="-", rate=0.0)
             self._bar.start()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         if self._live:
-            self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
+            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=tokens_per_second)
         elif self._lines and (time.monotonic() - self._last >= 10 or step == self._total):
             self._last = time.monotonic()
             self._say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s")

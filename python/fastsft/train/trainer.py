@@ -24,6 +24,7 @@ from fastsft.data.lock import hold
 from fastsft.data.prepare import Prepared, left_out, prepare
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model, save_model
+from fastsft.progress import bars
 from fastsft.train import checkpoint, schedule, start
 from fastsft.train.evaluate import EvalResult, batch_loss, evaluate_loss
 from fastsft.train.metrics import Display, MetricsLog
@@ -75,7 +76,8 @@ class Trainer:
         self.config = config = load_config(config)
         self.output = Path(config.output)
         start.check_fits(config, model.config if model else start.architecture(config))
-        self.prepared = prepared or prepare(config)
+        with bars(progress) as tell:
+            self.prepared = prepared or prepare(config, progress=tell)
         self.model = model or start.build_model(config, vocab_size=self.prepared.tokenizer.vocab_size)
         self._origin = start.fingerprint(self.model)
         for store in (self.prepared.train, self.prepared.eval):
@@ -165,7 +167,7 @@ class Trainer:
             if (options.save_every and done % options.save_every == 0) or last or self._signal is not None:
                 self._save(done, before, loss)
             if self._signal is not None and not last:
-                display.note(f"signal {self._signal}: saved step {done}; the same command goes on from there")
+                display.note(f"signal {self._signal}: saved step {done} in {self.output / 'checkpoints'}")
                 raise SystemExit(128 + self._signal)
         if first == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
             after = self._evaluate(self.total_steps, None, display)

@@ -1,39 +1,15 @@
-"""What the verbs print: progress on stderr, results on stdout."""
+"""What the verbs write: results on stdout, and files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from typing import Any
 
 
 class UsageError(ValueError):
     """Input the user can mend; shown without a traceback."""
-
-
-def progress_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def reporter(bar: Progress) -> Callable[[str, int, int], None]:
-    """(stage, done, total) -> one bar per stage; a total of 0 is unknown."""
-    tasks: dict[str, Any] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total or None)
-        bar.update(tasks[stage], completed=done, total=total or None)
-
-    return report
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastsft.verbs.console import UsageError, print_json, progress_bar, reporter, to_json, write_text
+from fastsft.verbs.console import UsageError, print_json, to_json, write_text
 
 if TYPE_CHECKING:
     from fastsft.config import Config
@@ -45,21 +45,22 @@ def dedup(
     from fastsft.data.dedup import dedup as find
     from fastsft.data.dedup import dedup_file
     from fastsft.data.records import Problems, read_records
+    from fastsft.progress import bars
 
     for key in fields or {}:
         if key not in FIELD_NAMES:
             raise UsageError(f"dedup: {unknown_key(f'fields.{key}', FIELD_NAMES)}")
     _check_target("--output", output, source)
     _check_target("--report", report, source)
-    problems = Problems(on_bad)
+    problems = Problems(on_bad, skip="--on-bad skip")
     options: dict[str, Any] = {
         "threshold": threshold, "num_perm": num_perm, "ngram": ngram, "unit": unit, "mode": mode,
     }  # fmt: skip
-    with progress_bar() as bar:
+    with bars() as tell:
         if output is not None:
-            found = dedup_file(source, output, problems, fields=fields, progress=reporter(bar), **options)
+            found = dedup_file(source, output, problems, fields=fields, progress=tell, **options)
         else:
-            found = find(list(read_records([source], problems, fields=fields)), progress=reporter(bar), **options)
+            found = find(list(read_records([source], problems, fields=fields)), progress=tell, **options)
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
         write_text(report, to_json(summary))
@@ -94,6 +95,8 @@ def _show_duplicates(summary: dict[str, Any]) -> None:
     )
     for line in left_out(summary):
         console.print(line, soft_wrap=True)
+    if not summary["clusters"]:
+        return
     table = Table("size", "members", "begins with", title="largest clusters")
     for cluster in summary["clusters"][:10]:
         table.add_row(
@@ -110,9 +113,10 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
         json: machine-readable report.
     """
     import fastsft
+    from fastsft.progress import bars
 
-    with progress_bar() as bar:
-        prepared = fastsft.prepare(config, progress=reporter(bar))
+    with bars() as tell:
+        prepared = fastsft.prepare(config, progress=tell)
     if json:
         print_json(prepared.report)
         return

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastsft.verbs.console import UsageError, print_json
 
 if TYPE_CHECKING:
+    from fastsft.data.prepare import Progress
     from fastsft.engine.request import SamplingParams
     from fastsft.models.decoder import Decoder
     from fastsft.models.tokenizer import Tokenizer
+    from fastsft.verify.passk import Task
 
 
 def evaluate(
@@ -26,6 +29,7 @@ def evaluate(
     seed: int = 0,
     max_tokens: int = 256,
     completion: bool = False,
+    stop: tuple[str, ...] = (),
     fields: dict[str, str] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     json: bool = False,
@@ -42,6 +46,7 @@ def evaluate(
         seed: of the draws.
         max_tokens: most tokens per sample.
         completion: continue the prompt as it is, not as a chat message.
+        stop: strings that end a sample.
         fields: names used in the files, as in data.fields of a run.
         dtype: of weights and cache.
         json: machine-readable output.
@@ -51,16 +56,24 @@ def evaluate(
     from fastsft.engine.request import SamplingParams
     from fastsft.models.tokenizer import Tokenizer
     from fastsft.models.weights import load_model
+    from fastsft.progress import bars
+    from fastsft.verify.passk import read_tasks
 
     if not data and tasks is None:
         raise UsageError("eval: give --data, --tasks or both")
-    params = SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=max_tokens)
+    if tasks is not None and not 1 <= min(k, default=0) <= max(k, default=0) <= n:
+        raise UsageError(f"eval: --k: expected numbers from 1 to --n, {n}, got {', '.join(map(str, k)) or 'none'}")
+    params = SamplingParams(n=n, temperature=temperature, seed=seed, stop=stop, max_tokens=max_tokens)
+    rows = [] if tasks is None else read_tasks(tasks)
+    if tasks is not None and not rows:
+        raise UsageError(f"eval: {tasks}: no task")
     decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
     results: dict[str, Any] = {}
-    if data:
-        results["loss"] = _held_out_loss(decoder, tokenizer, model, data, fields or {})
-    if tasks is not None:
-        results["tasks"] = _pass_at(decoder, tokenizer, tasks, params, k, completion)
+    with bars() as tell:
+        if data:
+            results["loss"] = _held_out_loss(decoder, tokenizer, model, data, fields or {}, tell)
+        if tasks is not None:
+            results["tasks"] = _pass_at(decoder, tokenizer, rows, params, k, completion, tell)
     if json:
         print_json(results)
     else:
@@ -68,7 +81,12 @@ def evaluate(
 
 
 def _held_out_loss(
-    decoder: Decoder, tokenizer: Tokenizer, model: Path, data: tuple[Path, ...], fields: dict[str, str]
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    model: Path,
+    data: tuple[Path, ...],
+    fields: dict[str, str],
+    tell: Progress,
 ) -> dict[str, Any]:
     from fastsft.config import DataOptions, load_config
     from fastsft.data.prepare import left_out
@@ -85,24 +103,32 @@ def _held_out_loss(
     records = list(read_records(data, problems, fields=fields))
     store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems))
     report = {"rows": len(records), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
-    result = evaluate_loss(decoder, store, capacity=config.train.tokens_per_batch)
+    result = evaluate_loss(
+        decoder, store, capacity=config.train.tokens_per_batch, progress=functools.partial(tell, "held-out loss")
+    )
     if result is None:
         raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *left_out(report)]))
     return {**dataclasses.asdict(result), "samples": len(store), **report}
 
 
 def _pass_at(
-    decoder: Decoder, tokenizer: Tokenizer, path: Path, params: SamplingParams, k: tuple[int, ...], completion: bool
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    tasks: list[Task],
+    params: SamplingParams,
+    k: tuple[int, ...],
+    completion: bool,
+    tell: Progress,
 ) -> dict[str, Any]:
     from fastsft.engine.llm import LLM
-    from fastsft.verify.passk import evaluate_tasks, extract_code, read_tasks
+    from fastsft.verify.passk import evaluate_tasks, extract_code
 
-    tasks = read_tasks(path)
     llm = LLM(decoder, tokenizer)
+    progress = functools.partial(tell, "generating")
     if completion:
-        outputs = llm.generate([t.prompt for t in tasks], params)
+        outputs = llm.generate([t.prompt for t in tasks], params, progress=progress)
     else:
-        outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params)
+        outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params, progress=progress)
     samples = [[o.text if completion else extract_code(o.text) for o in r.outputs] for r in outputs]
     return evaluate_tasks(tasks, samples, k=k).to_dict()
 
@@ -117,3 +143,5 @@ def _show(results: dict[str, Any]) -> None:
     if tasks := results.get("tasks"):
         for size, value in tasks["pass_at"].items():
             print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks {tasks['statuses']}")
+        if failed := next((t for t in tasks["tasks"] if t["failure"]), None):
+            print(f"failed, e.g. {failed['task_id']}: {failed['failure']}")

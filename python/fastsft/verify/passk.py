@@ -32,6 +32,14 @@ class TaskReport:
     passed: int
     results: tuple[SandboxResult, ...]
 
+    @property
+    def failure(self) -> str | None:
+        """How the first sample that did not pass ended: its status and the last line of its stderr."""
+        failed = next((r for r in self.results if r.status != "ok"), None)
+        if failed is None:
+            return None
+        return ": ".join([failed.status, *failed.stderr.strip().splitlines()[-1:]])
+
 
 @dataclass(frozen=True)
 class PassReport:
@@ -45,7 +53,10 @@ class PassReport:
         return {
             "pass_at": {str(k): v for k, v in self.pass_at.items()},
             "statuses": self.statuses,
-            "tasks": [{"task_id": t.task_id, "passed": t.passed, "samples": len(t.results)} for t in self.tasks],
+            "tasks": [
+                {"task_id": t.task_id, "passed": t.passed, "samples": len(t.results), "failure": t.failure}
+                for t in self.tasks
+            ],
         }
 
 
@@ -118,8 +129,10 @@ def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
                     tasks.append(Task(row["task_id"], row["prompt"], check, row["prompt"]))
                 else:
                     tasks.append(Task(row["task_id"], row["prompt"], row["check"], row.get("prefix", "")))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{where}:{number}: expected task_id, prompt and check: {error!r}") from None
+            except KeyError as error:
+                raise ValueError(f"{where}:{number}: expected task_id, prompt and check, found no {error}") from None
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where}:{number}: expected an object: {error}") from None
     return tasks
 
 

@@ -3,6 +3,7 @@
 
 #include "fastsft/device.h"
 #include "fastsft/isa.h"
+#include "fastsft/memory.h"
 #include "fastsft/parallel.h"
 #include "tensor_view.h"
 
@@ -29,6 +30,13 @@ void register_info(py::module_& m) {
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("cuda_architectures", &cuda_architectures, "Architectures compiled in, or '' for a CPU-only build.");
   m.def("cuda_device_count", &cuda_device_count, "Usable devices; -1 without a driver or in a CPU-only build.");
+  m.def(
+      "advise_huge_pages",
+      [](py::handle tensor) {
+        const TensorView view = view_of(tensor);
+        if (!view.on_cuda() && view.contiguous()) advise_huge_pages(view.data, view.numel() * view.dtype.bits / 8);
+      },
+      py::arg("tensor"), "Ask for huge pages under a fresh CPU tensor, before it is first written.");
   m.def(
       "describe", [](py::handle tensor) { return view_of(tensor).describe(); }, py::arg("tensor"),
       "How the bindings see a tensor: dtype, shape, device.");

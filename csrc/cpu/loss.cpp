@@ -5,16 +5,27 @@
 
 namespace fastsft {
 
-FASTSFT_ISA_DECLARE(void, loss_rows_range, const LossRows&, int64_t begin, int64_t end)
+FASTSFT_ISA_DECLARE(void, loss_stats_row, const LossTile&, Divergence, const LossStats&, int64_t row)
+FASTSFT_ISA_DECLARE(void, loss_gradient_row, const LossTile&, const LossStats&, const LossCoefficients&, int64_t row)
 
-void loss_rows(const LossRows& rows) {
-  FASTSFT_CHECK(rows.temperature > 0, "loss_rows: temperature: expected more than 0, got ", rows.temperature);
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    FASTSFT_CHECK(rows.targets[i] >= 0 && rows.targets[i] < rows.vocab,
-                  "linear_cross_entropy: targets: expected ids in [0, ", rows.vocab, "), got ", rows.targets[i]);
+void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats) {
+  FASTSFT_CHECK(tile.temperature > 0, "linear_cross_entropy: temperature: expected more than 0, got ",
+                tile.temperature);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    FASTSFT_CHECK(tile.targets[i] >= 0 && tile.targets[i] < tile.vocab,
+                  "linear_cross_entropy: targets: expected ids in [0, ", tile.vocab, "), got ", tile.targets[i]);
   }
-  const auto range = FASTSFT_ISA_SELECT(loss_rows_range);
-  parallel_for(rows.rows, 4, [&](int64_t begin, int64_t end) { range(rows, begin, end); });
+  const auto row = FASTSFT_ISA_SELECT(loss_stats_row);
+  parallel_for(tile.rows, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(tile, divergence, stats, i);
+  });
+}
+
+void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients) {
+  const auto row = FASTSFT_ISA_SELECT(loss_gradient_row);
+  parallel_for(tile.rows, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(tile, stats, coefficients, i);
+  });
 }
 
 }  // namespace fastsft

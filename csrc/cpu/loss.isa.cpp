@@ -1,5 +1,6 @@
-// Per row: the logits are read twice and written once (12 V bytes in float32, 6 V in bfloat16; a row stays in L2), two
-// exp per element. Pass 1 keeps a running maximum per block and rescales the sums when it grows; pass 2 recomputes exp.
+// Per row: loss_stats reads the logits once (and the reference's), one exp per element; a running maximum per block
+// rescales the sums when it grows. loss_gradient reads and writes them, one exp again. 12 V bytes in all in float32,
+// 6 V in 16 bits: memory-bound.
 #include "fastsft/loss.h"
 
 #include <cmath>
@@ -12,16 +13,24 @@ namespace {
 constexpr int64_t kBlock = 512;      // elements between two looks at the maximum
 constexpr float kLowest = -3.0e38f;  // instead of -inf, so that max - max is 0 and not NaN
 
-struct Cap {
+// Reads u, the capped and tempered logits. kPlain: there is neither bias nor cap.
+template <DType kDType, bool kPlain>
+struct Row {
+  const void* data;
+  const float* bias;
+  int64_t size;
   float cap, inverse_cap, inverse_temperature;
 
-  explicit Cap(const LossRows& a)
-      : cap(a.softcap),
-        inverse_cap(a.softcap > 0 ? 1.0f / a.softcap : 0.0f),
-        inverse_temperature(1.0f / a.temperature) {}
-  // u = cap(z) / temperature; slope = du/dz
+  Row(const LossTile& t, const void* logits, const float* bias_, int64_t i)
+      : data(element(kDType, logits, i * t.vocab)),
+        bias(bias_),
+        size(t.vocab),
+        cap(t.softcap),
+        inverse_cap(t.softcap > 0 ? 1.0f / t.softcap : 0.0f),
+        inverse_temperature(1.0f / t.temperature) {}
+
   FASTSFT_INLINE Vec apply(Vec z, Vec* slope) const {
-    if (cap <= 0) {
+    if (kPlain || cap <= 0) {
       *slope = splat(inverse_temperature);
       return z * inverse_temperature;
     }
@@ -29,145 +38,200 @@ struct Cap {
     *slope = (1.0f - t * t) * inverse_temperature;
     return t * (cap * inverse_temperature);
   }
+  FASTSFT_INLINE Vec whole(int64_t j, Vec* slope) const {
+    Vec z = load_as_float(kDType, data, j);
+    if (!kPlain && bias != nullptr) z += load(bias + j);
+    return apply(z, slope);
+  }
+  // The last, incomplete vector: past the row's end u is -inf, which adds nothing.
+  Vec tail(int64_t j, Vec* slope) const {
+    const int64_t have = size - j;
+    alignas(64) char buffer[kLanes * 4] = {};
+    std::memcpy(buffer, element(kDType, data, j), static_cast<std::size_t>(have) * (kDType == DType::kFloat32 ? 4 : 2));
+    Vec z = load_as_float(kDType, buffer, 0);
+    if (!kPlain && bias != nullptr) {
+      for (int64_t i = 0; i < have; ++i) z[i] += bias[j + i];
+    }
+    Vec u = apply(z, slope);
+    for (int64_t i = have; i < kLanes; ++i) u[i] = -INFINITY;
+    return u;
+  }
+  FASTSFT_INLINE Vec at(int64_t j, Vec* slope) const { return size - j >= kLanes ? whole(j, slope) : tail(j, slope); }
+  float one(int64_t j) const {  // through the same arithmetic as the vectors
+    Vec slope;
+    const int64_t first = j / kLanes * kLanes;
+    return at(first, &slope)[j - first];
+  }
 };
 
-// u for kLanes elements from column i; past the row's end (tail < kLanes of them exist) it is -inf, which adds nothing.
-FASTSFT_INLINE Vec load_scaled(const LossRows& a, const Cap& cap, const void* row, int64_t i, Vec* slope) {
-  const int64_t have = a.vocab - i;
-  Vec z;
-  if (have >= kLanes) {
-    z = load_as_float(a.dtype, row, i);
-    if (a.bias != nullptr) z += load(a.bias + i);
-    return cap.apply(z, slope);
-  }
-  alignas(64) char buffer[kLanes * 4] = {};
-  std::memcpy(buffer, element(a.dtype, row, i), static_cast<std::size_t>(have) * (a.dtype == DType::kFloat32 ? 4 : 2));
-  z = load_as_float(a.dtype, buffer, 0);
-  if (a.bias != nullptr) {
-    for (int64_t j = 0; j < have; ++j) z[j] += a.bias[i + j];
-  }
-  Vec u = cap.apply(z, slope);
-  for (int64_t j = have; j < kLanes; ++j) u[j] = -INFINITY;
-  return u;
-}
-
-FASTSFT_INLINE void store_gradient(const LossRows& a, void* row, int64_t i, Vec v) {
-  const int64_t have = a.vocab - i;
-  if (have >= kLanes) return store_from_float(a.dtype, row, i, v);
-  alignas(64) char buffer[kLanes * 4];
-  store_from_float(a.dtype, buffer, 0, v);
-  std::memcpy(element(a.dtype, row, i), buffer, static_cast<std::size_t>(have) * (a.dtype == DType::kFloat32 ? 4 : 2));
+// The terms of a sum that are 0 * -inf are 0; a NaN factor stays.
+FASTSFT_INLINE Vec weighted(Vec factor, Vec value) {
+  return select(factor > 0.0f, factor * value, select(factor == 0.0f, Vec{}, factor));
 }
 
 struct Sums {
   float max = kLowest;
-  float exps = 0;      // sum exp(u - max)
-  float weighted = 0;  // sum exp(u - max) (u - max)
-  float total = 0;     // sum u, for label smoothing
+  float exps = 0;      // sum_j exp(u_j - max)
+  float moment = 0;    // sum_j exp(u_j - max) (u_j - max)
+  float crossing = 0;  // sum_j exp(u_j - max) v_j
+  float total = 0;     // sum_j u_j
 };
 
-Sums first_pass(const LossRows& a, const Cap& cap, const void* row) {
+// Sums over a row u; with kCross, v is the other model's row.
+template <bool kCross, typename U>
+FASTSFT_NOINLINE Sums sums_of(const U& u_row, const U& v_row) {
   Sums s;
-  alignas(64) float block[kBlock];
-  for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
-    const int64_t n = smaller(kBlock, round_up(a.vocab - begin, kLanes));
-    Vec peak = splat(s.max), slope;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec u = load_scaled(a, cap, row, begin + i, &slope);
-      store(block + i, u);
+  alignas(64) float block[kBlock], other[kCross ? kBlock : 1];
+  for (int64_t begin = 0; begin < u_row.size; begin += kBlock) {
+    const int64_t n = smaller(kBlock, u_row.size - begin);
+    const int64_t whole = n / kLanes * kLanes;
+    Vec peak = splat(s.max), total{}, slope;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vec u = u_row.whole(begin + j, &slope);
+      store(block + j, u);
+      total += u;
       peak = max_of(u, peak);  // a NaN is not larger than anything; it reaches the sums below
+      if constexpr (kCross) store(other + j, v_row.whole(begin + j, &slope));
+    }
+    if (whole < n) {
+      const Vec u = u_row.tail(begin + whole, &slope);
+      store(block + whole, u);
+      for (int64_t j = whole; j < n; ++j) s.total += block[j];
+      peak = max_of(u, peak);
+      if constexpr (kCross) store(other + whole, v_row.tail(begin + whole, &slope));
     }
     const float max = max_lanes(peak);
     const float shift = s.max - max, factor = std::exp(shift);
-    Vec exps{}, weighted{}, total{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec u = load(block + i);
-      const Vec d = u - max;
-      const Vec e = exp_nonpositive(d);
+    Vec exps{}, moment{}, crossing{};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vec u = load(block + j), d = u - max, e = exp_nonpositive(d);
       exps += e;
-      weighted += select(e > 0.0f, e * d, e);  // 0 * -inf would be NaN; a NaN e stays
-      total += select(u == -INFINITY, Vec{}, u);
+      moment += weighted(e, d);
+      if constexpr (kCross) crossing += weighted(e, load(other + j));
     }
-    s.weighted = factor * (s.weighted + shift * s.exps) + sum_lanes(weighted);
+    s.moment = factor * (s.moment + shift * s.exps) + sum_lanes(moment);
     s.exps = factor * s.exps + sum_lanes(exps);
+    s.crossing = factor * s.crossing + sum_lanes(crossing);
     s.total += sum_lanes(total);
     s.max = max;
   }
   return s;
 }
 
-struct Term {
-  float psi, weight;
-};
-
-Term objective_term(const LossRows& a, int64_t i, float l, float entropy) {
-  const float p = std::exp(l), x = a.argument;
-  switch (a.objective) {
-    case Objective::kNll: return {-l, 1.0f};
-    case Objective::kDft: return {-p * l, p};
-    case Objective::kPower: return {-std::expm1(x * l) / x, std::exp(x * l)};
-    case Objective::kThreshold: return p >= x ? Term{-l, 1.0f} : Term{0.0f * l, 0.0f * l};
-    case Objective::kFocal: {
-      const float w = std::pow(-std::expm1(l), x);
-      return {-w * l, w};
-    }
-    case Objective::kEntropyGate: {
-      const float w = std::exp(-entropy);
-      return {-w * l, w};
-    }
-    case Objective::kRatioClip: {
-      const float ratio = std::exp(l - a.ref_logprobs[i]);
-      return ratio <= 1 + x ? Term{-ratio, ratio} : Term{-(1 + x) + 0.0f * l, 0.0f * l};
-    }
-    case Objective::kK3: {
-      const float d = a.ref_logprobs[i] - l;
-      return {-l + x * (std::expm1(d) - d), 1 + x * std::expm1(d)};
-    }
+template <DType kDType, bool kPlain>
+void stats_as(const LossTile& t, Divergence divergence, const LossStats& out, int64_t i) {
+  using TheRow = Row<kDType, kPlain>;
+  const TheRow row(t, t.logits, t.bias, i);
+  if (t.reference == nullptr) {
+    const Sums s = sums_of<false>(row, row);
+    const float log_sum = std::log(s.exps);
+    out.lse[i] = s.max + log_sum;
+    out.logprob[i] = (row.one(t.targets[i]) - s.max) - log_sum;
+    out.entropy[i] = log_sum - s.moment / s.exps;
+    out.mean_logprob[i] = s.total / static_cast<float>(t.vocab) - out.lse[i];
+    out.divergence[i] = out.reference_lse[i] = 0;
+    return;
   }
-  return {NAN, NAN};
+  const TheRow reference(t, t.reference, nullptr, i);
+  const bool reverse = divergence == Divergence::kReverse;
+  const Sums p = reverse ? sums_of<true>(row, reference) : sums_of<false>(row, row);
+  const Sums q = reverse ? sums_of<false>(reference, reference) : sums_of<true>(reference, row);
+  const float log_p = std::log(p.exps), log_q = std::log(q.exps);
+  out.lse[i] = p.max + log_p;
+  out.reference_lse[i] = q.max + log_q;
+  out.logprob[i] = (row.one(t.targets[i]) - p.max) - log_p;
+  out.entropy[i] = log_p - p.moment / p.exps;
+  out.mean_logprob[i] = p.total / static_cast<float>(t.vocab) - out.lse[i];
+  const float reference_entropy = log_q - q.moment / q.exps;
+  out.divergence[i] = reverse ? out.reference_lse[i] - p.crossing / p.exps - out.entropy[i]
+                              : out.lse[i] - q.crossing / q.exps - reference_entropy;
 }
 
-void one_row(const LossRows& a, const Cap& cap, int64_t i) {
-  void* row = element(a.dtype, a.logits, i * a.stride);
-  const Sums s = first_pass(a, cap, row);
-  const float log_sum = std::log(s.exps), lse = s.max + log_sum;
-  const int64_t y = a.targets[i];
-  Vec slope;
-  // The vector that holds the target, so that it goes through the same arithmetic as in the passes.
-  const int64_t y_vector = y / kLanes * kLanes;
-  const float u_y = load_scaled(a, cap, row, y_vector, &slope)[y - y_vector];
-  const float l = (u_y - s.max) - log_sum;
-  const float entropy = log_sum - s.weighted / s.exps;
-  const Term term = objective_term(a, i, l, entropy);
-  const float smooth = a.label_smoothing, vocab = static_cast<float>(a.vocab);
-  float loss = term.psi + a.z_loss * lse * lse;
-  if (smooth > 0) loss += smooth * (l - (s.total / vocab - lse));
-  a.loss[i] = a.token_weights[i] * loss;
-  a.logprob[i] = l;
-  a.entropy[i] = entropy;
-  a.weight[i] = a.token_weights[i] * term.weight;
-  if (!a.write_gradient) return;
+struct Coefficients {
+  float on_p, on_target, uniform, on_plogp, on_plogq, on_q;
+};
 
-  const float g = a.grad_weights[i], h = a.entropy_grads == nullptr ? 0.0f : a.entropy_grads[i];
-  const float inverse = 1.0f / s.exps;
-  const float per_p = g * (term.weight + 2 * a.z_loss * lse) - h * (entropy - log_sum);  // multiplies p
-  const float constant = -g * smooth / vocab;
-  const float at_target = -g * (term.weight - smooth);
-  for (int64_t j = 0; j < a.vocab; j += kLanes) {
-    const Vec d = load_scaled(a, cap, row, j, &slope) - s.max;
-    const Vec p = exp_nonpositive(d) * inverse;
-    Vec gradient = p * per_p + constant;
-    if (h != 0.0f) gradient -= h * select(p > 0.0f, p * d, p);
-    if (j == y_vector) gradient[y - y_vector] += at_target;
-    store_gradient(a, row, j, gradient * slope);
+template <DType kDType, bool kPlain>
+FASTSFT_INLINE Vec gradient_at(const Row<kDType, kPlain>& row, const Row<kDType, kPlain>& reference, bool is_whole,
+                               float lse, float reference_lse, const Coefficients& c, int64_t j) {
+  Vec slope;
+  const Vec log_p = (is_whole ? row.whole(j, &slope) : row.tail(j, &slope)) - lse;
+  const Vec p = exp_nonpositive(log_p);
+  Vec gradient = p * c.on_p + c.uniform;
+  if constexpr (!kPlain) {
+    gradient += c.on_plogp * weighted(p, log_p);
+    if (reference.data != nullptr) {
+      Vec unused;
+      const Vec log_q = (is_whole ? reference.whole(j, &unused) : reference.tail(j, &unused)) - reference_lse;
+      gradient += c.on_plogq * weighted(p, log_q) + c.on_q * exp_nonpositive(log_q);
+    }
   }
+  return gradient * slope;
+}
+
+template <DType kDType, bool kPlain>
+void gradient_as(const LossTile& t, const LossStats& s, const Coefficients& c, int64_t i) {
+  const Row<kDType, kPlain> row(t, t.logits, t.bias, i);
+  Row<kDType, kPlain> reference(t, t.reference, nullptr, i);
+  if (t.reference == nullptr) reference.data = nullptr;
+  void* const out = element(kDType, t.logits, i * t.vocab);
+  const float lse = s.lse[i], reference_lse = s.reference_lse[i];
+  const int64_t y = t.targets[i], y_vector = y / kLanes * kLanes, whole = t.vocab / kLanes * kLanes;
+  Vec target_slope;
+  (void)row.at(y_vector, &target_slope);
+  const float at_target = c.on_target * target_slope[y - y_vector];
+  const auto put = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += kLanes) {
+      store_from_float(kDType, out, j, gradient_at<kDType, kPlain>(row, reference, true, lse, reference_lse, c, j));
+    }
+  };
+  const auto put_with_target = [&](int64_t j, bool is_whole) {
+    Vec gradient = gradient_at<kDType, kPlain>(row, reference, is_whole, lse, reference_lse, c, j);
+    if (j == y_vector) gradient[y - y_vector] += at_target;
+    alignas(64) char buffer[kLanes * 4];
+    store_from_float(kDType, buffer, 0, gradient);
+    const int64_t have = smaller<int64_t>(kLanes, t.vocab - j);
+    std::memcpy(element(kDType, out, j), buffer, static_cast<std::size_t>(have) * (kDType == DType::kFloat32 ? 4 : 2));
+  };
+  put(0, smaller(y_vector, whole));
+  if (y_vector < whole) {
+    put_with_target(y_vector, true);
+    put(y_vector + kLanes, whole);
+  }
+  if (whole < t.vocab) put_with_target(whole, false);
 }
 
 }  // namespace
 
-void loss_rows_range(const LossRows& a, int64_t begin, int64_t end) {
-  const Cap cap(a);
-  for (int64_t i = begin; i < end; ++i) one_row(a, cap, i);
+void loss_stats_row(const LossTile& t, Divergence divergence, const LossStats& stats, int64_t i) {
+  const bool plain = t.bias == nullptr && t.softcap <= 0;
+  switch (t.dtype) {
+    case DType::kFloat32:
+      return plain ? stats_as<DType::kFloat32, true>(t, divergence, stats, i)
+                   : stats_as<DType::kFloat32, false>(t, divergence, stats, i);
+    case DType::kBFloat16:
+      return plain ? stats_as<DType::kBFloat16, true>(t, divergence, stats, i)
+                   : stats_as<DType::kBFloat16, false>(t, divergence, stats, i);
+    case DType::kFloat16:
+      return plain ? stats_as<DType::kFloat16, true>(t, divergence, stats, i)
+                   : stats_as<DType::kFloat16, false>(t, divergence, stats, i);
+  }
+}
+
+void loss_gradient_row(const LossTile& t, const LossStats& stats, const LossCoefficients& all, int64_t i) {
+  const Coefficients c{all.on_p[i], all.on_target[i], all.uniform[i], all.on_plogp[i], all.on_plogq[i], all.on_q[i]};
+  const bool plain = t.bias == nullptr && t.softcap <= 0 && t.reference == nullptr && c.on_plogp == 0;
+  switch (t.dtype) {
+    case DType::kFloat32:
+      return plain ? gradient_as<DType::kFloat32, true>(t, stats, c, i)
+                   : gradient_as<DType::kFloat32, false>(t, stats, c, i);
+    case DType::kBFloat16:
+      return plain ? gradient_as<DType::kBFloat16, true>(t, stats, c, i)
+                   : gradient_as<DType::kBFloat16, false>(t, stats, c, i);
+    case DType::kFloat16:
+      return plain ? gradient_as<DType::kFloat16, true>(t, stats, c, i)
+                   : gradient_as<DType::kFloat16, false>(t, stats, c, i);
+  }
 }
 
 }  // namespace fastsft::FASTSFT_ISA_NS

@@ -1,5 +1,5 @@
-// One block per row. The logits are read twice and written once (12 V bytes in float32, 6 V in 16 bits; the second read
-// hits L2 for a tile that fits it), two exp per element: memory-bound. Contract and formulas: fastsft/loss.h.
+// One block per row. loss_stats reads the logits once (and the reference's), loss_gradient reads and writes them: 12 V
+// bytes in all in float32, 6 V in 16 bits, two exp per element: memory-bound. Contract and formulas: fastsft/loss.h.
 #include "fastsft/loss.h"
 #include "primitives.cuh"
 
@@ -32,7 +32,7 @@ struct Float16 {
 };
 
 struct Sums {
-  float max, exps, weighted, total;
+  float max, exps, moment, crossing, total;  // as in csrc/cpu/loss.isa.cpp
 };
 
 // Combines two partial rows: sums are relative to their own maximum.
@@ -40,141 +40,158 @@ __device__ Sums merge(const Sums& a, const Sums& b) {
   const float max = fmaxf(a.max, b.max);
   const float sa = a.max - max, sb = b.max - max;
   const float fa = expf(sa), fb = expf(sb);
-  return {max, fa * a.exps + fb * b.exps, fa * (a.weighted + sa * a.exps) + fb * (b.weighted + sb * b.exps),
-          a.total + b.total};
+  return {max, fa * a.exps + fb * b.exps, fa * (a.moment + sa * a.exps) + fb * (b.moment + sb * b.exps),
+          fa * a.crossing + fb * b.crossing, a.total + b.total};
 }
 
 __device__ Sums merge_lanes(Sums s) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const Sums other{shuffle_xor(s.max, mask), shuffle_xor(s.exps, mask), shuffle_xor(s.weighted, mask),
-                     shuffle_xor(s.total, mask)};
+    const Sums other{shuffle_xor(s.max, mask), shuffle_xor(s.exps, mask), shuffle_xor(s.moment, mask),
+                     shuffle_xor(s.crossing, mask), shuffle_xor(s.total, mask)};
     s = merge(s, other);
   }
   return s;
 }
 
+// Reads u, the capped and tempered logits of a row.
 template <typename T>
-__device__ float scaled(const LossRows& a, const typename T::Word* row, int64_t j, float* slope) {
-  const float z = T::load(row + j) + (a.bias == nullptr ? 0.0f : a.bias[j]);
-  const float inverse_temperature = 1.0f / a.temperature;
-  if (a.softcap <= 0) {
-    *slope = inverse_temperature;
-    return z * inverse_temperature;
-  }
-  const float t = tanhf(z / a.softcap);
-  *slope = (1.0f - t * t) * inverse_temperature;
-  return t * a.softcap * inverse_temperature;
-}
+struct Row {
+  const typename T::Word* data;
+  const float* bias;
+  float cap, inverse_temperature;
 
-struct Term {
-  float psi, weight;
+  __device__ Row(const LossTile& t, const void* logits, const float* bias_, int64_t i)
+      : data(static_cast<const typename T::Word*>(logits) + i * t.vocab),
+        bias(bias_),
+        cap(t.softcap),
+        inverse_temperature(1.0f / t.temperature) {}
+
+  __device__ float at(int64_t j, float* slope) const {
+    const float z = T::load(data + j) + (bias == nullptr ? 0.0f : bias[j]);
+    if (cap <= 0) {
+      *slope = inverse_temperature;
+      return z * inverse_temperature;
+    }
+    const float t = tanhf(z / cap);
+    *slope = (1.0f - t * t) * inverse_temperature;
+    return t * cap * inverse_temperature;
+  }
 };
 
-__device__ Term objective_term(const LossRows& a, int64_t i, float l, float entropy) {
-  const float p = expf(l), x = a.argument;
-  switch (a.objective) {
-    case Objective::kNll: return {-l, 1.0f};
-    case Objective::kDft: return {-p * l, p};
-    case Objective::kPower: return {-expm1f(x * l) / x, expf(x * l)};
-    case Objective::kThreshold:
-      if (p >= x) return {-l, 1.0f};
-      return {0.0f * l, 0.0f * l};
-    case Objective::kFocal: {
-      const float w = powf(-expm1f(l), x);
-      return {-w * l, w};
-    }
-    case Objective::kEntropyGate: {
-      const float w = expf(-entropy);
-      return {-w * l, w};
-    }
-    case Objective::kRatioClip: {
-      const float ratio = expf(l - a.ref_logprobs[i]);
-      if (ratio <= 1 + x) return {-ratio, ratio};
-      return {-(1 + x) + 0.0f * l, 0.0f * l};
-    }
-    case Objective::kK3: {
-      const float d = a.ref_logprobs[i] - l;
-      return {-l + x * (expm1f(d) - d), 1 + x * expm1f(d)};
-    }
-  }
-  return {0.0f, 0.0f};
-}
+// 0 * -inf is 0 in these sums; a NaN factor stays.
+__device__ float weighted(float factor, float value) { return factor == 0.0f ? 0.0f : factor * value; }
 
+// Sums over the row u; v is the other model's row, or null. Every thread of the block gets the result.
 template <typename T>
-__global__ void loss_rows_kernel(LossRows a) {
-  __shared__ Sums partial[kThreads / kWarp];
-  const int64_t i = blockIdx.x;
+__device__ Sums sums_of(const Row<T>& u_row, const Row<T>* v_row, int64_t vocab, Sums* partial) {
   const int thread = static_cast<int>(threadIdx.x);
-  auto* row = static_cast<typename T::Word*>(a.logits) + i * a.stride;
   float slope;
-
-  Sums s{kLowest, 0.0f, 0.0f, 0.0f};
-  for (int64_t j = thread; j < a.vocab; j += kThreads) {
-    const float u = scaled<T>(a, row, j, &slope);
+  Sums s{kLowest, 0.0f, 0.0f, 0.0f, 0.0f};
+  for (int64_t j = thread; j < vocab; j += kThreads) {
+    const float u = u_row.at(j, &slope);
     if (u > s.max) {
       const float shift = s.max - u, factor = expf(shift);
-      s.weighted = factor * (s.weighted + shift * s.exps);
+      s.moment = factor * (s.moment + shift * s.exps);
       s.exps *= factor;
+      s.crossing *= factor;
       s.max = u;
     }
     const float d = u - s.max, e = expf(d);
     s.exps += e;
-    if (e != 0.0f) s.weighted += e * d;  // 0 * -inf would be NaN; a NaN e comes in
-    if (u != -INFINITY) s.total += u;
+    s.moment += weighted(e, d);
+    if (v_row != nullptr) s.crossing += weighted(e, v_row->at(j, &slope));
+    s.total += u;
   }
   s = merge_lanes(s);
   if (thread % kWarp == 0) partial[thread / kWarp] = s;
   __syncthreads();
   s = partial[0];  // every thread merges in the same order: the same bits everywhere, no second broadcast
   for (int w = 1; w < kThreads / kWarp; ++w) s = merge(s, partial[w]);
+  __syncthreads();  // `partial` may be written again
+  return s;
+}
 
-  const float log_sum = logf(s.exps), lse = s.max + log_sum;
-  const int64_t y = a.targets[i];
-  const float l = (scaled<T>(a, row, y, &slope) - s.max) - log_sum;
-  const float entropy = log_sum - s.weighted / s.exps;
-  const Term term = objective_term(a, i, l, entropy);
-  const float smooth = a.label_smoothing, vocab = static_cast<float>(a.vocab);
-  if (thread == 0) {
-    float loss = term.psi + a.z_loss * lse * lse;
-    if (smooth > 0) loss += smooth * (l - (s.total / vocab - lse));
-    a.loss[i] = a.token_weights[i] * loss;
-    a.logprob[i] = l;
-    a.entropy[i] = entropy;
-    a.weight[i] = a.token_weights[i] * term.weight;
+template <typename T>
+__global__ void loss_stats_kernel(LossTile t, Divergence divergence, LossStats out) {
+  __shared__ Sums partial[kThreads / kWarp];
+  const int64_t i = blockIdx.x;
+  const bool has_reference = t.reference != nullptr, reverse = divergence == Divergence::kReverse;
+  const Row<T> row(t, t.logits, t.bias, i), reference(t, has_reference ? t.reference : t.logits, nullptr, i);
+  const Sums p = sums_of<T>(row, has_reference && reverse ? &reference : nullptr, t.vocab, partial);
+  const float log_p = logf(p.exps), lse = p.max + log_p, entropy = log_p - p.moment / p.exps;
+  float kl = 0.0f, reference_lse = 0.0f;
+  if (has_reference) {
+    const Sums q = sums_of<T>(reference, reverse ? nullptr : &row, t.vocab, partial);
+    const float log_q = logf(q.exps);
+    reference_lse = q.max + log_q;
+    kl = reverse ? reference_lse - p.crossing / p.exps - entropy
+                 : lse - q.crossing / q.exps - (log_q - q.moment / q.exps);
   }
-  if (!a.write_gradient) return;
-  __syncthreads();  // every thread has read the target's logit before one of them overwrites it
+  if (threadIdx.x != 0) return;
+  float slope;
+  out.logprob[i] = (row.at(t.targets[i], &slope) - p.max) - log_p;
+  out.entropy[i] = entropy;
+  out.lse[i] = lse;
+  out.mean_logprob[i] = p.total / static_cast<float>(t.vocab) - lse;
+  out.divergence[i] = kl;
+  out.reference_lse[i] = reference_lse;
+}
 
-  const float g = a.grad_weights[i], h = a.entropy_grads == nullptr ? 0.0f : a.entropy_grads[i];
-  const float inverse = 1.0f / s.exps;
-  const float per_p = g * (term.weight + 2 * a.z_loss * lse) - h * (entropy - log_sum);
-  const float constant = -g * smooth / vocab;
-  for (int64_t j = thread; j < a.vocab; j += kThreads) {
-    const float d = scaled<T>(a, row, j, &slope) - s.max;
-    const float p = expf(d) * inverse;
-    float gradient = p * per_p + constant;
-    if (h != 0.0f && p != 0.0f) gradient -= h * p * d;
-    if (j == y) gradient -= g * (term.weight - smooth);
-    T::store(row + j, gradient * slope);
+template <typename T>
+__global__ void loss_gradient_kernel(LossTile t, LossStats s, LossCoefficients c) {
+  const int64_t i = blockIdx.x, y = t.targets[i];
+  const bool has_reference = t.reference != nullptr;
+  const Row<T> row(t, t.logits, t.bias, i), reference(t, has_reference ? t.reference : t.logits, nullptr, i);
+  auto* const out = static_cast<typename T::Word*>(t.logits) + i * t.vocab;
+  const float lse = s.lse[i], reference_lse = s.reference_lse[i];
+  const float on_p = c.on_p[i], on_target = c.on_target[i], uniform = c.uniform[i];
+  const float on_plogp = c.on_plogp[i], on_plogq = c.on_plogq[i], on_q = c.on_q[i];
+  for (int64_t j = threadIdx.x; j < t.vocab; j += kThreads) {
+    float slope, unused;
+    const float log_p = row.at(j, &slope) - lse, p = expf(log_p);
+    float gradient = p * on_p + uniform + on_plogp * weighted(p, log_p);
+    if (has_reference) {
+      const float log_q = reference.at(j, &unused) - reference_lse;
+      gradient += on_plogq * weighted(p, log_q) + on_q * expf(log_q);
+    }
+    if (j == y) gradient += on_target;
+    T::store(out + j, gradient * slope);
   }
 }
 
 }  // namespace
 
 #if !defined(FASTSFT_CUDA_HOST)
-void loss_rows(const LossRows& rows, void* stream) {
-  if (rows.rows == 0) return;
-  const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(rows.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(rows);
-  };
-  switch (rows.dtype) {
-    case DType::kFloat32: launch(loss_rows_kernel<Float32>); break;
-    case DType::kBFloat16: launch(loss_rows_kernel<BFloat16>); break;
-    case DType::kFloat16: launch(loss_rows_kernel<Float16>); break;
+namespace {
+
+template <typename Launch>
+void launch_as(const char* what, const LossTile& tile, Launch&& launch) {
+  if (tile.rows == 0) return;
+  switch (tile.dtype) {
+    case DType::kFloat32: launch(Float32{}); break;
+    case DType::kBFloat16: launch(BFloat16{}); break;
+    case DType::kFloat16: launch(Float16{}); break;
   }
   const cudaError_t error = cudaGetLastError();
-  FASTSFT_CHECK(error == cudaSuccess, "loss_rows: launch of ", rows.rows, " x ", kThreads,
+  FASTSFT_CHECK(error == cudaSuccess, what, ": launch of ", tile.rows, " x ", kThreads,
                 " threads failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats, void* stream) {
+  launch_as("loss_stats", tile, [&](auto type) {
+    loss_stats_kernel<decltype(type)>
+        <<<static_cast<unsigned>(tile.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tile, divergence, stats);
+  });
+}
+
+void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients, void* stream) {
+  launch_as("loss_gradient", tile, [&](auto type) {
+    loss_gradient_kernel<decltype(type)>
+        <<<static_cast<unsigned>(tile.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tile, stats,
+                                                                                               coefficients);
+  });
 }
 #endif
 

@@ -3,9 +3,13 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'loss_rows', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'sample', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'sample', 'set_isa', 'set_num_threads', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
+def advise_huge_pages(tensor: typing.Any) -> None:
+    """
+    Ask for huge pages under a fresh CPU tensor, before it is first written.
+    """
 def available_isas() -> list[str]:
     ...
 def compiler() -> str:
@@ -36,7 +40,9 @@ def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.Sup
     """
 def gemm(a: typing.Any, b: typing.Any, c: typing.Any, accumulate: bool) -> None:
     ...
-def loss_rows(logits: typing.Any, bias: typing.Any, targets: typing.Any, token_weights: typing.Any, grad_weights: typing.Any, entropy_grads: typing.Any, ref_logprobs: typing.Any, objective: typing.SupportsInt | typing.SupportsIndex, argument: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, z_loss: typing.SupportsFloat | typing.SupportsIndex, write_gradient: bool, loss: typing.Any, logprob: typing.Any, entropy: typing.Any, weight: typing.Any) -> None:
+def loss_gradient(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, stats: typing.Any, coefficients: typing.Any) -> None:
+    ...
+def loss_stats(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, forward_divergence: bool, stats: typing.Any) -> None:
     ...
 def lsh_clusters(signatures: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, bands: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
     """

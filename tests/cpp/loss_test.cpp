@@ -9,13 +9,22 @@
 
 using namespace fastsft;
 
-TEST(every_objective_and_option_against_float64) {
+namespace {
+
+void run(LossData& data) {
+  loss_stats(data.tile(), data.divergence(), data.stats());
+  loss_gradient(data.tile(), data.stats(), data.coefficients());
+}
+
+}  // namespace
+
+TEST(every_option_against_float64) {
   for (Isa isa : available_isas()) {
     set_isa(isa);
     for (int64_t vocab : {1, 7, 31, 257, 1003, 5001}) {
       for (const LossCase& c : loss_cases()) {
         LossData data(5, vocab, c, 11);
-        loss_rows(data.rows());
+        run(data);
         data.compare(isa_name(isa));
       }
     }
@@ -24,12 +33,12 @@ TEST(every_objective_and_option_against_float64) {
 
 TEST(rows_do_not_depend_on_threads_or_neighbours) {
   set_isa(available_isas().back());
-  LossData one(9, 517, loss_cases()[7], 5), many(9, 517, loss_cases()[7], 5);
+  LossData one(9, 517, loss_cases().back(), 5), many(9, 517, loss_cases().back(), 5);
   set_num_threads(1);
-  loss_rows(one.rows());
+  run(one);
   set_num_threads(4);
   many.logits[3 * 517 + 100] = NAN;
-  loss_rows(many.rows());
+  run(many);
   for (int64_t i = 0; i < 9; ++i) {
     for (int64_t j = 0; j < 517; ++j) {
       const float a = one.logits[i * 517 + j], b = many.logits[i * 517 + j];
@@ -38,12 +47,29 @@ TEST(rows_do_not_depend_on_threads_or_neighbours) {
   }
 }
 
+TEST(a_class_that_the_bias_excludes_has_no_part) {
+  for (Isa isa : available_isas()) {
+    set_isa(isa);
+    LossData data(1, 40, {.bias = true, .on_plogp = true}, 3);
+    LossTile tile = data.tile();
+    std::vector<float> bias(40, 0.0f);
+    const int64_t target = 5;
+    bias[7] = bias[39] = -INFINITY;
+    tile.bias = bias.data();
+    tile.targets = &target;
+    loss_stats(tile, data.divergence(), data.stats());
+    CHECK(std::isfinite(data.stats_values()[0]) && std::isfinite(data.stats_values()[1]));
+    loss_gradient(tile, data.stats(), data.coefficients());
+    for (int64_t j = 0; j < 40; ++j) CHECK(bias[j] == 0 ? std::isfinite(data.logits[j]) : data.logits[j] == 0);
+  }
+}
+
 TEST(a_target_out_of_range_is_refused) {
   LossData data(2, 8, {}, 1);
-  LossRows rows = data.rows();
+  LossTile tile = data.tile();
   const int64_t bad[] = {0, 8};
-  rows.targets = bad;
-  CHECK_THROWS(loss_rows(rows), Error);
+  tile.targets = bad;
+  CHECK_THROWS(loss_stats(tile, data.divergence(), data.stats()), Error);
 }
 
 TEST_MAIN()

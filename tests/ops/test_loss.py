@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from loss_cases import SHAPES, Case, assert_as_good_as_torch, check, ours, plain
 
 from fastsft import _C, ops
-from fastsft.ops import loss as loss_module
-from fastsft.ops import reference
+from fastsft.ops import _loss_tiles, reference
 
-SHAPES = [(0, 8, 33), (1, 7, 5), (31, 24, 257), (257, 19, 131)]
-OBJECTIVE_CASES: list[tuple[str, dict[str, float]]] = [
-    ("nll", {}),
-    ("dft", {}),
-    ("power", {"alpha": 0.5}),
-    ("threshold", {"tau": 0.02}),
-    ("focal", {"gamma": 2.0}),
-    ("entropy_gate", {}),
-    ("ratio_clip", {"epsilon": 0.2}),
-    ("k3", {"beta": 0.3}),
-]
 OPTIONS: list[dict[str, Any]] = [
     {"softcap": 4.0},
     {"temperature": 0.7},
@@ -31,78 +20,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-class Case:
-    """Random inputs: about a third of the targets ignored, some weights zero, some negative."""
-
-    def __init__(self, tokens: int, width: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.hidden = torch.randn(tokens, width, generator=g).to(dtype)
-        self.weight = (torch.randn(vocab, width, generator=g) * 0.5).to(dtype)
-        self.bias = torch.randn(vocab, generator=g).to(dtype)
-        self.targets = torch.randint(0, vocab, (tokens,), generator=g)
-        self.targets[torch.rand(tokens, generator=g) < 0.3] = -100
-        self.weights = torch.rand(tokens, generator=g) * 2 - 0.2
-        self.weights[torch.rand(tokens, generator=g) < 0.1] = 0
-        exact = reference.linear_logprobs(self.hidden.double(), self.weight.double(), self.targets)[0]
-        self.ref = (exact + 0.3 * torch.randn(tokens, generator=g)).float()
-
-
-def run(case: Case, dtype: torch.dtype, function: Any, upstream: float = 1.0, **kw: Any) -> tuple[torch.Tensor, ...]:
-    """Loss and the gradients of hidden, weight and bias, computed in ``dtype``."""
-    leaves = [t.to(dtype).detach().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
-    loss = function(leaves[0], leaves[1], case.targets, case.weights, bias=leaves[2], **kw)
-    (loss.sum() * upstream).backward()
-    return (loss.detach(), *[leaf.grad for leaf in leaves])
-
-
-def ours(case: Case, objective: str, args: dict[str, float], **kw: Any) -> tuple[torch.Tensor, ...]:
-    ref = case.ref if objective in ("ratio_clip", "k3") else None
-    return run(case, case.hidden.dtype, ops.linear_cross_entropy, objective=objective, objective_args=args,
-               ref_logprobs=ref, **kw)  # fmt: skip
-
-
-def plain(
-    case: Case, dtype: torch.dtype, objective: str, args: dict[str, float], **kw: Any
-) -> tuple[torch.Tensor, ...]:
-    ref = case.ref.to(dtype) if objective in ("ratio_clip", "k3") else None
-    argument = next(iter(args.values()), 0.0)
-    return run(case, dtype, reference.linear_cross_entropy, objective=objective, argument=argument,
-               ref_logprobs=ref, **kw)  # fmt: skip
-
-
-def assert_as_good_as_torch(got: Any, torch_same: Any, exact: Any) -> None:
-    """The rule of docs/numerics.md: at most twice torch's own error, in norm and elementwise."""
-    for ours_, theirs, ref in zip(got, torch_same, exact, strict=True):
-        if ref.numel() == 0:
-            assert ours_.shape == ref.shape
-            continue
-        unit = torch.finfo(ours_.dtype).eps * (1 + ref.abs().max())
-        error, allowed = (ours_.double() - ref).abs(), (theirs.double() - ref).abs()
-        assert error.max() <= 2 * allowed.max() + 4 * unit
-        assert error.norm() <= 2 * allowed.norm() + 4 * unit * ref.numel() ** 0.5
-
-
-@pytest.mark.parametrize(("objective", "args"), OBJECTIVE_CASES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_objectives(shape: tuple[int, int, int], objective: str, args: dict[str, float]) -> None:
-    case = Case(*shape)
-    results = [ours(case, objective, args), plain(case, torch.float32, objective, args),
-               plain(case, torch.float64, objective, args)]  # fmt: skip
-    assert_as_good_as_torch(*results)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_options(shape: tuple[int, int, int], options: dict[str, Any]) -> None:
-    case = Case(*shape)
-    assert_as_good_as_torch(*[ours(case, "nll", {}, **options), plain(case, torch.float32, "nll", {}, **options),
-                              plain(case, torch.float64, "nll", {}, **options)])  # fmt: skip
+    check(Case(*shape), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    case = Case(257, 64, 1031, dtype)
-    assert_as_good_as_torch(ours(case, "nll", {}), plain(case, dtype, "nll", {}), plain(case, torch.float64, "nll", {}))
+    check(Case(257, 64, 1031, dtype))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -110,9 +36,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("objective", ["nll", "power"])
 def test_reductions_and_upstream_gradient(reduction: str, upstream: float, objective: str) -> None:
     case, args = Case(31, 24, 257), {"alpha": 0.5} if objective == "power" else {}
-    kw = {"reduction": reduction, "upstream": upstream}
-    assert_as_good_as_torch(ours(case, objective, args, **kw), plain(case, torch.float32, objective, args, **kw),
-                            plain(case, torch.float64, objective, args, **kw))  # fmt: skip
+    check(case, objective, args, reduction=reduction, upstream=upstream)
 
 
 def test_upstream_gradient_per_token() -> None:
@@ -140,29 +64,6 @@ def test_logprobs_and_entropy(softcap: float) -> None:
         results.append([logprob.detach().double(), entropy.detach().double(), *[x.grad.double() for x in leaves]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("objective", ["power", "ratio_clip", "k3"])
-def test_live_weights_against_finite_differences(objective: str) -> None:
-    """The gradient of what the loss reports, where the weight is not detached."""
-    case = Case(5, 6, 9, seed=3)
-    case.weights.fill_(1.0)
-    ref = case.ref if objective != "power" else None
-    weight = case.weight.double()
-
-    def value(hidden: torch.Tensor) -> float:
-        args = {"objective": objective, "argument": {"power": 1.0, "ratio_clip": 0.2, "k3": 0.1}[objective]}
-        return float(reference.linear_cross_entropy(hidden, weight, case.targets, ref_logprobs=ref, **args))  # type: ignore[arg-type]
-
-    hidden = case.hidden.requires_grad_()
-    loss = ops.linear_cross_entropy(hidden, case.weight, case.targets, objective=objective, ref_logprobs=ref)
-    loss.backward()
-    for i in range(case.hidden.numel()):
-        step = torch.zeros(case.hidden.numel(), dtype=torch.float64)
-        step[i] = 1e-6
-        step = step.view_as(case.hidden)
-        slope = (value(hidden.detach().double() + step) - value(hidden.detach().double() - step)) / 2e-6
-        assert abs(slope - float(hidden.grad.view(-1)[i])) < 1e-5  # type: ignore[union-attr]
 
 
 def test_all_weights_zero() -> None:
@@ -195,6 +96,91 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
     assert (weight.grad - whole[2]).norm() <= 1e-6 * whole[2].norm()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1000, 60])
+def test_accumulate_into(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of micro-batches add up in float32, and autograd leaves the weight alone."""
+    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * dtype.itemsize * rows)
+    case = Case(257, 19, 131, dtype)
+    exact = plain(case, torch.float64)
+    weight, into = case.weight.clone().requires_grad_(), torch.ones(131, 19)
+    kept = torch.where(case.targets != -100, case.weights, 0)
+    hidden_grads = []
+    for part in torch.arange(257).split([100, 1, 156]):
+        hidden = case.hidden[part].requires_grad_()
+        loss = ops.linear_cross_entropy(hidden, weight, case.targets[part], case.weights[part], bias=case.bias,
+                                        normalizer=kept.sum(), accumulate_into=into)  # fmt: skip
+        loss.backward()  # type: ignore[union-attr]
+        hidden_grads.append(hidden.grad)
+    assert weight.grad is None
+    unit = torch.finfo(dtype).eps
+    rounding = 3 * 2**-24 * into.numel() ** 0.5  # of sums that are near 1
+    assert (into - 1 - exact[2]).norm() <= 4 * unit * exact[2].norm() + rounding
+    assert (torch.cat(hidden_grads) - exact[1]).norm() <= 4 * unit * exact[1].norm()  # type: ignore[arg-type]
+    with torch.no_grad():
+        before = into.clone()
+        ops.linear_cross_entropy(case.hidden, weight, case.targets, accumulate_into=into)
+        assert torch.equal(into, before)
+
+
+def test_nothing_is_differentiated_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = _loss_tiles._product
+    monkeypatch.setattr(_loss_tiles, "_product", lambda *a, **kw: (calls.append(1), original(*a, **kw)))
+    case = Case(31, 24, 257)
+    weight = case.weight.requires_grad_()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            ops.linear_cross_entropy(case.hidden, weight, case.targets)
+    assert len(calls) == 2
+
+
+def test_float16_gradients_survive_a_large_divisor() -> None:
+    """A loss scale multiplies in the backward pass; what is divided away in the forward pass must not be lost."""
+    case = Case(64, 32, 300, torch.float16, positive=True)
+    exact = plain(case, torch.float64, normalizer=1e6)
+    got = ours(case, normalizer=1e6, upstream=65536.0)
+    for a, b in zip(got[1:], exact[1:], strict=True):
+        assert (a.double() / 65536 - b).norm() <= 5e-3 * b.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(reduction: str) -> None:
+    """As F.linear under autocast: bfloat16 products, float32 gradients of float32 leaves."""
+    case = Case(31, 24, 257)
+    leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(*leaves, case.targets, case.weights, reduction=reduction)
+        logprob = ops.linear_logprobs(*leaves, case.targets)
+    got = torch.autograd.grad(loss.sum(), leaves)  # type: ignore[union-attr]
+    low = Case(31, 24, 257, torch.bfloat16)
+    twins = [low.hidden.requires_grad_(), low.weight.requires_grad_()]
+    same = ops.linear_cross_entropy(*twins, case.targets, case.weights, reduction=reduction)
+    assert torch.equal(loss, same)  # type: ignore[arg-type]
+    assert torch.equal(logprob, ops.linear_logprobs(*twins, case.targets))  # type: ignore[arg-type]
+    for a, b in zip(got, torch.autograd.grad(same.sum(), twins), strict=True):  # type: ignore[union-attr]
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("rows", [1000, 40])
+def test_the_weights_gradient_is_rounded_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16: within half a unit of the exact sum over the same rounded gradients of the logits."""
+    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * 2 * rows)
+    case = Case(257, 19, 131, torch.bfloat16)
+    seen = []
+    original = _loss_tiles._Gradients.add
+
+    def add(self: Any, d_logits: torch.Tensor, begin: int, end: int) -> None:
+        seen.append(d_logits.double().T @ self.rows.hidden[begin:end].double())
+        original(self, d_logits, begin, end)
+
+    monkeypatch.setattr(_loss_tiles._Gradients, "add", add)
+    gradient = ours(case)[2].double()
+    exact = torch.stack(seen).sum(0)
+    assert ((gradient - exact).abs() <= 2**-8 * 1.01 * exact.abs() + 1e-7).all()
+
+
 def test_a_nan_row_stays_in_its_row() -> None:
     case = Case(31, 24, 257)
     case.targets.clamp_(min=0)
@@ -217,19 +203,11 @@ def test_true_class_gradient_survives_a_confident_prediction() -> None:
     assert abs(float(hidden.grad) / float(exact) - 1) < 0.02  # type: ignore[arg-type]
 
 
-def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(257, 19, 131)
-    whole = ours(case, "nll", {})
-    monkeypatch.setattr(loss_module, "_TILE_BYTES", 131 * 4 * 10)
-    for a, b in zip(ours(case, "nll", {}), whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
 def test_logits_never_exist_beyond_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     tile = 1 << 16
-    monkeypatch.setattr(loss_module, "_TILE_BYTES", tile)
+    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", tile)
     hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(1024, 8, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         ops.linear_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64)).backward()
@@ -274,27 +252,30 @@ def test_aux() -> None:
 
 
 def test_plain_torch_rows_match_the_native_ones() -> None:
-    case = Case(31, 24, 257)
-    logits = case.hidden @ case.weight.T
-    targets = case.targets.clamp(min=0)
-    ref = reference.linear_logprobs(case.hidden, case.weight, targets)[0] + 0.1
-    per_token = [targets, case.weights, case.weights, case.weights * 0.1, ref]
-    for number in range(8):
-        options = (number, 0.3, 4.0, 0.8, 0.1 if number == 0 else 0.0, 0.01)
-        results = []
-        for rows in (loss_module._rows_native, loss_module._rows_torch):
-            tile, outputs = logits.clone(), [torch.empty(31) for _ in range(4)]
-            rows(tile, case.bias, per_token, options, True, outputs)
-            results.append([*outputs, tile])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    g = torch.Generator().manual_seed(0)
+    logits, other, bias = torch.randn(31, 257, generator=g), torch.randn(31, 257, generator=g), torch.randn(257)
+    targets, coefficients = torch.randint(257, (31,), generator=g), torch.randn(6, 31, generator=g)
+    for ref in (None, other):
+        for forward in (False, True):
+            if ref is None:
+                coefficients[4:] = 0
+            results = []
+            for kernels in (_loss_tiles._NATIVE, _loss_tiles._torch_kernels()):
+                tile, stats = logits.clone(), torch.empty(6, 31)
+                kernels.stats(tile, targets, bias, ref, 4.0, 0.8, forward, stats)
+                kernels.gradient(tile, targets, bias, ref, 4.0, 0.8, stats, coefficients)
+                results.append([stats, tile])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_opcheck() -> None:
     case = Case(17, 6, 37)
     w = torch.where(case.targets == -100, 0.0, case.weights)
-    args = (case.hidden, case.weight, case.bias, case.targets, w, w, None, None, 0, 0.0, 0.0, 1.0, 0.0, 0.0, 7)
-    torch.library.opcheck(torch.ops.fastsft.linear_cross_entropy.default, args)
+    inputs = _loss_tiles.Inputs(case.hidden, case.weight, case.bias, case.targets, w, w)
+    for into in (None, torch.zeros(37, 6)):
+        given = inputs._replace(accumulate_into=into)
+        torch.library.opcheck(torch.ops.fastsft.linear_cross_entropy.default, (*given, *_loss_tiles.Options(), 7))
 
 
 def test_compile_fullgraph() -> None:
@@ -332,14 +313,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"bias": torch.zeros(4)}, r"bias: expected floats \[5\]"),
     ({"objective": "nl"}, "objective: expected one of nll, dft"),
     ({"objective": "focal", "objective_args": {"gama": 1.0}}, r"objective_args: expected for 'focal' only \['gamma'\]"),
-    ({"objective": "k3"}, "ref_logprobs: expected a tensor for 'k3', got None"),
+    ({"objective": "k3"}, "ref_logprobs: expected a value for 'k3', got None"),
     ({"ref_logprobs": torch.zeros(4)}, "ref_logprobs: expected None for 'nll'"),
     ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: expected None"),
+    ({"objective": "asft"}, "reference: expected a value for 'asft', got None"),
+    ({"reference": (H, W)}, "reference: expected None for 'nll'"),
+    ({"objective": "asft", "reference": (H, W[:4])}, r"reference\[1\]: expected torch.float32 \[5, 3\]"),
+    ({"objective": "iw_sequence", "ref_logprobs": torch.zeros(4)}, "cu_seqlens: expected a value for 'iw_sequence'"),
+    ({"accumulate_into": torch.zeros(5, 2)}, r"accumulate_into: expected contiguous float32 \[5, 3\]"),
+    ({"accumulate_into": torch.zeros(5, 3), "reduction": "none"}, "accumulate_into: expected reduction 'mean'"),
+    ({"normalizer": torch.ones(2)}, r"normalizer: expected a number, got a tensor of shape \[2\]"),
+    ({"weight": torch.zeros(0, 3)}, "weight: expected a vocabulary of at least 1"),
+    ({"softcap": float("nan")}, "softcap: expected a finite number"),
+    ({"z_loss": float("inf")}, "z_loss: expected a finite number"),
     ({"objective": "dft", "label_smoothing": 0.1}, "label_smoothing: expected 0 for 'dft'"),
     ({"reduction": "avg"}, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
     ({"reduction": "sum", "normalizer": 3.0}, "normalizer: expected reduction='mean'"),
-    ({"temperature": 0.0}, "temperature: expected more than 0"),
-    ({"softcap": -1.0}, "softcap: expected at least 0"),
+    ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
+    ({"softcap": -1.0}, "softcap: expected a finite number of at least 0"),
 ]
 
 

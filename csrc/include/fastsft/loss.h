@@ -1,19 +1,16 @@
-// The row kernel of the fused linear cross-entropy: from a tile of logits to losses and, over the logits themselves,
-// their gradient. The matrix products around it (logits = hidden W^T; d_hidden = dlogits W; dW += dlogits^T hidden)
-// belong to the caller, who passes tiles of rows so that the [T, V] logits never exist.
+// The row kernels of the fused linear cross-entropy, around which the caller runs the matrix products (logits =
+// hidden W^T; d_hidden = dlogits W; dW += dlogits^T hidden) on tiles of rows, so that the [T, V] logits never exist.
 //
-// With z the logits (plus bias), u = cap(z) / temperature, cap(z) = softcap tanh(z / softcap), p = softmax(u),
-// l = log p[target], H the entropy of p, and s the label smoothing, a row's loss is
+// They know no objective. loss_stats reduces each row of logits to a few numbers; from these, and from those of other
+// rows where the objective looks at a whole sequence, the caller forms each row's loss and six coefficients; and
+// loss_gradient writes the gradient over the logits. With z the logits plus bias, cap(z) = softcap tanh(z / softcap),
+// u = cap(z) / temperature, p = softmax(u), e the one-hot vector of the target, and q the softmax of the reference
+// logits under the same cap and temperature:
 //
-//   token_weight * (psi(l) + s (l - mean_j log p_j) + z_loss lse(u)^2)
+//   dz_j = cap'(z_j) / temperature * (on_p p_j + on_target e_j + uniform + on_plogp p_j log p_j + on_plogq p_j log q_j
+//                                     + on_q q_j)
 //
-// psi is the objective's function (see Objective); its weight is w = -psi'(l), with what is detached taken as constant.
-// The gradient written over the row is, with g = grad_weight and a = entropy_grad,
-//
-//   dz_j = cap'(z_j) / temperature * (g (w (p_j - e_j) + s (e_j - 1/V) + 2 z_loss lse p_j) - a p_j (log p_j + H))
-//
-// where e_j is 1 at the target. Sources: docs/ops.md. Computed in float32; the target's entry is formed before
-// rounding.
+// Computed in float32; the target's entry is formed before it is rounded. Rows are independent: a NaN stays in its row.
 #pragma once
 
 #include <cstdint>
@@ -22,48 +19,42 @@
 
 namespace fastsft {
 
-enum class Objective : int32_t {
-  kNll = 0,          // psi = -l
-  kDft = 1,          // psi = -sg(p) l                         w = p
-  kPower = 2,        // psi = (1 - p^a) / a                    w = p^a
-  kThreshold = 3,    // psi = -1[p >= a] l                     w = 1[p >= a]
-  kFocal = 4,        // psi = -sg((1 - p)^a) l                 w = (1 - p)^a
-  kEntropyGate = 5,  // psi = -sg(exp(-H)) l                   w = exp(-H)
-  kRatioClip = 6,    // psi = -min(r, 1 + a), r = exp(l - ref) w = r 1[r <= 1 + a]
-  kK3 = 7,           // psi = -l + a (1/r - 1 + l - ref)       w = 1 + a (1/r - 1)
-};
-
-// Row-major logits [rows, vocab] with `stride` elements between rows; every other array has one element per row. Null:
-// `bias` (else [vocab]), `entropy_grads`, `ref_logprobs` (needed by kRatioClip and kK3).
-struct LossRows {
+struct LossTile {
   DType dtype;
-  void* logits;
-  int64_t rows, vocab, stride;
-  const float* bias;
-  const int64_t* targets;  // in [0, vocab)
-  const float* token_weights;
-  const float* grad_weights;
-  const float* entropy_grads;
-  const float* ref_logprobs;
-  Objective objective;
-  float argument;  // the objective's a
-  float softcap;   // 0: none
+  void* logits;  // [rows, vocab], row-major
+  int64_t rows, vocab;
+  const int64_t* targets;  // [rows], in [0, vocab)
+  const float* bias;       // [vocab] or null
+  const void* reference;   // logits of the reference model, like `logits`, or null
+  float softcap;           // 0: none
   float temperature;
-  float label_smoothing;
-  float z_loss;
-  bool write_gradient;  // false: the logits stay as they are
-  float* loss;
-  float* logprob;
-  float* entropy;
-  float* weight;  // token_weight * w
 };
 
-// On the CPU. Deterministic; rows are independent, so a NaN stays in its row. Throws Error for a target out of range.
-void loss_rows(const LossRows& rows);
+// KL(p || q) or KL(q || p), where there is a reference.
+enum class Divergence : int32_t { kReverse = 0, kForward = 1 };
+
+// One float32 per row each.
+struct LossStats {
+  float* logprob;        // log p[target]
+  float* entropy;        // of p, in nats
+  float* lse;            // log sum_j exp(u_j)
+  float* mean_logprob;   // over the vocabulary
+  float* divergence;     // 0 without a reference
+  float* reference_lse;  // 0 without a reference
+};
+
+struct LossCoefficients {
+  const float *on_p, *on_target, *uniform, *on_plogp, *on_plogq, *on_q;
+};
+
+// On the CPU. Deterministic. Throws Error for a target out of range.
+void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats);
+void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients);
 
 namespace cuda {
 // On the current CUDA device, all pointers on it, asynchronously on `stream` (a cudaStream_t). Targets are not checked.
-void loss_rows(const LossRows& rows, void* stream);
+void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats, void* stream);
+void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients, void* stream);
 }  // namespace cuda
 
 }  // namespace fastsft

@@ -62,3 +62,12 @@ def define(
 def record(name: str, **devices: Implementation) -> None:
     """Report an implementation of an op that does not go through the dispatcher (text in, arrays out)."""
     REGISTRY.setdefault(name, {}).update(devices)
+
+
+def autocast(*tensors: Any) -> list[Any]:
+    """The tensors in the type that ``torch.autocast``, where it is on, wants matrix products in; others as they are."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,28 +125,96 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def objective_loss(
-    objective: str, logprob: torch.Tensor, entropy: torch.Tensor, ref: torch.Tensor | None, a: float
+    objective: str,
+    args: dict[str, Any],
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    ref: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    sequences: Sequence[Sequence[int]] = (),
+    vocab: int = 0,
 ) -> torch.Tensor:
-    """psi(l) per token as OBJECTIVES in ops/loss.py names it, with sg(.) as detach."""
+    """psi per token as docs/ops.md writes it, sg(.) as detach; ``sequences``: the tokens of each, in order."""
     p = logprob.exp()
     if objective == "nll":
         return -logprob
     if objective == "dft":
         return -p.detach() * logprob
     if objective == "power":
-        return (1 - p**a) / a
+        return (1 - p ** float(args["alpha"])) / float(args["alpha"])
     if objective == "threshold":
-        return -(p >= a).to(p.dtype) * logprob
+        return -(p >= float(args["tau"])).to(p.dtype) * logprob
     if objective == "focal":
-        return -((1 - p) ** a).detach() * logprob
+        return -((1 - p) ** float(args["gamma"])).detach() * logprob
     if objective == "entropy_gate":
-        return -torch.exp(-entropy).detach() * logprob
-    if ref is None:
-        raise ValueError(f"{objective}: needs ref")
+        gate = entropy / math.log(vocab) if args["form"] == "normalized" else torch.exp(-entropy)
+        return -gate.detach() * logprob
+    if ref is None or weights is None:
+        raise ValueError(f"{objective}: needs ref and weights")
     ratio = torch.exp(logprob - ref)
     if objective == "ratio_clip":
-        return -torch.minimum(ratio, ratio.clamp(1 - a, 1 + a))
-    return -logprob + a * (1 / ratio - (ref - logprob) - 1)
+        e = float(args["epsilon"])
+        return -torch.minimum(ratio, ratio.clamp(1 - e, 1 + e))
+    if objective == "hpt":
+        e = float(args["epsilon"])
+        return -torch.minimum(ratio * weights, ratio.clamp(1 - e, 1 + e) * weights) / weights
+    if objective == "k3":
+        return -logprob + float(args["beta"]) * (1 / ratio - (ref - logprob) - 1)
+    if objective == "f_divergence":
+        return _f_divergence(args, logprob - ref, weights, sequences)
+    gain = torch.ones_like(logprob)
+    for tokens in sequences:
+        gain[list(tokens)] = _importance(objective, args, (logprob - ref).detach()[list(tokens)])
+    return -gain * logprob
+
+
+def _importance(objective: str, args: dict[str, Any], u: torch.Tensor) -> torch.Tensor:
+    """The weights of one sequence's tokens from its log-ratios, one token after the other."""
+    n = len(u)
+    if objective == "iw_sequence":
+        return u.sum().exp().clamp(float(args["low"]), float(args["high"])).expand(n)
+    delta = u.clamp(float(args["delta_min"]), float(args["delta_max"]))
+    block = {"pear_token": 1, "pear_block": int(args.get("block", 1)), "pear_sequence": n}[objective]
+    logs = []
+    for t in range(n):
+        last = min((t // block + 1) * block, n)  # the first token behind the token's block
+        if objective == "pear_sequence":
+            logs.append(delta.sum())
+        else:
+            logs.append(math.log(float(args["gamma"])) * (n - last) + delta[last:].sum())
+    return torch.stack(logs).clamp(float(args["log_min"]), float(args["log_max"])).exp()
+
+
+def _f_divergence(
+    args: dict[str, Any], u: torch.Tensor, weights: torch.Tensor, sequences: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """-(f'(rho) - f'(1)) / f''(1) of rho = exp(u), or of a sequence's exp(sum of weight u)."""
+
+    def term(rho: torch.Tensor) -> torch.Tensor:
+        psi = {
+            "kl": lambda: -torch.log(rho),  # f = x log x: f' = log x + 1, f''(1) = 1
+            "pearson": lambda: -(2 * (rho - 1)) / 2,  # f = (x - 1)^2: f' = 2 (x - 1), f''(1) = 2
+            "hellinger": lambda: -(1 - rho**-0.5) / 0.5,  # f = (sqrt(x) - 1)^2: f' = 1 - x^(-1/2), f''(1) = 1/2
+        }
+        return psi[args["f"]]()
+
+    if args["level"] == "token":
+        return term(u.exp())
+    psi = torch.zeros_like(u)
+    for tokens in sequences:
+        which = list(tokens)
+        psi[which] = term((weights[which] * u[which]).sum().exp()) / (len(which) * weights[which])
+    return psi
+
+
+def _log_softmax(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    return torch.log_softmax(logits, -1), torch.logsumexp(logits, -1)
 
 
 def linear_cross_entropy(
@@ -155,8 +224,10 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     *,
     objective: str = "nll",
-    argument: float = 0.0,
+    objective_args: dict[str, Any] | None = None,
     ref_logprobs: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    reference: tuple[torch.Tensor, torch.Tensor] | None = None,
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -166,20 +237,28 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """All logits at once, then the formula of fastsft/loss.h, differentiable by autograd."""
+    """All logits at once, then the formulas, differentiable by autograd. ``objective_args`` must be complete."""
+    args = objective_args or {}
     kept = targets != ignore_index
     weights = kept.to(hidden.dtype) if token_weights is None else torch.where(kept, token_weights, 0).to(hidden.dtype)
     rows = weights != 0
+    number = (rows.cumsum(0) - 1).tolist()  # of a token among those kept
+    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
+    sequences = [[number[t] for t in range(a, b) if rows[t]] for a, b in itertools.pairwise(bounds)]
     hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
-    logits = hidden @ weight.T + (0 if bias is None else bias)
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / temperature
-    log_p = torch.log_softmax(logits, -1)
+    log_p, lse = _log_softmax(hidden, weight, bias, softcap, temperature)
     logprob = log_p.gather(1, targets[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
-    loss = objective_loss(objective, logprob, entropy, None if ref_logprobs is None else ref_logprobs[rows], argument)
-    loss = loss + label_smoothing * (logprob - log_p.mean(-1)) + z_loss * torch.logsumexp(logits, -1) ** 2
+    ref = None if ref_logprobs is None else ref_logprobs[rows]
+    if objective == "asft":
+        assert reference is not None
+        log_q, _ = _log_softmax(reference[0][rows], reference[1], None, softcap, temperature)
+        a, b = (log_q, log_p) if args["direction"] == "forward" else (log_p, log_q)
+        loss = -logprob.exp().detach() * logprob + float(args["lam"]) * (a.exp() * (a - b)).sum(-1)
+    else:
+        filled = [tokens for tokens in sequences if tokens]
+        loss = objective_loss(objective, args, logprob, entropy, ref, weights, filled, weight.shape[0])
+    loss = loss + label_smoothing * (logprob - log_p.mean(-1)) + z_loss * lse.square()
     loss = loss * weights
     if reduction == "none":
         return loss.new_zeros(rows.shape).masked_scatter(rows, loss)
@@ -197,51 +276,73 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     softcap: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target and entropy, [T] each; 0 at ignored targets."""
     kept = targets != ignore_index
-    logits = hidden @ weight.T + (0 if bias is None else bias)
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_p = torch.log_softmax(logits, -1)
+    log_p, _ = _log_softmax(hidden, weight, bias, softcap, temperature)
     logprob = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(kept, logprob, 0), torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0)
 
 
-def loss_rows(
+def loss_stats(
     logits: torch.Tensor,
-    bias: torch.Tensor | None,
     targets: torch.Tensor,
-    token_weights: torch.Tensor,
-    grad_weights: torch.Tensor,
-    entropy_grads: torch.Tensor | None,
-    ref: torch.Tensor | None,
-    objective: int,
-    argument: float,
+    bias: torch.Tensor | None,
+    reference: torch.Tensor | None,
     softcap: float,
     temperature: float,
-    label_smoothing: float,
-    z_loss: float,
-) -> tuple[torch.Tensor, ...]:
-    """The row kernel of fastsft/loss.h: (loss, logprob, entropy, weight, gradient of the logits)."""
-    name = ("nll", "dft", "power", "threshold", "focal", "entropy_gate", "ratio_clip", "k3")[objective]
-    with torch.enable_grad():
-        z = logits.detach().requires_grad_()
-        u = z if bias is None else z + bias
-        if softcap > 0:
-            u = softcap * torch.tanh(u / softcap)
-        u = u / temperature
-        log_p = torch.log_softmax(u, -1)
-        logprob = log_p.gather(1, targets[:, None])[:, 0]
-        entropy = -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
-        psi = objective_loss(name, logprob, entropy, ref, argument)
-        (weight,) = torch.autograd.grad(-psi.sum(), logprob, retain_graph=True)
-        loss = psi + label_smoothing * (logprob - log_p.mean(-1)) + z_loss * torch.logsumexp(u, -1) ** 2
-        total = (grad_weights * loss).sum()
-        if entropy_grads is not None:
-            total = total + (entropy_grads * entropy).sum()
-        (gradient,) = torch.autograd.grad(total, z)
-    return (token_weights * loss).detach(), logprob.detach(), entropy.detach(), token_weights * weight, gradient
+    forward_divergence: bool,
+    stats: torch.Tensor,
+) -> None:
+    """``loss_stats`` of fastsft/loss.h."""
+    _, u = _capped(logits, bias, softcap, temperature)
+    log_p = torch.log_softmax(u, -1)
+    stats.zero_()
+    stats[0] = log_p.gather(1, targets[:, None])[:, 0]
+    stats[1] = -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    stats[2] = torch.logsumexp(u, -1)
+    stats[3] = log_p.mean(-1)
+    if reference is not None:
+        v = _capped(reference, None, softcap, temperature)[1]
+        log_q = torch.log_softmax(v, -1)
+        a, b = (log_q, log_p) if forward_divergence else (log_p, log_q)
+        stats[4] = torch.where(a.exp() == 0, 0, a.exp() * (a - b)).sum(-1)
+        stats[5] = torch.logsumexp(v, -1)
+
+
+def loss_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    softcap: float,
+    temperature: float,
+    stats: torch.Tensor,
+    coefficients: torch.Tensor,
+) -> None:
+    """``loss_gradient`` of fastsft/loss.h, over ``logits``."""
+    slope, u = _capped(logits, bias, softcap, temperature)
+    log_p = u - stats[2][:, None]
+    p = log_p.exp()
+    on_p, on_target, uniform, on_plogp, on_plogq, on_q = coefficients[:, :, None]
+    gradient = on_p * p + uniform + on_plogp * torch.where(p == 0, 0, p * log_p)
+    if reference is not None:
+        log_q = _capped(reference, None, softcap, temperature)[1] - stats[5][:, None]
+        gradient += on_plogq * torch.where(p == 0, 0, p * log_q) + on_q * log_q.exp()
+    gradient.scatter_add_(1, targets[:, None], on_target)
+    logits.copy_(gradient * slope)
+
+
+def _capped(
+    logits: torch.Tensor, bias: torch.Tensor | None, softcap: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slope and the value of softcap tanh((logits + bias) / softcap) / temperature."""
+    z = logits.float() + (0 if bias is None else bias.float())
+    if softcap <= 0:
+        return torch.full_like(z, 1 / temperature), z / temperature
+    t = torch.tanh(z / softcap)
+    return (1 - t * t) / temperature, softcap * t / temperature
 
 
 # --- fill in the middle ---------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Random inputs of the loss, and the same call through the package and through the plain formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastsft import ops
+from fastsft.ops import objectives, reference
+
+SHAPES = [(0, 8, 33), (1, 7, 5), (31, 24, 257), (257, 19, 131)]
+
+
+class Case:
+    """About a third of the targets ignored, some weights zero, some negative unless ``positive``."""
+
+    def __init__(self, tokens: int, width: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0,
+                 positive: bool = False) -> None:  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+        self.hidden = torch.randn(tokens, width, generator=g).to(dtype)
+        self.weight = (torch.randn(vocab, width, generator=g) * 0.5).to(dtype)
+        self.bias = torch.randn(vocab, generator=g).to(dtype)
+        self.targets = torch.randint(0, vocab, (tokens,), generator=g)
+        self.targets[torch.rand(tokens, generator=g) < 0.3] = -100
+        self.weights = torch.rand(tokens, generator=g) * 2 - 0.2
+        self.weights[torch.rand(tokens, generator=g) < 0.1] = 0
+        if positive:
+            self.weights = self.weights.abs()
+        exact = reference.linear_logprobs(
+            self.hidden.double(), self.weight.double(), self.targets, bias=self.bias.double()
+        )[0]
+        self.ref = (exact + 0.3 * torch.randn(tokens, generator=g)).float()
+        cuts = torch.randint(0, tokens + 1, (5,), generator=g).sort().values.tolist()
+        self.cu_seqlens = torch.tensor([0, *cuts, cuts[-1], tokens], dtype=torch.int32)
+        self.ref_head = (torch.randn(tokens, 5, generator=g).to(dtype), torch.randn(vocab, 5, generator=g).to(dtype))
+
+    def inputs(self, objective: str, args: dict[str, Any]) -> dict[str, Any]:
+        """What this objective needs besides the arguments that all take."""
+        needs = objectives.OBJECTIVES[objective].needs
+        found: dict[str, Any] = {}
+        if needs == "ref_logprobs":
+            found["ref_logprobs"] = self.ref
+        if needs == "reference":
+            found["reference"] = self.ref_head
+        if objectives.scope(objective, objectives.numbers(objective, args)) != "row":
+            found["cu_seqlens"] = self.cu_seqlens
+        return found
+
+
+def run(case: Case, dtype: torch.dtype, function: Any, upstream: float = 1.0, **kw: Any) -> tuple[torch.Tensor, ...]:
+    """Loss and the gradients of hidden, weight and bias, computed in ``dtype``."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    loss = function(leaves[0], leaves[1], case.targets, case.weights, bias=leaves[2], **kw)
+    (loss.sum() * upstream).backward()
+    return (loss.detach(), *[leaf.grad for leaf in leaves])
+
+
+def ours(case: Case, objective: str = "nll", args: dict[str, Any] | None = None, **kw: Any) -> tuple[torch.Tensor, ...]:
+    inputs = case.inputs(objective, args or {})
+    return run(case, case.hidden.dtype, ops.linear_cross_entropy, objective=objective, objective_args=args, **inputs,
+               **kw)  # fmt: skip
+
+
+def plain(
+    case: Case, dtype: torch.dtype, objective: str = "nll", args: dict[str, Any] | None = None, **kw: Any
+) -> tuple[torch.Tensor, ...]:
+    inputs = case.inputs(objective, args or {})
+    if "ref_logprobs" in inputs:
+        inputs["ref_logprobs"] = case.ref.to(dtype)
+    if "reference" in inputs:
+        inputs["reference"] = tuple(t.to(dtype) for t in case.ref_head)
+    complete = objectives.named(objective, objectives.numbers(objective, args or {}))
+    return run(case, dtype, reference.linear_cross_entropy, objective=objective, objective_args=complete, **inputs,
+               **kw)  # fmt: skip
+
+
+def assert_as_good_as_torch(got: Any, torch_same: Any, exact: Any) -> None:
+    """The rule of docs/numerics.md: at most twice torch's own error, in norm and elementwise."""
+    for ours_, theirs, ref in zip(got, torch_same, exact, strict=True):
+        if ref.numel() == 0:
+            assert ours_.shape == ref.shape
+            continue
+        unit = torch.finfo(ours_.dtype).eps * (1 + ref.abs().max())
+        error, allowed = (ours_.double() - ref).abs(), (theirs.double() - ref).abs()
+        assert error.max() <= 2 * allowed.max() + 4 * unit
+        assert error.norm() <= 2 * allowed.norm() + 4 * unit * ref.numel() ** 0.5
+
+
+def check(case: Case, objective: str = "nll", args: dict[str, Any] | None = None, **kw: Any) -> None:
+    """Ours against autograd on the plain formula in float64."""
+    results = [plain(case, dtype, objective, args, **kw) for dtype in (case.hidden.dtype, torch.float64)]
+    assert_as_good_as_torch(ours(case, objective, args, **kw), *results)

@@ -81,9 +81,9 @@ struct Row {
 // 0 * -inf is 0 in these sums; a NaN factor stays.
 __device__ float weighted(float factor, float value) { return factor == 0.0f ? 0.0f : factor * value; }
 
-// Sums over the row u; v is the other model's row, or null. Every thread of the block gets the result.
-template <typename T>
-__device__ Sums sums_of(const Row<T>& u_row, const Row<T>* v_row, int64_t vocab, Sums* partial) {
+// Sums over the row u; with kCross, v is the other model's row. Every thread of the block gets the result.
+template <bool kCross, typename T>
+__device__ Sums sums_of(const Row<T>& u_row, const Row<T>& v_row, int64_t vocab, Sums* partial) {
   const int thread = static_cast<int>(threadIdx.x);
   float slope;
   Sums s{kLowest, 0.0f, 0.0f, 0.0f, 0.0f};
@@ -99,7 +99,7 @@ __device__ Sums sums_of(const Row<T>& u_row, const Row<T>* v_row, int64_t vocab,
     const float d = u - s.max, e = expf(d);
     s.exps += e;
     s.moment += weighted(e, d);
-    if (v_row != nullptr) s.crossing += weighted(e, v_row->at(j, &slope));
+    if constexpr (kCross) s.crossing += weighted(e, v_row.at(j, &slope));
     s.total += u;
   }
   s = merge_lanes(s);
@@ -117,11 +117,13 @@ __global__ void loss_stats_kernel(LossTile t, Divergence divergence, LossStats o
   const int64_t i = blockIdx.x;
   const bool has_reference = t.reference != nullptr, reverse = divergence == Divergence::kReverse;
   const Row<T> row(t, t.logits, t.bias, i), reference(t, has_reference ? t.reference : t.logits, nullptr, i);
-  const Sums p = sums_of<T>(row, has_reference && reverse ? &reference : nullptr, t.vocab, partial);
+  const Sums p = has_reference && reverse ? sums_of<true>(row, reference, t.vocab, partial)
+                                          : sums_of<false>(row, row, t.vocab, partial);
   const float log_p = logf(p.exps), lse = p.max + log_p, entropy = log_p - p.moment / p.exps;
   float kl = 0.0f, reference_lse = 0.0f;
   if (has_reference) {
-    const Sums q = sums_of<T>(reference, reverse ? nullptr : &row, t.vocab, partial);
+    const Sums q = reverse ? sums_of<false>(reference, reference, t.vocab, partial)
+                           : sums_of<true>(reference, row, t.vocab, partial);
     const float log_q = logf(q.exps);
     reference_lse = q.max + log_q;
     kl = reverse ? reference_lse - p.crossing / p.exps - entropy

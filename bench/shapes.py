@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,3 +69,25 @@ MIXES_2K = (
     from_deciles("nl2bash", NL2BASH_DECILES, 2048),
     Mix("one long, many short", (1024, *(16,) * 64)),
 )
+
+
+def layer_step(benchmark: Any, group: str, contestants: dict[str, Any], contestant: str, inputs: list[torch.Tensor],
+               passes: int, constants: int = 0) -> None:  # fmt: skip
+    """Time forward and backward of an op of a layer, whose result must agree with the first contestant's.
+
+    ``passes``: how often the first input's bytes have to cross memory at least; the last ``constants`` inputs get no
+    gradient.
+    """
+    ours, function = next(iter(contestants.values())), contestants[contestant]
+    tolerance = 1e-5 if inputs[0].dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(function(*inputs), ours(*inputs), rtol=tolerance, atol=tolerance)
+    leaves = [t.clone().requires_grad_(i < len(inputs) - constants) for i, t in enumerate(inputs)]
+    upstream = torch.randn_like(ours(*inputs))
+
+    def step() -> None:
+        torch.autograd.grad(function(*leaves), leaves[: len(leaves) - constants], upstream)
+
+    benchmark.group = group
+    benchmark.pedantic(step, rounds=15, warmup_rounds=2)
+    moved = passes * inputs[0].numel() * inputs[0].element_size()
+    benchmark.extra_info["gbytes_per_s"] = moved / benchmark.stats["median"] / 1e9

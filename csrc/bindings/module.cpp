@@ -8,6 +8,7 @@ namespace fastsft::bindings {
 void register_info(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
+void register_layers(pybind11::module_& m);
 void register_loss(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   fastsft::bindings::register_info(m);
   fastsft::bindings::register_attention(m);
   fastsft::bindings::register_gemm(m);
+  fastsft::bindings::register_layers(m);
   fastsft::bindings::register_loss(m);
   fastsft::bindings::register_data(m);
   fastsft::bindings::register_sampling(m);

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import SHAPES, Case, assert_as_good_as_torch, check, ours, plain
+from accuracy import assert_as_good_as_torch
+from loss_cases import SHAPES, Case, check, ours, plain
 
 from fastsft import _C, ops
 from fastsft.ops import _loss_tiles, reference

@@ -24,6 +24,9 @@ STEMS = {
     "lsh_clusters": "minhash",
     "pack_sequences": "pack",
     "sample": "sampling",
+    "rms_norm": "norm",
+    "apply_rope": "rope",
+    "swiglu": "activation",
 }
 
 

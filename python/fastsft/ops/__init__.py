@@ -3,15 +3,19 @@
 ``fastsft.ops.reference`` holds the same functions in plain torch and numpy: the specification and the tests' oracle.
 """
 
+from fastsft.ops.activation import swiglu
 from fastsft.ops.attention import paged_attention, varlen_attention
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.minhash import lsh_clusters, minhash_signatures
+from fastsft.ops.norm import rms_norm
 from fastsft.ops.pack import pack_sequences
+from fastsft.ops.rope import apply_rope
 from fastsft.ops.sampling import sample
 
 __all__ = [
+    "apply_rope",
     "fim_permute",
     "linear",
     "linear_cross_entropy",
@@ -20,6 +24,8 @@ __all__ = [
     "minhash_signatures",
     "pack_sequences",
     "paged_attention",
+    "rms_norm",
     "sample",
+    "swiglu",
     "varlen_attention",
 ]

@@ -193,12 +193,12 @@ class _Gradients:
         hidden, weight = rows.hidden, rows.weight
         self.d_hidden = large_empty(hidden.shape if grads & HIDDEN else (0,), hidden, self.dtype)
         self.d_bias = hidden.new_zeros(weight.shape[0] if grads & BIAS else 0, dtype=torch.float32)
-        self.in_place = rows.accumulate_into is not None and self.scale is None
-        if self.in_place:
-            assert rows.accumulate_into is not None
-            self.d_weight = rows.accumulate_into
+        into = rows.accumulate_into
+        self.in_place = into is not None and self.scale is None
+        if into is not None and self.in_place:
+            self.d_weight = into
         else:
-            dtype = self.dtype if single and rows.accumulate_into is None else torch.float32
+            dtype = self.dtype if single and into is None else torch.float32
             self.d_weight = large_empty(weight.shape if grads & WEIGHT else (0,), weight, dtype)
         self.started = self.in_place
 

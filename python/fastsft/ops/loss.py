@@ -33,7 +33,6 @@ def linear_cross_entropy(
     objective_args: Mapping[str, Any] | None = None,
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    reference: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -42,8 +41,9 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    accumulate_into: Tensor | None = None,
     return_aux: bool = False,
+    reference: tuple[Tensor, Tensor] | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, LossAux]:
     """Weighted cross-entropy of ``softmax(hidden @ weight.T + bias)`` against the targets.
 
@@ -76,7 +76,6 @@ def linear_cross_entropy(
         ref_logprobs: float32 [T], r in the formulas, for the objectives with an r.
         cu_seqlens: int32 [B + 1], where sequences begin and end, for the objectives over sequences. Tokens left out
             are not part of their sequence.
-        reference: for ``asft``, the hidden states [T, H'] and head [V, H'] of the reference model, like hidden.
         bias: [V].
         reduction: ``mean`` divides by the sum of the weights of the tokens kept, or by ``normalizer``; ``sum``;
             ``none`` (its backward pass costs a fourth product, as each token has its own upstream gradient).
@@ -85,9 +84,10 @@ def linear_cross_entropy(
         temperature: divides the logits, after the cap.
         label_smoothing: s in [0, 1), only with ``nll``: the target distribution is (1 - s) e_y + s / V.
         z_loss: c adds ``c * logsumexp(logits)^2`` to each token's loss.
+        return_aux: also return a :class:`LossAux`.
+        reference: for ``asft``, the hidden states [T, H'] and head [V, H'] of the reference model, like hidden.
         accumulate_into: float32 [V, H]: takes the gradient of weight, added in the forward pass and for an upstream
             gradient of 1; weight then gets none from autograd. Not with ``none``.
-        return_aux: also return a :class:`LossAux`.
 
     Returns:
         A 0-d float32 loss (float32 [T] for ``none``), and the aux. With all weights zero both loss and gradients are 0.
@@ -133,8 +133,8 @@ def linear_logprobs(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float = 0.0,
-    temperature: float = 1.0,
     return_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, to build other objectives on.
 

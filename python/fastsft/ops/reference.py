@@ -250,8 +250,7 @@ def linear_cross_entropy(
     logprob = log_p.gather(1, targets[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
     ref = None if ref_logprobs is None else ref_logprobs[rows]
-    if objective == "asft":
-        assert reference is not None
+    if objective == "asft" and reference is not None:
         log_q, _ = _log_softmax(reference[0][rows], reference[1], None, softcap, temperature)
         a, b = (log_q, log_p) if args["direction"] == "forward" else (log_p, log_q)
         loss = -logprob.exp().detach() * logprob + float(args["lam"]) * (a.exp() * (a - b)).sum(-1)
@@ -343,6 +342,25 @@ def _capped(
         return torch.full_like(z, 1 / temperature), z / temperature
     t = torch.tanh(z / softcap)
     return (1 - t * t) / temperature, softcap * t / temperature
+
+
+# --- the rest of a decoder layer ------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Rounded to x's type before the weight is applied."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + rotate_half(x) sin, with each angle used twice."""
+    a, b = x.chunk(2, -1)
+    return x * torch.cat([cos, cos], -1)[:, None] + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)[:, None]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
 
 
 # --- fill in the middle ---------------------------------------------------------------------------------------------

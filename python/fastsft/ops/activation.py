@@ -1,0 +1,91 @@
+"""The gate of a gated linear unit with SiLU: one pass over memory each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsft import _C
+from fastsft.ops._library import Implementation, define
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (arXiv 2002.05202), in float32, rounded once.
+
+    Args:
+        gate: any shape, float32, bfloat16 or float16.
+        up: like gate.
+
+    Returns:
+        Like gate.
+
+    Raises:
+        ValueError: shapes or dtypes out of contract, naming the argument.
+    """
+    if gate.dtype not in _FLOATS:
+        raise ValueError(f"swiglu: gate: expected float32, bfloat16 or float16, got {gate.dtype}")
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        got = f"{up.dtype} {list(up.shape)}"
+        raise ValueError(f"swiglu: up: expected {gate.dtype} {list(gate.shape)}, got {got}")
+    out: Tensor = _SwiGLU.apply(gate.reshape(-1), up.reshape(-1))  # type: ignore[no-untyped-call]
+    return out.view(gate.shape)
+
+
+# --- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate)
+    _C.swiglu(gate, up, out)
+    return out
+
+
+def _forward_torch(gate: Tensor, up: Tensor) -> Tensor:
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _C.swiglu_backward(gate, up, grad.contiguous(), d_gate, d_up)
+    return d_gate, d_up
+
+
+def _backward_torch(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    x, g = gate.float(), grad.float()
+    s = torch.sigmoid(x)
+    return (g * up.float() * (s + x * s * (1 - s))).to(gate.dtype), (g * x * s).to(up.dtype)
+
+
+_TORCH = Implementation("torch", "no CUDA kernel yet")
+_swiglu = define(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    fake=lambda gate, up: torch.empty_like(gate),
+    cpu=_forward,
+    cuda=_forward_torch,
+    cuda_is=_TORCH,
+)
+_swiglu_backward = define(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    fake=lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    cpu=_backward,
+    cuda=_backward_torch,
+    cuda_is=_TORCH,
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out: Tensor = _swiglu(gate, up)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _swiglu_backward(grad, *ctx.saved_tensors)

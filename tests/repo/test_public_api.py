@@ -32,7 +32,8 @@ PARAMETERS = {
     "paged_attention": "q k_cache v_cache block_table cu_seqlens_q context_lens * causal scale window softcap",
     "linear": "x weight bias *",
     "linear_cross_entropy": "hidden weight targets token_weights * objective objective_args ref_logprobs cu_seqlens "
-    "bias ignore_index reduction normalizer softcap temperature label_smoothing z_loss return_aux reference accumulate_into",
+    "bias ignore_index reduction normalizer softcap temperature label_smoothing z_loss return_aux "
+    "reference accumulate_into",
     "linear_logprobs": "hidden weight targets * bias ignore_index softcap return_entropy temperature",
     "fim_permute": "tokens cu_seqlens * sentinels seed rate spm_rate spans max_len",
     "minhash_signatures": "texts * num_perm ngram unit seed",

@@ -6,21 +6,15 @@ Shape suffixes: T packed tokens, D hidden size, H query heads, G key/value heads
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastsft.models.attend import Attend
 from fastsft.models.config import ModelConfig
-from fastsft.models.rope import rotate
-from fastsft.ops import linear
+from fastsft.ops import apply_rope, linear, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467) over the last axis.
-
-    Normalised in float32, rounded to the input's type, then multiplied by the weight: the order the published models
-    were trained with, which differs from ``torch.nn.RMSNorm`` in bfloat16.
-    """
+    """``ops.rms_norm`` with its weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -28,9 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -63,7 +55,7 @@ class Attention(nn.Module):
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        q_THK, k_TGK = rotate(q_THK, cos, sin), rotate(k_TGK, cos, sin)
+        q_THK, k_TGK = apply_rope(q_THK, cos, sin), apply_rope(k_TGK, cos, sin)
         out_THK = attend(self.layer, q_THK, k_TGK, v_TGK, self.window)
         out_TD: torch.Tensor = self.o_proj(out_THK.flatten(1))
         return out_TD
@@ -80,7 +72,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, D, bias=config.mlp_bias)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        h_TF = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+        h_TF = swiglu(self.gate_proj(x_TD), self.up_proj(x_TD))
         out_TD: torch.Tensor = self.down_proj(h_TF)
         return out_TD
 

@@ -1,10 +1,10 @@
-"""Rotary position embedding: frequencies from a Hugging Face configuration, and the rotation itself.
+"""Rotary position embedding: frequencies from a Hugging Face configuration, and the tables for ``ops.apply_rope``.
 
 Formulas: RoFormer (arXiv 2104.09864); position interpolation, "linear" (arXiv 2306.15595); YaRN (arXiv 2309.00071);
 "llama3" (the Llama 3.1 model release). Frequencies are formed in float32 in the order of operations that the published
 models were trained with: at position 131072 one unit in the last place of a frequency is 0.01 rad.
 
-Shape suffixes: T packed tokens, N heads, K head size, R = K / 2 frequencies.
+Shape suffixes: T packed tokens, R = K / 2 frequencies of a head of size K.
 """
 
 from __future__ import annotations
@@ -185,17 +185,9 @@ class RotaryTable:
         self._inv_freq = {torch.device("cpu"): inverse_frequencies(config, head_dim)}
 
     def __call__(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """``position_ids`` int64 [T] -> cos, sin: ``dtype`` [T, 1, R], to be broadcast over heads."""
+        """``position_ids`` int64 [T] -> cos, sin: ``dtype`` [T, R]."""
         device = position_ids.device
         if device not in self._inv_freq:
             self._inv_freq[device] = self._inv_freq[torch.device("cpu")].to(device)
         angle_TR = position_ids[:, None].float() * self._inv_freq[device]
-        cos_T1R = (angle_TR.cos() * self._scale).to(dtype)[:, None, :]
-        sin_T1R = (angle_TR.sin() * self._scale).to(dtype)[:, None, :]
-        return cos_T1R, sin_T1R
-
-
-def rotate(x_TNK: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + K/2]) by their angles: the split-half layout of Hugging Face checkpoints."""
-    a_TNR, b_TNR = x_TNK.chunk(2, dim=-1)
-    return torch.cat((a_TNR * cos_T1R - b_TNR * sin_T1R, b_TNR * cos_T1R + a_TNR * sin_T1R), dim=-1)
+        return (angle_TR.cos() * self._scale).to(dtype), (angle_TR.sin() * self._scale).to(dtype)

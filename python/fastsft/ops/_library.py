@@ -70,4 +70,4 @@ def autocast(*tensors: Any) -> list[Any]:
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

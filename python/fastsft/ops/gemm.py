@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import Implementation, autocast, define
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MIN_ROWS = 16  # with fewer a product is one pass over the weight, and packing it would be a second
@@ -60,9 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes or dtypes out of contract, naming the argument.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x, weight, bias)
     if x.dtype not in _FLOATS or x.dim() < 1:
         raise ValueError(f"linear: x: expected floats [..., K], got {x.dtype} {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:

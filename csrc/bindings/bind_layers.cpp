@@ -1,6 +1,6 @@
+#include "fastsft/activation.h"
 #include "fastsft/norm.h"
 #include "fastsft/rope.h"
-#include "fastsft/activation.h"
 #include "tensor_view.h"
 
 namespace fastsft::bindings {

@@ -164,7 +164,15 @@ def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = _json(capsys, "prepare", trained / "run.toml")
     assert report["train"]["samples"] + report["eval"]["samples"] == report["rows"] == 40
     cli.main(["prepare", str(trained / "run.toml"), "--show", "1"])
-    assert "say number" in capsys.readouterr().out
+    assert "say number 0<|im_end|>\n<|im_start|>assistant\n«number 0!<|im_end|>»\n" in capsys.readouterr().out
+
+
+def test_shown_samples_are_whole(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "你好 " * 20  # characters of several tokens, on a line longer than a terminal's
+    data = _write(tmp_path / "rows.jsonl", [{"text": text}])
+    flags = ["--output", tmp_path / "x", "--data", data, "--data.eval-fraction", "0", "--data.max-length", "256"]
+    cli.main([*map(str, ("prepare", trained / "run.toml", *flags, "--tokenizer.train-vocab", "262", "--show", "1"))])
+    assert f"«{text}<|endoftext|>»" in capsys.readouterr().out
 
 
 def test_train_again_finds_itself_finished(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,6 +371,10 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         # Only a setting that the verb has is offered.
         hint = {"train": "data.on_bad = 'skip' would", "dedup": "--on-bad skip would"}.get(command[0])
         assert hint in message if hint else "skip" not in message
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    refused = _refused(capsys, "prepare", trained / "run.toml", "--output", tmp_path / "y", "--data",
+                       _write(tmp_path / "calls.jsonl", [{"messages": [message]}]))  # fmt: skip
+    assert "calls.jsonl:1: chat template: this template cannot write tool_calls (" in refused
     tasks = tmp_path / "tasks.jsonl"
     for rows, wrong in (([{"task_id": "a"}], "tasks.jsonl:1: expected task_id, prompt and check, found no 'prompt'"),
                         ([7], "tasks.jsonl:1: expected an object"), ([], "tasks.jsonl: no task")):  # fmt: skip

@@ -99,6 +99,11 @@ def test_a_config_object_is_validated() -> None:
         load_config(Config(data=DataOptions(on_bad="skipp")))  # type: ignore[arg-type]
 
 
+def test_paths_of_pathlib() -> None:
+    config = load_config({"output": Path("a"), "model": {"path": Path("b")}, "data": {"train": [Path("c"), "d"]}})
+    assert (config.output, config.model.path, config.data.train) == ("a", "b", ["c", "d"])
+
+
 def test_field_names_are_those_of_rows() -> None:
     assert {*FIELD_NAMES} == {name for names in FIELDS.values() for name in names} | {"weight"}
 

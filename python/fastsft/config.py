@@ -189,6 +189,7 @@ def to_json(config: Config) -> str:
 def _validate(raw: dict[str, Any], where: str) -> Config:
     import pydantic
 
+    raw = _without_paths(raw)
     try:
         config = pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
@@ -206,6 +207,15 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
             raise ConfigError(f"{where}: {unknown_key(f'data.fields.{key}', FIELD_NAMES)}")
     _check_ranges(config, where)
     return config
+
+
+def _without_paths(node: Any) -> Any:
+    """pathlib's paths, which callers in Python have, as the strings that a file has."""
+    if isinstance(node, dict):
+        return {key: _without_paths(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_without_paths(value) for value in node]
+    return os.fspath(node) if isinstance(node, os.PathLike) else node
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

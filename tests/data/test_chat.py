@@ -174,6 +174,7 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
         ("{{ raise_exception('roles must alternate') }}", [], "roles must alternate"),
         (CHATML, [{"role": "assistant", "content": None, "tool_calls": [{}]}], "chat template: "),
         (CHATML, [{"role": "assistant"}], "chat template: "),
+        (CHATML, [{"role": "assistant", "content": "", "tool_calls": [{}]}], "cannot write tool_calls"),
         ("{{ messages.append(1) }}", [], "chat template: "),
         ("{% generation %}{% generation %}x{% endgeneration %}{% endgeneration %}", [], "may not be nested"),
     ],
@@ -181,6 +182,11 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
 def test_failures_of_a_template(template: str | None, messages: list[Any], message: str) -> None:
     with pytest.raises(TemplateError, match=message):
         trained(template).render_chat(messages)
+
+
+def test_the_built_in_template_drops_no_tools() -> None:
+    with pytest.raises(TemplateError, match="cannot write tools"):
+        trained(CHATML).render_chat([{"role": "user", "content": "x"}], tools=[{"name": "f"}])
 
 
 def test_prompt_and_completion_are_encoded_apart() -> None:

@@ -107,6 +107,15 @@ def test_conversations_and_file(tmp_path: Path) -> None:
         dedup(path)
 
 
+def test_a_list_may_name_files(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text('{"text": "one two"}\n')
+    report = dedup([*files, "one two", Record("text", "x:1", parts=("three",))], mode="exact")
+    assert report.keep.tolist() == [True, False, False, True]
+    assert report.sources == [f"{files[0]}:1", f"{files[1]}:1", "#2", "x:1"]
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="mode: expected 'near' or 'exact', got 'fuzzy'"):
         dedup(["a"], mode="fuzzy")  # type: ignore[arg-type]

@@ -261,6 +261,9 @@ def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:
     assert llm.chat(messages, SamplingParams(max_tokens=2, ignore_eos=True))[0] == one
     out = llm.infill("the ", " mat", SamplingParams(max_tokens=2, ignore_eos=True))
     assert tokenizer().decode(list(out.prompt_token_ids), False) == "<|fim_prefix|>the <|fim_suffix|> mat<|fim_middle|>"
+    for nothing in ([], "cat"):
+        with pytest.raises(ValueError, match="chat: messages: expected a list of at least one message"):
+            llm.chat(nothing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="infill: markers: '<PRE>' is not a token"):
         llm.infill("a", "b", markers=("<PRE>", "<SUF>", "<MID>"))
 

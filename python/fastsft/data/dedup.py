@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
-from fastsft.data.records import Problems, Record, interpret, read_rows
+from fastsft.data.records import Problems, Record, interpret, read_records, read_rows
 from fastsft.files import sync
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -59,7 +59,7 @@ class DedupReport:
 
 
 def dedup(
-    records: Sequence[Record | str] | str | os.PathLike[str],
+    records: Sequence[Record | str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     threshold: float = 0.7,
     num_perm: int = 128,
@@ -76,7 +76,8 @@ def dedup(
     character) ``ngram``-grams, with standard error sqrt(J (1 - J) / num_perm).
 
     Args:
-        records: records, or texts, or one path to a JSONL(.gz)/Parquet file or datasets folder.
+        records: one path to a JSONL(.gz)/Parquet file or datasets folder; or a list of records, texts (strings) and
+            files (:class:`pathlib.Path`).
 
     Raises:
         DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range.
@@ -85,12 +86,12 @@ def dedup(
         raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {threshold}")
     if mode not in ("near", "exact"):
         raise ValueError(f"dedup: mode: expected 'near' or 'exact', got {mode!r}")
-    if isinstance(records, str | os.PathLike):
-        problems = Problems("fail")
-        records = [
-            r for row in read_rows(records, problems) if (r := interpret(row, problems, format="auto", fields={}))
-        ]
-    rows = [Record("text", f"#{i}", parts=(r,)) if isinstance(r, str) else r for i, r in enumerate(records)]
+    rows: list[Record] = []
+    for i, given in enumerate([Path(records)] if isinstance(records, str | os.PathLike) else records):
+        if isinstance(given, os.PathLike):
+            rows += read_records([given], Problems("fail"))
+        else:
+            rows.append(Record("text", f"#{i}", parts=(given,)) if isinstance(given, str) else given)
     texts = [r.text() for r in rows]
 
     first: dict[bytes, int] = {}

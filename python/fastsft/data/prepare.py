@@ -20,7 +20,7 @@ from fastsft.data.tokenise import tokenise
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 4  # raise when the same inputs would give other samples
+_VERSION = 5  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)

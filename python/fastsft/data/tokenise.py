@@ -35,7 +35,7 @@ def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, pr
             try:
                 drafts.append((record, _draft(record, index, tokenizer, marks, config)))
             except TemplateError as error:
-                problems.add(record.source, "chat template", str(error))
+                problems.add(record.source, "chat template", str(error).removeprefix("chat template: "))
         for (record, laid), parts in zip(drafts, encode([d for _, d in drafts], tokenizer), strict=True):
             sample = _finish(record, laid, parts, tokenizer, config, problems)
             if sample is not None:

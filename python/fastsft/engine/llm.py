@@ -154,8 +154,8 @@ class LLM:
             progress: as in :meth:`generate`.
             template: tools and whatever else the template reads.
         """
-        if not messages:
-            raise ValueError("chat: messages: expected at least one message, got none")
+        if not messages or not isinstance(messages, list):
+            raise ValueError(f"chat: messages: expected a list of at least one message, got {messages!r:.200}")
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
         template["add_generation_prompt"] = True
         # The template writes every special token, as in training: nothing is put before it.

@@ -12,9 +12,12 @@ from fastsft.models.control import BEGIN, END, LITERAL, RESERVED, ControlTokens
 
 Span = tuple[int, int]  # half-open range of characters
 
-# ChatML as the Qwen models use it, with the generation tags that mark what the assistant wrote.
+# ChatML as the Qwen models use it, with the generation tags that mark what the assistant wrote. Tools would be lost.
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if tools %}{{ raise_exception('this template cannot write tools') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['tool_calls'] %}{{ raise_exception('this template cannot write tool_calls') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

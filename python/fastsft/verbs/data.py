@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +110,7 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     """Read, check, tokenise, mask and store the data of a run, and report what was left out.
 
     Args:
-        show: print this many samples with the trained tokens coloured.
+        show: print this many samples with the trained tokens coloured, or in « » where the output is no terminal.
         json: machine-readable report.
     """
     import fastsft
@@ -134,7 +135,11 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     for i in range(min(show, len(prepared.train))):
         sample = prepared.train[i]
         text = Text()
-        for token, weight in zip(sample.ids.tolist(), sample.weights.tolist(), strict=True):
-            text.append(prepared.tokenizer.decode([token], False), style="black on green" if weight > 0 else "dim")
+        for trained, run in itertools.groupby(
+            zip(sample.ids.tolist(), sample.weights > 0, strict=True), lambda p: p[1]
+        ):
+            piece = prepared.tokenizer.decode([token for token, _ in run], False)
+            marked = f"«{piece}»" if trained and not console.is_terminal else piece
+            text.append(marked, style="black on green" if trained else "dim")
         console.print(f"\n{sample.source}", style="bold")
-        console.print(text)
+        console.print(text, soft_wrap=True)

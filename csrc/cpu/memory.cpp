@@ -3,6 +3,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace fastsft {
 
@@ -15,6 +18,14 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #else
   (void)data;
   (void)bytes;
+#endif
+}
+
+bool keep_freed_memory() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
 #endif
 }
 

@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'paged_attention', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -40,6 +40,10 @@ def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.Sup
     """
 def gemm(a: typing.Any, b: typing.Any, c: typing.Any, accumulate: bool) -> None:
     ...
+def keep_freed_memory() -> bool:
+    """
+    Let the C library keep what is freed; for whole programs.
+    """
 def loss_gradient(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, stats: typing.Any, coefficients: typing.Any) -> None:
     ...
 def loss_stats(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, forward_divergence: bool, stats: typing.Any) -> None:

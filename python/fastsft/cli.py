@@ -45,10 +45,12 @@ def main(argv: list[str] | None = None) -> None:
         hint = f"did you mean {near[0]!r}?" if near else f"fastsft --help lists {', '.join(VERBS)}"
         _fail(f"unknown verb {verb!r}; {hint}")
     function, takes_config = VERBS[verb]
+    from fastsft._C import keep_freed_memory
     from fastsft.config import ConfigError
     from fastsft.data.records import DataError
     from fastsft.models.template import TemplateError
 
+    keep_freed_memory()
     try:
         if takes_config:
             _run_with_config(verb, function, rest)

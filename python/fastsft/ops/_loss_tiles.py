@@ -11,6 +11,8 @@ a sequence is longer than a tile, the logits are formed twice.
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +118,7 @@ class _Sweep:
             self.ranges = self.ranges if whole is None else whole
 
         tile = max((end - begin for begin, end in self.ranges), default=0)
-        self.buffers = [large_empty((tile, self.vocab), rows.hidden) for _ in range(heads)]
+        self.buffers = _scratch(heads, tile, self.vocab, rows.hidden)
         self.bias = None if rows.bias is None else rows.bias.float()
         self.stats = rows.hidden.new_empty(6, count, dtype=torch.float32)  # the members of LossStats in fastsft/loss.h
         self.psi, self.weights, self.loss = rows.hidden.new_empty(3, count, dtype=torch.float32)
@@ -262,6 +264,22 @@ def large_empty(shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> T
     if tensor.device.type == "cpu":
         _C.advise_huge_pages(tensor)
     return tensor
+
+
+_kept = threading.local()  # the tile of the last call on the CPU, bytes
+
+
+def _scratch(heads: int, rows: int, vocab: int, like: Tensor) -> Sequence[Tensor]:
+    """Tiles of logits. On the CPU, where torch gives large memory back to the system, they are kept from call to call:
+    faulting fresh pages in can take as long as a product. On a GPU torch's allocator keeps them."""
+    if like.device.type != "cpu":
+        return large_empty((heads, rows, vocab), like).unbind(0)
+    size = heads * rows * vocab * like.element_size()
+    kept: Tensor | None = getattr(_kept, "bytes", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept.bytes = None  # before the larger one is taken
+        kept = _kept.bytes = large_empty((size,), like, torch.uint8)
+    return kept[:size].view(like.dtype).view(heads, rows, vocab).unbind(0)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:

@@ -245,7 +245,7 @@ def test_contradicting_arguments(folder: Path) -> None:
     llm = engine(folder)
     with pytest.raises(ValueError, match="params: expected 2, one per prompt, got 1"):
         llm.generate(["a", "b"], [SamplingParams()])
-    with pytest.raises(ValueError, match="chat: messages: expected at least one"):
+    with pytest.raises(ValueError, match="chat: messages: expected a list of at least one message"):
         llm.chat([])
     assert llm.generate([]) == []
 

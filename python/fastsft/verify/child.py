@@ -38,6 +38,8 @@ def main() -> None:
     _die_with_parent()
     if os.getppid() != request["parent"]:
         os._exit(1)  # it went before the line above
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
     _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     layers = ["limits"]
@@ -46,6 +48,9 @@ def main() -> None:
         if _private_root(request["root"], request["folder"], request["readable"], request["file"]):
             layers.append("root")
     _check(_LIBC.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))  # even root keeps its user id and nothing else
+    if request["memory"] < taken + _RESERVE:  # under such a limit the interpreter could not even report it
+        os.write(request["report"], f"{' '.join(layers)}\n{request['secret']} memory\n".encode())
+        os._exit(1)
     _limits(request["seconds"], request["memory"], request["file"])
     if _landlock(request["readable"], request["folder"]):
         layers.append("landlock")

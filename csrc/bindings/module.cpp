@@ -10,6 +10,7 @@ void register_attention(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_layers(pybind11::module_& m);
 void register_loss(pybind11::module_& m);
+void register_matvec(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
 }  // namespace fastsft::bindings
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   fastsft::bindings::register_gemm(m);
   fastsft::bindings::register_layers(m);
   fastsft::bindings::register_loss(m);
+  fastsft::bindings::register_matvec(m);
   fastsft::bindings::register_data(m);
   fastsft::bindings::register_sampling(m);
 }

@@ -17,6 +17,8 @@ STEMS = {
     "varlen_attention": "attention",
     "paged_attention": "attention",
     "linear": "gemm",
+    "pack_weight": "matvec",
+    "packed_linear": "matvec",
     "linear_cross_entropy": "loss",
     "linear_logprobs": "loss",
     "fim_permute": "fim",

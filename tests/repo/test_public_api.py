@@ -31,6 +31,8 @@ PARAMETERS = {
     "varlen_attention": "q k v cu_seqlens_q cu_seqlens_k * causal scale window softcap deterministic return_lse",
     "paged_attention": "q k_cache v_cache block_table cu_seqlens_q context_lens * causal scale window softcap",
     "linear": "x weight bias *",
+    "pack_weight": "weight format * group",
+    "packed_linear": "x packed bias",
     "linear_cross_entropy": "hidden weight targets token_weights * objective objective_args ref_logprobs cu_seqlens "
     "bias ignore_index reduction normalizer softcap temperature label_smoothing z_loss return_aux "
     "reference accumulate_into",

@@ -8,6 +8,7 @@ from fastsft.ops.attention import paged_attention, varlen_attention
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
+from fastsft.ops.matvec import pack_weight, packed_linear
 from fastsft.ops.minhash import lsh_clusters, minhash_signatures
 from fastsft.ops.norm import rms_norm
 from fastsft.ops.pack import pack_sequences
@@ -23,6 +24,8 @@ __all__ = [
     "lsh_clusters",
     "minhash_signatures",
     "pack_sequences",
+    "pack_weight",
+    "packed_linear",
     "paged_attention",
     "rms_norm",
     "sample",

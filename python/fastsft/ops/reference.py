@@ -121,6 +121,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out if bias is None else out + bias
 
 
+def pack_weight(weight: torch.Tensor, format: str, *, group: int = 32) -> torch.Tensor:
+    """The weight [N, K] that a packed one stands for, in float32."""
+    if format in ("float32", "bfloat16"):
+        return weight.to(getattr(torch, format)).float()
+    w = weight.float()
+    if format == "int8":
+        scale = w.abs().amax(1, keepdim=True) / 127
+        return (w / scale).round().clamp(-127, 127).nan_to_num(0.0) * scale
+    columns = []
+    for part in torch.split(w, group, dim=1):
+        low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
+        extreme = torch.where(high > -low, high, low)
+        scale = (extreme / -8).bfloat16().float()  # as it is stored: the values are rounded on it
+        columns.append((part / scale).round().clamp(-8, 7).nan_to_num(0.0) * scale)
+    return torch.cat(columns, 1)
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], what ``pack_weight`` gave [N, K], bias [N] -> [..., N]."""
+    return linear(x, packed.to(x.dtype), bias)
+
+
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,90 @@
+#include "fastsft/matvec.h"
+#include "tensor_view.h"
+
+namespace fastsft::bindings {
+namespace {
+
+WeightFormat format_of(const Check& check, const std::string& name) {
+  if (name == "float32") return WeightFormat::kFloat32;
+  if (name == "bfloat16") return WeightFormat::kBFloat16;
+  if (name == "int8") return WeightFormat::kInt8;
+  check.require(name == "int4", "format", "float32, bfloat16, int8 or int4", name);
+  return WeightFormat::kInt4;
+}
+
+// The row-major values in the type that the format packs.
+void* values_of(Check& check, WeightFormat format, py::handle tensor) {
+  if (format == WeightFormat::kInt8 || format == WeightFormat::kInt4) return check.in<int8_t>("values", tensor, "N K");
+  const TensorView view = check.floats("values", tensor, "N K");
+  const DType wanted = format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+  check.require(Check::dtype_of(view) == wanted, "values", dtype_name(wanted), view.describe());
+  return view.data;
+}
+
+void* data_of(Check& check, WeightFormat format, py::handle data, int64_t n, int64_t k) {
+  void* const bytes = check.in<uint8_t>("data", data, "bytes");
+  const int64_t expected = packed_bytes(format, n, k);
+  check.require(check.size("bytes") == expected, "data", std::to_string(expected) + " bytes",
+                std::to_string(check.size("bytes")));
+  check.require(!check.on_cuda(), "data", "a CPU tensor", "one on cuda");
+  return bytes;
+}
+
+// `pack` [values -> data] or back.
+void pack_checked(const std::string& format_name, py::handle values_tensor, py::handle data_tensor, bool inverse) {
+  Check check("pack_weight");
+  const WeightFormat format = format_of(check, format_name);
+  void* const values = values_of(check, format, values_tensor);
+  const int64_t n = check.size("N"), k = check.size("K");
+  void* const data = data_of(check, format, data_tensor, n, k);
+  py::gil_scoped_release release;
+  inverse ? unpack_weight(format, n, k, data, values) : pack_weight(format, n, k, values, data);
+}
+
+void packed_linear_checked(py::handle x_tensor, const std::string& format_name, int64_t group, py::handle data,
+                           py::handle scales, py::handle bias, py::handle out_tensor) {
+  Check check("packed_linear");
+  const TensorView x = check.floats("x", x_tensor, "M K"), out = check.floats("out", out_tensor, "M N");
+  check.same_dtype("out", out, x);
+  check.require(Check::dtype_of(x) != DType::kFloat16, "x", "float32 or bfloat16", x.describe());
+  const int64_t n = check.size("N"), k = check.size("K");
+  const WeightFormat format = format_of(check, format_name);
+  PackedWeight weight{
+      .format = format, .n = n, .k = k, .group = group, .data = data_of(check, format, data, n, k), .scales = nullptr};
+  if (format == WeightFormat::kInt8) {
+    weight.scales = check.in<float>("scales", scales, "slabs 64");
+    check.require(check.size("slabs") == (n + 63) / 64, "scales", "[slabs, 64]", std::to_string(check.size("slabs")));
+  }
+  if (format == WeightFormat::kInt4) {
+    check.require(group > 0, "group", "> 0", std::to_string(group));
+    const TensorView view = check.floats("scales", scales, "slabs groups 64");
+    check.require(Check::dtype_of(view) == DType::kBFloat16 && check.size("slabs") == (n + 63) / 64 &&
+                      check.size("groups") == (k + group - 1) / group,
+                  "scales", "bfloat16 [slabs, groups, 64]", view.describe());
+    weight.scales = view.data;
+  }
+  const PackedLinear call{.weight = weight,
+                          .dtype = Check::dtype_of(x),
+                          .rows = check.size("M"),
+                          .x = x.data,
+                          .bias = check.optional<float>("bias", bias, "N"),
+                          .out = out.data};
+  py::gil_scoped_release release;
+  packed_linear(call);
+}
+
+}  // namespace
+
+void register_matvec(py::module_& m) {
+  m.def(
+      "packed_bytes",
+      [](const std::string& format, int64_t n, int64_t k) {
+        return packed_bytes(format_of(Check("pack_weight"), format), n, k);
+      },
+      py::arg("format"), py::arg("n"), py::arg("k"));
+  m.def("pack_weight", &pack_checked, py::arg("format"), py::arg("values"), py::arg("data"), py::arg("inverse"));
+  m.def("packed_linear", &packed_linear_checked, py::arg("x"), py::arg("format"), py::arg("group"), py::arg("data"),
+        py::arg("scales"), py::arg("bias"), py::arg("out"));
+}
+
+}  // namespace fastsft::bindings

@@ -1,0 +1,185 @@
+"""Linear layers of decoding: a weight packed once, quantised or not, and its product with a few rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastsft import _C
+from fastsft.ops._library import Implementation, define, record
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INPUTS = (torch.float32, torch.bfloat16)
+_SLAB = 64  # output channels that are packed together
+_ELEMENTS = 1 << 22  # quantised at a time, which bounds the memory beside the weight
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] as ``pack_weight`` leaves it. The layout is the same for every instruction set."""
+
+    format: str
+    shape: tuple[int, int]
+    group: int  # of int4: input channels that share a scale; 0 otherwise
+    data: Tensor  # uint8
+    scales: Tensor  # int8: float32 [slabs, 64]; int4: bfloat16 [slabs, groups, 64]; otherwise empty
+
+    @property
+    def nbytes(self) -> int:
+        """What a product reads."""
+        return self.data.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        """The weight this stands for, float32 [N, K]: minus the original it is the quantisation error."""
+        n, k = self.shape
+        values = torch.empty(n, k, dtype=_stored(self.format))
+        _C.pack_weight(self.format, values, self.data, True)
+        if self.format == "int8":
+            return values * self.scales.flatten()[:n, None]
+        if self.format == "int4":
+            scales = self.scales.float().transpose(1, 2).flatten(0, 1)[:n]  # [N, groups]
+            return values * scales.repeat_interleave(self.group, 1)[:, :k]
+        return values.float()
+
+
+def pack_weight(weight: Tensor, format: str, *, group: int = 32) -> PackedWeight:
+    """Lay a weight out for ``packed_linear``, once, quantising it where the format says so.
+
+    "int8" is symmetric with one float32 scale per output channel, its largest magnitude / 127. "int4" is symmetric
+    with one bfloat16 scale per ``group`` input channels, chosen so that the largest magnitude becomes -8 (as in
+    llama.cpp's Q4_0): 4.5 bits per element in groups of 32, 4.25 in groups of 64. On normally distributed weights the
+    relative error is 0.8 % in int8 (K = 1,024), 8.6 % in int4 with groups of 32 and 9.5 % with 64; of a weight of
+    yours it is ``(packed.dequantize() - weight).norm() / weight.norm()``.
+
+    Args:
+        weight: [N, K], float32, bfloat16 or float16, on the CPU.
+        format: "float32", "bfloat16", "int8" or "int4".
+        group: 32 or 64; for int4 only.
+
+    Returns:
+        A copy: later changes to ``weight`` do not reach it.
+
+    Raises:
+        ValueError: shape, type, format or group out of contract; a NaN or infinity to be quantised.
+    """
+    if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.device.type != "cpu":
+        got = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
+        raise ValueError(f"pack_weight: weight: expected floats [N, K] on the CPU, got {got}")
+    if format not in FORMATS:
+        raise ValueError(f"pack_weight: format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if group not in (32, 64):
+        raise ValueError(f"pack_weight: group: expected 32 or 64, got {group}")
+    (n, k), weight = weight.shape, weight.detach()
+    data = torch.empty(_C.packed_bytes(format, n, k), dtype=torch.uint8)
+    slabs = -(-n // _SLAB)
+    scales = torch.empty(0)
+    if format == "int8":
+        scales = torch.zeros(slabs, _SLAB)
+    elif format == "int4":
+        scales = torch.zeros(slabs, -(-k // group), _SLAB, dtype=torch.bfloat16)
+    step = max(1, _ELEMENTS // max(1, k) // _SLAB) * _SLAB
+    for first in range(0, n, step):
+        rows = weight[first : first + step]
+        if format == "int8":
+            values, scale = _quantise_int8(rows.float())
+        elif format == "int4":
+            values, scale = _quantise_int4(rows.float(), group)
+        else:
+            values, scale = rows.to(_stored(format)), None
+        if scale is not None:
+            padded = functional.pad(scale, (0, 0, 0, -len(rows) % _SLAB))
+            mine = scales[first // _SLAB : -(-(first + len(rows)) // _SLAB)]
+            mine.copy_(torch.stack(torch.split(padded, _SLAB)).transpose(1, 2).reshape(mine.shape))
+        begin, end = (_C.packed_bytes(format, row, k) for row in (first, first + len(rows)))
+        _C.pack_weight(format, values.contiguous(), data[begin:end], False)
+    return PackedWeight(format, (n, k), group if format == "int4" else 0, data, scales)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` with a weight from ``pack_weight``, for the few rows of a decoding step; no gradient.
+
+    Up to 16 rows read the weight from memory once; more go through 16 at a time. A row's bits depend on the row, the
+    weight and the instruction set alone: not on how many rows share the call, their contents or the number of threads.
+    x is never quantised, and sums are float32.
+
+    Args:
+        x: [..., K], float32 or bfloat16.
+        packed: from ``pack_weight``; any format with either type of x.
+        bias: [N], floating point, added in float32.
+
+    Returns:
+        [..., N] in x's type, rounded once.
+
+    Raises:
+        ValueError: shapes, types or device out of contract, naming the argument; an x that requires a gradient.
+    """
+    n, k = packed.shape
+    if x.dim() < 1 or x.shape[-1] != k or x.dtype not in _INPUTS or x.device.type != "cpu":
+        got = f"{x.dtype} {list(x.shape)} on {x.device}"
+        raise ValueError(f"packed_linear: x: expected float32 or bfloat16 [..., {k}] on the CPU, got {got}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+        raise ValueError(f"packed_linear: bias: expected floats [{n}], got {bias.dtype} {list(bias.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("packed_linear: x: expected one that requires no gradient; train on ops.linear")
+    rows = x.reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
+    out: Tensor = _packed_linear(rows, packed.data, packed.scales, packed.format, packed.group, n, bias)
+    return out.view(*x.shape[:-1], n)
+
+
+def _stored(format: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(format, torch.int8)
+
+
+def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in [-127, 127] and a scale per row, [rows, 1]; a row of zeros has scale 0."""
+    scale = _finite(rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)) / 127
+    return _rounded(rows, scale, -127, 127), scale
+
+
+def _quantise_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Values in [-8, 7], rounded on the scale as it is stored, and a bfloat16 scale per group, [rows, groups]."""
+    k = rows.shape[1]
+    grouped = functional.pad(rows, (0, -k % group)).view(len(rows), -(-k // group), group)
+    low, high = grouped.aminmax(dim=2) if k else (grouped.new_zeros(grouped.shape[:2]),) * 2
+    scale = (_finite(torch.where(high > -low, high, low)) / -8).to(torch.bfloat16)
+    return _rounded(grouped, scale.float()[..., None], -8, 7).flatten(1)[:, :k], scale
+
+
+def _finite(extreme: Tensor) -> Tensor:
+    if not extreme.isfinite().all():
+        raise ValueError("pack_weight: weight: expected finite values, got a NaN or an infinity")
+    return extreme
+
+
+def _rounded(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (values / torch.where(scale == 0, 1.0, scale)).round_().clamp_(low, high).to(torch.int8)
+
+
+# --- the op -----------------------------------------------------------------------------------------------------------
+
+
+def _native(x: Tensor, data: Tensor, scales: Tensor, format: str, group: int, n: int, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(x.shape[0], n)
+    _C.packed_linear(
+        x.contiguous(), format, group, data, scales, None if bias is None else bias.float().contiguous(), out
+    )
+    return out
+
+
+def _fake(x: Tensor, data: Tensor, scales: Tensor, format: str, group: int, n: int, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+_CUDA_IS = Implementation("none", "weights are packed for the CPU")
+_packed_linear = define(
+    "packed_linear(Tensor x, Tensor data, Tensor scales, str format, int group, SymInt n, Tensor? bias) -> Tensor",
+    fake=_fake,
+    cpu=_native,
+    cuda_is=_CUDA_IS,
+)
+record("pack_weight", cpu=Implementation("native", "C++ layout, values quantised by torch"), cuda=_CUDA_IS)

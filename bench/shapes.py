@@ -42,6 +42,7 @@ class Heads:
 
 
 QWEN_05B = Heads("Qwen2.5-0.5B", query=14, key=2, dim=64)
+LLAMA_8B = Heads("Llama-3-8B", query=32, key=8, dim=128)
 
 
 def uniform(count: int, length: int) -> Mix:

@@ -32,6 +32,7 @@ namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 constexpr int64_t kForwardRows = 224;              // rows that share one packing of a key block
+constexpr int64_t kCutRows = 64;                   // at most: then the states of a segment are small beside its keys
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
@@ -68,39 +69,66 @@ AttentionMask mask_of(const AttentionShape& shape) {
   return mask;
 }
 
-int64_t keys_seen(const AttentionMask& mask, int64_t position, int64_t num_k) {
-  return std::max<int64_t>(std::min(position + mask.right + 1, num_k) - std::max<int64_t>(position - mask.left, 0), 0);
-}
-
-// Cuts one sequence into items of about kForwardRows rows for each key head.
-void add_forward_items(const ForwardArgs& args, int64_t q_first, int64_t num_q, int64_t k_first, int64_t num_k,
-                       const int32_t* table, std::vector<ForwardItem>& items) {
+// Cuts one sequence into tiles of about kForwardRows rows for each key head.
+void add_tiles(const ForwardArgs& args, int64_t q_first, int64_t num_q, int64_t k_first, int64_t num_k,
+               const int32_t* table, std::vector<ForwardItem>& tiles) {
   const int64_t tokens = std::max<int64_t>(kForwardRows / args.group, 1);
   for (int64_t begin = 0; begin < num_q; begin += tokens) {
-    ForwardItem item{};
-    item.num_q = std::min(tokens, num_q - begin);
-    item.q_first = q_first + begin;
-    item.position = num_k - num_q + begin;
-    item.k_first = k_first;
-    item.num_k = num_k;
-    item.table = table;
-    const int64_t keys = keys_seen(args.mask, item.position + item.num_q / 2, num_k);
-    item.cost = (keys * (tile_rows(item.num_q, args.group) + 2) + 16) * 2 * args.shape.head_dim;
-    for (item.kv_head = 0; item.kv_head < args.shape.num_kv_heads; ++item.kv_head) items.push_back(item);
+    ForwardItem tile{};
+    tile.num_q = std::min(tokens, num_q - begin);
+    tile.q_first = q_first + begin;
+    tile.position = num_k - num_q + begin;
+    tile.k_first = k_first;
+    tile.num_k = num_k;
+    tile.table = table;
+    tiles.push_back(tile);
   }
 }
 
-void run_forward(const ForwardArgs& args, std::vector<ForwardItem>& items) {
-  std::sort(items.begin(), items.end(), [](const ForwardItem& a, const ForwardItem& b) { return a.cost > b.cost; });
-  const auto run_item = FASTSFT_ISA_SELECT(attention_forward_item);
-  const int64_t dim = args.shape.head_dim, count = static_cast<int64_t>(items.size());
-  int64_t cost = 0;
-  for (const ForwardItem& item : items) cost += item.cost;
-  parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      run_item(args, items[i], scratch_floats(forward_scratch(tile_rows(items[i].num_q, args.group), dim)));
+void run_forward(const ForwardArgs& args, const std::vector<ForwardItem>& tiles) {
+  const int64_t dim = args.shape.head_dim, heads = args.shape.num_kv_heads;
+  // Few queries on many keys, as in decoding, wait for memory. Such a tile is cut into segments, for there may be only
+  // one; and an item takes all key heads, since they are neighbours there, where that leaves enough items.
+  const auto segments_of = [&](const ForwardItem& tile) {
+    const int64_t segments = segments_seen(keys_seen(args.mask, tile));
+    return tile.num_q * args.group <= kCutRows && tile.num_q * 8 <= tile.num_k ? segments : 0;
+  };
+  const auto room_of = [&](const ForwardItem& tile) {
+    return segments_of(tile) * heads * states_size(tile_rows(tile.num_q, args.group), dim);
+  };
+  int64_t segments = 0, room = 0, cost = 0;
+  for (const ForwardItem& tile : tiles) segments += segments_of(tile), room += room_of(tile);
+  const auto states = std::make_unique_for_overwrite<float[]>(room);
+  float* next = states.get();
+  std::vector<ForwardItem> items, folds;
+  for (ForwardItem item : tiles) {
+    const bool is_cut = segments_of(item) > 0;
+    const KeyRange keys = keys_seen(args.mask, item);
+    item.kv_heads = is_cut && segments >= num_threads() ? heads : 1;
+    item.states = is_cut ? next : nullptr;
+    next += room_of(item);
+    const int64_t seen = std::max<int64_t>(keys.end - keys.begin, 0), count = std::max<int64_t>(segments_of(item), 1);
+    item.cost = (seen / count * (tile_rows(item.num_q, args.group) + 2) + 16) * 2 * dim * item.kv_heads;
+    for (; item.kv_head < heads; item.kv_head += item.kv_heads) {
+      if (is_cut) folds.push_back(item);
+      for (item.segment = 0; item.segment < count; ++item.segment) items.push_back(item);
+      cost += item.cost * count;
     }
+  }
+  std::stable_sort(items.begin(), items.end(),
+                   [](const ForwardItem& a, const ForwardItem& b) { return a.cost > b.cost; });
+  const auto run_item = FASTSFT_ISA_SELECT(attention_forward_item);
+  const auto run_fold = FASTSFT_ISA_SELECT(attention_forward_fold);
+  const auto for_each = [&](const std::vector<ForwardItem>& work, auto&& run) {
+    const int64_t count = static_cast<int64_t>(work.size());
+    parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run(work[i]);
+    });
+  };
+  for_each(items, [&](const ForwardItem& item) {
+    run_item(args, item, scratch_floats(forward_scratch(tile_rows(item.num_q, args.group), dim, item.kv_heads)));
   });
+  for_each(folds, [&](const ForwardItem& item) { run_fold(args, item); });
 }
 
 // The queries before key 0's reach are in no item.
@@ -129,12 +157,12 @@ void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch&
   args.v = {v.data, {0, v.token_stride, v.head_stride}};
   args.out = out;
   args.lse = lse;
-  std::vector<ForwardItem> items;
+  std::vector<ForwardItem> tiles;
   for (int64_t b = 0; b < batch.batch; ++b) {
-    add_forward_items(args, batch.cu_q[b], batch.cu_q[b + 1] - batch.cu_q[b], batch.cu_k[b],
-                      batch.cu_k[b + 1] - batch.cu_k[b], nullptr, items);
+    add_tiles(args, batch.cu_q[b], batch.cu_q[b + 1] - batch.cu_q[b], batch.cu_k[b], batch.cu_k[b + 1] - batch.cu_k[b],
+              nullptr, tiles);
   }
-  run_forward(args, items);
+  run_forward(args, tiles);
 }
 
 void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
@@ -152,7 +180,7 @@ void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, i
   args.v = {cache.v, {cache.v_strides[0], cache.v_strides[1], cache.v_strides[2]}};
   args.block_size = cache.block_size;
   args.out = out;
-  std::vector<ForwardItem> items;
+  std::vector<ForwardItem> tiles;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t num_q = cu_q[b + 1] - cu_q[b], length = cache.context_lens[b];
     FASTSFT_CHECK(length >= num_q && length <= cache.max_blocks * cache.block_size, kOp, ": context_lens[", b,
@@ -164,9 +192,9 @@ void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, i
       FASTSFT_CHECK(table[i] >= 0 && table[i] < cache.num_blocks, kOp, ": block_table[", b, ", ", i,
                     "]: expected a block id in [0, ", cache.num_blocks, "), got ", table[i]);
     }
-    add_forward_items(args, cu_q[b], num_q, 0, length, table, items);
+    add_tiles(args, cu_q[b], num_q, 0, length, table, tiles);
   }
-  run_forward(args, items);
+  run_forward(args, tiles);
 }
 
 void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionInput& dout,

@@ -8,6 +8,7 @@
 // A row's result depends on nothing but its own data and the block boundaries: every row goes through the same register
 // block, padded rows included, a masked key adds an exact zero, and a block that a row does not see changes nothing.
 #include <cmath>
+#include <utility>
 
 #include "attention_kernels.h"
 #include "attention_tile.h"
@@ -15,48 +16,116 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
+// What is known of each row after some keys.
+struct States {
+  float* sums;             // [rows, D]
+  float *maxima, *totals;  // [strips, kLanes]; maxima in units of log 2
+};
+States states_at(float* memory, int64_t dim, int64_t rows) {
+  return {memory, memory + rows * dim, memory + rows * (dim + 2)};
+}
+float* states_of(const ForwardItem& item, int64_t kv_head, int64_t segments, int64_t segment, int64_t size) {
+  return item.states + (kv_head * segments + segment) * size;
+}
+
 template <typename Format>
 struct Tile {
   typename Format::Word *keys, *values;  // words of [D, kKeyBlock] and of [kKeyBlock, D]
-  typename Format::Word* queries;        // [rows, kRowPitch]
-  float* sums;                           // [rows, D]
-  float *maxima, *totals;                // [strips, kLanes]; maxima in units of log 2
   float* scores;                         // [kTileRows, kKeyBlock]
+  typename Format::Word* queries;        // [key heads, rows, kRowPitch]
+  float* states;                         // two times
 };
 
 template <typename Format>
-Tile<Format> carve(float* scratch, int64_t dim, int64_t rows, int64_t pitch) {
+Tile<Format> carve(float* scratch, int64_t dim, int64_t queries) {
   using Word = typename Format::Word;
   Tile<Format> t;
   t.keys = reinterpret_cast<Word*>(scratch);
   t.values = t.keys + kKeyBlock * dim / Format::kSteps;
-  t.queries = t.values + kKeyBlock * dim / Format::kSteps;
-  t.sums = reinterpret_cast<float*>(t.queries + rows * pitch);
-  t.maxima = t.sums + rows * dim;
-  t.totals = t.maxima + 2 * rows;
-  t.scores = t.totals + 2 * rows;
+  t.scores = reinterpret_cast<float*>(t.values + kKeyBlock * dim / Format::kSteps);
+  t.queries = reinterpret_cast<Word*>(t.scores + kTileRows * kKeyBlock);
+  t.states = reinterpret_cast<float*>(t.queries + queries);
   return t;
 }
 
-void row_addresses(const ForwardArgs& args, const ForwardItem& item, const KeySource& source, int64_t first, int64_t n,
-                   const void** rows) {
-  const DType dtype = args.shape.dtype;
-  const int64_t head = item.kv_head * source.stride[2];
-  if (item.table == nullptr) {
-    for (int64_t j = 0; j < n; ++j) {
-      rows[j] = element(dtype, source.data, head + (item.k_first + first + j) * source.stride[1]);
-    }
-    return;
+// Where the rows of one block of keys or values are, and those of the next, which are asked for ahead of their use: a
+// cache's rows are too short and too scattered for the processor to see them coming.
+class BlockRows {
+ public:
+  BlockRows(const ForwardArgs& args, const ForwardItem& item, const KeySource& source, const KeyRange& keys,
+            int64_t start)
+      : args_(args), item_(item), source_(source), end_(keys.end), start_(start) {
+    find_next();
+    prefetch(0, 1);
   }
-  int64_t block = first / args.block_size, slot = first % args.block_size;
-  for (int64_t j = 0; j < n; ++j) {
-    rows[j] = element(dtype, source.data, head + item.table[block] * source.stride[0] + slot * source.stride[1]);
-    if (++slot == args.block_size) {
-      slot = 0;
-      ++block;
+
+  void advance() {
+    std::swap(now_, next_);
+    find_next();
+  }
+
+  // The block's rows of the item's key head `head`, until the next call.
+  const void* const* of_head(int64_t head) {
+    if (head == 0) return now_;
+    const int64_t offset = head * source_.stride[2];
+    for (int64_t j = 0; j < kKeyBlock; ++j) of_head_[j] = element(args_.shape.dtype, now_[j], offset);
+    return of_head_;
+  }
+
+  // Asks for part `part` of `parts` of the next block, all of the item's heads: they are neighbours in memory.
+  void prefetch(int64_t part, int64_t parts) const {
+    const DType dtype = args_.shape.dtype;
+    for_each_row(part, parts, [&](const void* row) { prefetch_row<For::kReading>(dtype, row, args_.shape.head_dim); });
+  }
+  // The same lines, at most `room`; the rest is filled with a line at hand.
+  void list_lines(int64_t part, int64_t parts, const char** lines, int64_t room) const {
+    const int64_t bytes = args_.shape.head_dim * static_cast<int64_t>(dtype_size(args_.shape.dtype));
+    int64_t count = 0;
+    for_each_row(part, parts, [&](const void* row) {
+      for (int64_t i = 0; i < bytes && count < room; i += 64) lines[count++] = static_cast<const char*>(row) + i;
+    });
+    for (; count < room; ++count) lines[count] = reinterpret_cast<const char*>(now_);
+  }
+
+ private:
+  template <typename Visit>
+  FASTSFT_INLINE void for_each_row(int64_t part, int64_t parts, Visit visit) const {
+    const int64_t end = smaller((part + 1) * kKeyBlock / parts, next_count_);
+    for (int64_t j = part * kKeyBlock / parts; j < end; ++j) {
+      for (int64_t head = 0; head < item_.kv_heads; ++head) {
+        visit(element(args_.shape.dtype, next_[j], head * source_.stride[2]));
+      }
     }
   }
-}
+  void find_next() {
+    next_count_ = smaller(kKeyBlock, end_ - start_);
+    const DType dtype = args_.shape.dtype;
+    const int64_t head = item_.kv_head * source_.stride[2];
+    if (item_.table == nullptr) {
+      for (int64_t j = 0; j < next_count_; ++j) {
+        next_[j] = element(dtype, source_.data, head + (item_.k_first + start_ + j) * source_.stride[1]);
+      }
+    } else {
+      int64_t block = start_ / args_.block_size, slot = start_ % args_.block_size;
+      for (int64_t j = 0; j < next_count_; ++block, slot = 0) {
+        const void* row =
+            element(dtype, source_.data, head + item_.table[block] * source_.stride[0] + slot * source_.stride[1]);
+        for (const int64_t last = smaller(j + args_.block_size - slot, next_count_); j < last; ++j) {
+          next_[j] = row;
+          row = element(dtype, row, source_.stride[1]);
+        }
+      }
+    }
+    start_ += kKeyBlock;
+  }
+
+  const ForwardArgs& args_;
+  const ForwardItem& item_;
+  const KeySource& source_;
+  int64_t end_, start_, next_count_ = 0;
+  const void *rows_[2][kKeyBlock]{}, *of_head_[kKeyBlock];
+  const void **now_ = rows_[0], **next_ = rows_[1];
+};
 
 // Scores of one strip, columns [begin, end), in units of log 2 -> probabilities relative to each row's running
 // maximum, in the scores' place. factors: what each row's past must be scaled by.
@@ -97,13 +166,13 @@ FASTSFT_NOINLINE void cap_scores(float* scores, int64_t have, int64_t begin, int
 
 // Packs one strip of queries from `row` on and asks for the next strip and for this one's place in the output.
 template <typename Format, int64_t kMaxDim>
-FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, int64_t row, int64_t have,
-                                   typename Format::Word* panel) {
+FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, int64_t kv_head, int64_t row,
+                                   int64_t have, typename Format::Word* panel) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group;
   const void* rows[kTileRows];
   for (int64_t i = 0; i < have + kTileRows; ++i) {
-    const int64_t r = row + i, token = item.q_first + r / group, head = item.kv_head * group + r % group;
+    const int64_t r = row + i, token = item.q_first + r / group, head = kv_head * group + r % group;
     if (r >= item.num_q * group) break;
     const void* query = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
     if (i < have) {
@@ -117,79 +186,166 @@ FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& i
   pack_rows<Format, kMaxDim>(dtype, rows, have, dim, panel + row * kRowPitch<Format, kMaxDim>);
 }
 
-template <typename Format>
-FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& item, const Tile<Format>& tile) {
+FASTSFT_NOINLINE void clear(const States& states, int64_t rows, int64_t dim) {
+  fill_zero(states.sums, states.sums + rows * dim);
+  for (int64_t strip = 0; strip * kTileRows < rows; ++strip) {
+    store(states.maxima + strip * kLanes, splat(-INFINITY));
+    store(states.totals + strip * kLanes, Vec{});
+  }
+}
+
+// A row that saw no key of the segment stays as it is.
+FASTSFT_NOINLINE void fold(const States& whole, const States& segment, int64_t rows, int64_t dim) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t stats = row / kTileRows * kLanes;
+    const Vec before = load(whole.maxima + stats), other = load(segment.maxima + stats);
+    const Vec now = max_of(other, before), reference = select(now == -INFINITY, Vec{}, now);
+    const Vec factor = exp2_nonpositive<6>(before - reference), other_factor = exp2_nonpositive<6>(other - reference);
+    store(whole.maxima + stats, now);
+    store(whole.totals + stats, load(whole.totals + stats) * factor + load(segment.totals + stats) * other_factor);
+    for (int64_t i = 0; i < smaller<int64_t>(kTileRows, rows - row); ++i) {
+      float* sums = whole.sums + (row + i) * dim;
+      const float* others = segment.sums + (row + i) * dim;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        store(sums + d, load(sums + d) * factor[i] + load(others + d) * other_factor[i]);
+      }
+    }
+  }
+}
+
+FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& item, int64_t kv_head,
+                                 const States& states) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim;
   for (int64_t r = 0; r < item.num_q * args.group; ++r) {
-    const int64_t token = item.q_first + r / args.group, head = item.kv_head * args.group + r % args.group;
+    const int64_t token = item.q_first + r / args.group, head = kv_head * args.group + r % args.group;
     const int64_t lane = r / kTileRows * kLanes + r % kTileRows;
-    const float total = tile.totals[lane];
-    store_row(dtype, tile.sums + r * dim, dim, total == 0 ? 0.0f : 1.0f / total,
+    const float total = states.totals[lane];
+    store_row(dtype, states.sums + r * dim, dim, total == 0 ? 0.0f : 1.0f / total,
               element(dtype, args.out, (token * args.shape.num_q_heads + head) * dim));
     if (args.lse != nullptr) {
-      args.lse[head * args.total_q + token] = total == 0 ? -INFINITY : tile.maxima[lane] * kLn2 + std::log(total);
+      args.lse[head * args.total_q + token] = total == 0 ? -INFINITY : states.maxima[lane] * kLn2 + std::log(total);
+    }
+  }
+}
+
+// One block of keys, [start, start + n), for all queries of one key head.
+template <typename Format, int64_t kMaxDim, typename Ahead>
+FASTSFT_INLINE void attend(const ForwardArgs& args, const ForwardItem& item, int64_t start, int64_t n,
+                           const Tile<Format>& tile, const typename Format::Word* queries, const States& states,
+                           Ahead next_keys, Ahead next_values) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
+  const int64_t dim = args.shape.head_dim, group = args.group, rows = item.num_q * group;
+  const float softcap = args.shape.softcap;
+  const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
+  const int64_t left = args.mask.left, right = args.mask.right;
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t have = smaller<int64_t>(kTileRows, rows - row);
+    const Band top = visible_band(item.position + row / group, left, right, start, n);
+    const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
+    if (top.first >= bottom.last) continue;
+    const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
+    product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, queries + row * kPitch, tile.keys + begin,
+                                                       kKeyBlock, dim / kSteps, tile.scores + begin, kKeyBlock,
+                                                       &score_factor, next_keys);
+    if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
+    if (bottom.first > begin || top.last < end) {
+      for (int64_t i = 0; i < have; ++i) {
+        float* scores = tile.scores + i * kKeyBlock;
+        const Band band = visible_band(item.position + (row + i) / group, left, right, start, n);
+        for (int64_t j = begin; j < end; j += kLanes) {
+          store(scores + j, select(inside(band, j), load(scores + j), splat(-INFINITY)));
+        }
+      }
+    }
+    float factors[kLanes];
+    const int64_t stats = row / kTileRows * kLanes;
+    online_softmax<Format>(tile.scores, have, begin, end, states.maxima + stats, states.totals + stats, factors);
+    const int64_t first = top.first / kSteps, last = (bottom.last + kSteps - 1) / kSteps;
+    const auto* probs = reinterpret_cast<const typename Format::Word*>(tile.scores);
+    product<Format, Left::kRows, kKeyBlock, Into::kRescale>(have, dim, probs + first, tile.values + first * dim, dim,
+                                                            last - first, states.sums + row * dim, dim, factors,
+                                                            next_values);
+  }
+}
+
+// Sweeps the queries over `keys`, which lie in one segment. The states of the item's key heads are `stride` apart.
+template <typename Format, int64_t kMaxDim>
+void sweep(const ForwardArgs& args, const ForwardItem& item, const KeyRange& keys, bool are_queries_packed,
+           const Tile<Format>& tile, float* states, int64_t stride) {
+  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>;
+  const DType dtype = args.shape.dtype;
+  const int64_t dim = args.shape.head_dim, rows = item.num_q * args.group;
+  const int64_t max_rows = tile_rows(item.num_q, args.group), heads = item.kv_heads;
+  for (int64_t head = 0; head < heads; ++head) {
+    clear(states_at(states + head * stride, dim, max_rows), rows, dim);
+    for (int64_t row = 0; row < rows && !are_queries_packed; row += kTileRows) {
+      load_queries<Format, kMaxDim>(args, item, item.kv_head + head, row, smaller<int64_t>(kTileRows, rows - row),
+                                    tile.queries + head * max_rows * kPitch);
+    }
+  }
+  // The steps of a product over a whole block, at most: of keys, of values.
+  constexpr int64_t kWidth = kTileVecs * kLanes, kStrips = kKeyBlock / kWidth;
+  const int64_t key_steps = dim / Format::kSteps * kStrips;
+  const int64_t value_steps = kKeyBlock / Format::kSteps * ((dim + kWidth - 1) / kWidth);
+  const char *key_lines[256 * kStrips], *value_lines[256 * kStrips];
+
+  const int64_t first_start = keys.begin / kKeyBlock * kKeyBlock;
+  BlockRows key_rows(args, item, args.k, keys, first_start), value_rows(args, item, args.v, keys, first_start);
+  for (int64_t start = first_start; start < keys.end; start += kKeyBlock) {
+    const int64_t n = smaller<int64_t>(kKeyBlock, keys.end - start);
+    key_rows.advance();
+    value_rows.advance();
+    for (int64_t head = 0; head < heads; ++head) {
+      const void* const* addresses = key_rows.of_head(head);
+      for (int64_t i = 0; i < kKeyBlock / kLanes; ++i) {
+        const int64_t j = i * kLanes, have = smaller<int64_t>(kLanes, n - j);
+        if (have > 0) pack_columns<Format>(dtype, addresses + j, have, dim, tile.keys + j, kKeyBlock);
+        key_rows.prefetch(2 * head * kKeyBlock / kLanes + i, 2 * heads * kKeyBlock / kLanes);
+      }
+      addresses = value_rows.of_head(head);
+      for (int64_t i = 0; i < kKeyBlock / kLanes; ++i) {
+        const int64_t j = i * kLanes, have = smaller<int64_t>(kLanes, n - j);
+        if (have > 0) pack_stack<Format>(dtype, addresses + j, have, dim, tile.values + j / Format::kSteps * dim);
+        value_rows.prefetch(2 * head * kKeyBlock / kLanes + i, 2 * heads * kKeyBlock / kLanes);
+      }
+      const auto* queries = tile.queries + head * max_rows * kPitch;
+      const States state = states_at(states + head * stride, dim, max_rows);
+      if (rows > kTileRows) {
+        key_rows.prefetch(2 * head + 1, 2 * heads);
+        value_rows.prefetch(2 * head + 1, 2 * heads);
+        attend<Format, kMaxDim>(args, item, start, n, tile, queries, state, NoLines{}, NoLines{});
+      } else {
+        key_rows.list_lines(2 * head + 1, 2 * heads, key_lines, key_steps);
+        value_rows.list_lines(2 * head + 1, 2 * heads, value_lines, value_steps);
+        const char *const *next_key = key_lines, *const *next_value = value_lines;
+        attend<Format, kMaxDim>(args, item, start, n, tile, queries, state, Lines{&next_key}, Lines{&next_value});
+      }
     }
   }
 }
 
 template <typename Format, int64_t kMaxDim>
 void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scratch) {
-  constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
-  const DType dtype = args.shape.dtype;
-  const int64_t dim = args.shape.head_dim, group = args.group, rows = item.num_q * group;
-  const Tile<Format> tile = carve<Format>(scratch, dim, tile_rows(item.num_q, group), kPitch);
-  const float softcap = args.shape.softcap;
-  const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
-  const int64_t left = args.mask.left, right = args.mask.right;
-
-  fill_zero(tile.sums, tile.sums + rows * dim);
-  for (int64_t strip = 0; strip * kTileRows < rows; ++strip) {
-    store(tile.maxima + strip * kLanes, splat(-INFINITY));
-    store(tile.totals + strip * kLanes, Vec{});
+  const int64_t dim = args.shape.head_dim, rows = item.num_q * args.group, max_rows = tile_rows(item.num_q, args.group);
+  const int64_t size = states_size(max_rows, dim);
+  const Tile<Format> tile = carve<Format>(scratch, dim, item.kv_heads * max_rows * kRowPitch<Format, kMaxDim>);
+  const KeyRange keys = keys_seen(args.mask, item);
+  const int64_t first = keys.begin / kKeySegment, segments = segments_seen(keys);
+  const auto part = [&](int64_t i) {
+    return KeyRange{larger(keys.begin, (first + i) * kKeySegment), smaller(keys.end, (first + i + 1) * kKeySegment)};
+  };
+  if (item.states != nullptr) {
+    return sweep<Format, kMaxDim>(args, item, part(item.segment), false, tile,
+                                  states_of(item, item.kv_head, segments, item.segment, size), segments * size);
   }
-
-  const int64_t keys_begin = larger<int64_t>(item.position - left, 0);
-  const int64_t keys_end = smaller<int64_t>(item.position + item.num_q + right, item.num_k);
-  const void* addresses[kKeyBlock];
-  const int64_t first_start = keys_begin / kKeyBlock * kKeyBlock;
-  for (int64_t start = first_start; start < keys_end; start += kKeyBlock) {
-    const int64_t n = smaller<int64_t>(kKeyBlock, keys_end - start);
-    row_addresses(args, item, args.k, start, n, addresses);
-    pack_columns<Format>(dtype, addresses, n, dim, tile.keys, kKeyBlock);
-    row_addresses(args, item, args.v, start, n, addresses);
-    pack_stack<Format>(dtype, addresses, n, dim, tile.values);
-
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t have = smaller<int64_t>(kTileRows, rows - row);
-      if (start == first_start) load_queries<Format, kMaxDim>(args, item, row, have, tile.queries);
-      const Band top = visible_band(item.position + row / group, left, right, start, n);
-      const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
-      if (top.first >= bottom.last) continue;
-      const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-      product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, tile.queries + row * kPitch,
-                                                         tile.keys + begin, kKeyBlock, dim / kSteps,
-                                                         tile.scores + begin, kKeyBlock, &score_factor);
-      if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
-      if (bottom.first > begin || top.last < end) {
-        for (int64_t i = 0; i < have; ++i) {
-          float* scores = tile.scores + i * kKeyBlock;
-          const Band band = visible_band(item.position + (row + i) / group, left, right, start, n);
-          for (int64_t j = begin; j < end; j += kLanes) {
-            store(scores + j, select(inside(band, j), load(scores + j), splat(-INFINITY)));
-          }
-        }
-      }
-      float factors[kLanes];
-      const int64_t stats = row / kTileRows * kLanes;
-      online_softmax<Format>(tile.scores, have, begin, end, tile.maxima + stats, tile.totals + stats, factors);
-      const int64_t first = top.first / kSteps, last = (bottom.last + kSteps - 1) / kSteps;
-      const auto* probs = reinterpret_cast<const typename Format::Word*>(tile.scores);
-      product<Format, Left::kRows, kKeyBlock, Into::kRescale>(have, dim, probs + first, tile.values + first * dim, dim,
-                                                              last - first, tile.sums + row * dim, dim, factors);
-    }
+  const States whole = states_at(tile.states, dim, max_rows), next = states_at(tile.states + size, dim, max_rows);
+  if (segments == 0) clear(whole, rows, dim);
+  for (int64_t i = 0; i < segments; ++i) {
+    sweep<Format, kMaxDim>(args, item, part(i), i > 0, tile, i == 0 ? whole.sums : next.sums, 0);
+    if (i > 0) fold(whole, next, rows, dim);
   }
-  store_tile(args, item, tile);
+  store_tile(args, item, item.kv_head, whole);
 }
 
 }  // namespace
@@ -201,6 +357,16 @@ void attention_forward_item(const ForwardArgs& args, const ForwardItem& item, fl
     return is_small ? forward_item<Format, 64>(args, item, scratch) : forward_item<Format, 256>(args, item, scratch);
   }
   return is_small ? forward_item<Single, 64>(args, item, scratch) : forward_item<Single, 256>(args, item, scratch);
+}
+
+void attention_forward_fold(const ForwardArgs& args, const ForwardItem& item) {
+  const int64_t dim = args.shape.head_dim, rows = tile_rows(item.num_q, args.group);
+  const int64_t segments = segments_seen(keys_seen(args.mask, item)), size = states_size(rows, dim);
+  for (int64_t head = item.kv_head; head < item.kv_head + item.kv_heads; ++head) {
+    const auto state = [&](int64_t i) { return states_at(states_of(item, head, segments, i, size), dim, rows); };
+    for (int64_t i = 1; i < segments; ++i) fold(state(0), state(i), item.num_q * args.group, dim);
+    store_tile(args, item, head, state(0));
+  }
 }
 
 }  // namespace fastsft::FASTSFT_ISA_NS

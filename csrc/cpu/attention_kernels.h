@@ -13,7 +13,10 @@ namespace fastsft {
 // one is cut finer, so that there is work for more threads.
 inline constexpr int64_t kGradientBlock = 256;
 static inline int64_t gradient_block(int64_t num_k) { return num_k <= kGradientBlock ? kGradientBlock : 128; }
-inline constexpr int64_t kKeyBlock = 64;  // keys per block; part of the forward pass's rounding, see attention.h
+// Both are part of the forward pass's rounding, see attention.h. Segments are summed on their own and then folded, so
+// that several threads can share one sequence's keys.
+inline constexpr int64_t kKeyBlock = 64;
+inline constexpr int64_t kKeySegment = 512;
 
 // The positions a query at key position p sees: [p - left, p + right], already cut to what can occur.
 struct AttentionMask {
@@ -39,7 +42,7 @@ struct ForwardArgs {
   float* lse;
 };
 
-// Queries [q_first, q_first + num_q) of one sequence, all query heads of one key head.
+// Queries [q_first, q_first + num_q) of one sequence, all query heads of key heads [kv_head, kv_head + kv_heads).
 struct ForwardItem {
   int64_t q_first;  // token index into q
   int64_t num_q;
@@ -47,9 +50,25 @@ struct ForwardItem {
   int64_t k_first;       // token index of the sequence's key 0 (not paged)
   int64_t num_k;         // keys of the sequence
   const int32_t* table;  // the sequence's row of the block table, or null
-  int64_t kv_head;
+  int64_t kv_head, kv_heads;
+  // Null: one key head, all segments, straight to the output. Else the states of the tile, [Hkv, segments seen], of
+  // which this item computes segment `segment`, counted from the first one seen; attention_forward_fold does the rest.
+  float* states;
+  int64_t segment;
   int64_t cost;  // in multiply-adds, about
 };
+
+struct KeyRange {
+  int64_t begin, end;
+};
+static inline KeyRange keys_seen(const AttentionMask& mask, const ForwardItem& item) {
+  const int64_t begin = item.position - mask.left, end = item.position + item.num_q + mask.right;
+  return {begin < 0 ? 0 : begin, end < item.num_k ? end : item.num_k};
+}
+static inline int64_t segments_seen(const KeyRange& keys) {
+  if (keys.end <= keys.begin) return 0;
+  return (keys.end - 1) / kKeySegment - keys.begin / kKeySegment + 1;
+}
 
 struct BackwardArgs {
   AttentionShape shape;
@@ -83,8 +102,10 @@ struct BackwardItem {
 // Rows a tile of queries occupies in scratch: the last register tile may reach up to 15 rows beyond those in use.
 static inline int64_t tile_rows(int64_t tokens, int64_t group) { return (tokens * group + 30) / 16 * 16; }
 // Bounds, for any instruction set, of the scratch memory in floats.
-static inline int64_t forward_scratch(int64_t rows, int64_t dim) {
-  return 2 * kKeyBlock * dim + rows * ((dim <= 64 ? 64 : 256) + 16 + dim + 4) + 16 * kKeyBlock;
+static inline int64_t states_size(int64_t rows, int64_t dim) { return rows * (dim + 4); }
+static inline int64_t forward_scratch(int64_t rows, int64_t dim, int64_t kv_heads) {
+  return 2 * kKeyBlock * dim + 16 * kKeyBlock + kv_heads * rows * ((dim <= 64 ? 64 : 256) + 16) +
+         2 * states_size(rows, dim);
 }
 static inline int64_t backward_scratch(int64_t rows, int64_t dim) {
   constexpr int64_t kPitch = kGradientBlock + 16;
@@ -96,6 +117,8 @@ bool wait_for_turn(const std::atomic<int32_t>& done, int32_t turns, const std::a
 void finish_turn(std::atomic<int32_t>& done);
 
 FASTSFT_ISA_DECLARE(void, attention_forward_item, const ForwardArgs& args, const ForwardItem& item, float* scratch)
+// Folds the states of a tile whose segments are done and writes its output, for the item's key heads.
+FASTSFT_ISA_DECLARE(void, attention_forward_fold, const ForwardArgs& args, const ForwardItem& item)
 FASTSFT_ISA_DECLARE(void, attention_backward_item, const BackwardArgs& args, const BackwardItem& item, float* scratch)
 // delta of queries [begin, end)
 FASTSFT_ISA_DECLARE(void, attention_backward_delta, const BackwardArgs& args, int64_t begin, int64_t end)

@@ -6,6 +6,8 @@
 // R C multiply-adds per word. A's words are broadcast from where they lie, so only B has to be rearranged.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 #if defined(__AVX512BF16__)
@@ -90,6 +92,13 @@ FASTSFT_INLINE void prefetch_row(DType dtype, const void* row, int64_t dim) {
   for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(element(dtype, row, i), kFor == For::kWriting);
 }
 
+// Lines to ask for during a product, one in each of its steps: asked for all at once, they would fill the processor's
+// queue of misses, and it would stand still until they are there.
+struct NoLines {};
+struct Lines {
+  const char* const** next;
+};
+
 // --- packing -----------------------------------------------------------------------------------------------------
 
 // Distance of rows whose words lie along k (pack_rows), for head sizes up to kMaxDim. A constant, so that a register
@@ -171,9 +180,9 @@ enum class Into { kStore, kAdd, kRescale };
 
 // kRows rows and kVecs * kLanes columns; one fused chain per element in ascending k. Starting the chain from zero, not
 // from C, keeps the rounding error of long sums low.
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word, typename Ahead>
 FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_t words, float* c, int64_t ldc,
-                               const float* factors) {
+                               const float* factors, Ahead ahead) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -181,6 +190,9 @@ FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_
     for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
   }
   for (int64_t k = 0; k < words; ++k) {
+    if constexpr (std::is_same_v<Ahead, Lines>) {
+      __builtin_prefetch(*(*ahead.next)++);
+    }
     Vec row[kVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * kLanes);
@@ -208,34 +220,36 @@ FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_
 
 // One strip of at most kTileRows rows and a multiple of kLanes columns. The register tile used has as many rows or a
 // few more: what A holds below the strip is read, and what C holds below it is overwritten with sums of its own.
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kRows = kTileRows, typename Word>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kRows = kTileRows, typename Word, typename Ahead>
 FASTSFT_INLINE void product_chain(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
-                                  float* c, int64_t ldc, const float* factors) {
+                                  float* c, int64_t ldc, const float* factors, Ahead ahead) {
   constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : 2;
   if constexpr (kRows > 2) {
     if (rows <= kFewer) {
-      return product_chain<Format, kLeft, kPitch, kInto, kFewer>(rows, width, a, b, ldb, words, c, ldc, factors);
+      return product_chain<Format, kLeft, kPitch, kInto, kFewer>(rows, width, a, b, ldb, words, c, ldc, factors, ahead);
     }
   }
   int64_t n = 0;
   for (; n + kTileVecs * kLanes <= width; n += kTileVecs * kLanes) {
-    multiply<Format, kLeft, kPitch, kInto, kTileVecs, kRows>(a, b + n, ldb, words, c + n, ldc, factors);
+    multiply<Format, kLeft, kPitch, kInto, kTileVecs, kRows>(a, b + n, ldb, words, c + n, ldc, factors, ahead);
   }
   for (; n < width; n += kLanes) {
-    multiply<Format, kLeft, kPitch, kInto, 1, kRows>(a, b + n, ldb, words, c + n, ldc, factors);
+    multiply<Format, kLeft, kPitch, kInto, 1, kRows>(a, b + n, ldb, words, c + n, ldc, factors, ahead);
   }
 }
 
 // The same; chains longer than kChain are cut, which bounds their error.
 inline constexpr int64_t kChain = 64;
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, typename Word = typename Format::Word>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, typename Word = typename Format::Word,
+          typename Ahead = NoLines>
 FASTSFT_NOINLINE void product(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
-                              float* c, int64_t ldc, const float* factors) {
-  product_chain<Format, kLeft, kPitch, kInto>(rows, width, a, b, ldb, smaller(words, kChain), c, ldc, factors);
+                              float* c, int64_t ldc, const float* factors, Ahead ahead = {}) {
+  product_chain<Format, kLeft, kPitch, kInto>(rows, width, a, b, ldb, smaller(words, kChain), c, ldc, factors, ahead);
   if constexpr (kInto != Into::kRescale) {  // whose words are the keys of one block
     for (int64_t k = kChain; k < words; k += kChain) {
       product_chain<Format, kLeft, kPitch, Into::kAdd>(rows, width, a + k * (kLeft == Left::kRows ? 1 : kPitch),
-                                                       b + k * ldb, ldb, smaller(words - k, kChain), c, ldc, factors);
+                                                       b + k * ldb, ldb, smaller(words - k, kChain), c, ldc, factors,
+                                                       ahead);
     }
   }
 }

@@ -273,9 +273,9 @@ TEST(bfloat16_forward_and_backward) {
 TEST(paged_equals_packed_bit_for_bit) {
   on_every_isa([] {
     const int64_t heads_q = 6, heads_k = 2, dim = 32, block_size = 5;
-    const std::vector<int32_t> contexts = {1, 71, 33};
-    const Problem p = make_problem({1, 71, 33}, {1, 71, 33}, heads_q, heads_k, dim);
-    const int64_t row = heads_k * dim, max_blocks = 16, num_blocks = 30;
+    const std::vector<int32_t> contexts = {1, 71, 1040};
+    const Problem p = make_problem({1, 71, 1040}, {1, 71, 1040}, heads_q, heads_k, dim);
+    const int64_t row = heads_k * dim, max_blocks = 210, num_blocks = 226;
     std::vector<int32_t> table(3 * max_blocks, -1);
     Floats k_cache(num_blocks * block_size * row, NAN), v_cache = k_cache;
     int32_t block = 0;

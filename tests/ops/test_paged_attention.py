@@ -75,8 +75,37 @@ def test_a_row_has_the_same_bits_alone_or_in_any_company(dtype, heads, isa):
         _C.set_isa(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_long_contexts_are_shared_out_without_a_trace(dtype, isa):
+    """Keys are shared out among threads, heads among items, and neither may show in the bits."""
+    queries, contexts = [1, 3, 40, 1, 8], [2100, 1024, 1100, 513, 600]
+    q, k, v, table, cu, lens = case = paged_case(queries, contexts, (6, 3), 64, dtype)
+    low = reference.paged_attention(*case)
+    exact = reference.paged_attention(*(x.double() for x in case[:3]), *case[3:])
+    before, threads = _C.active_isa(), _C.num_threads()
+    _C.set_isa(isa)
+    try:
+        for options in ({}, {"window": (700, -1)}):
+            results = []
+            for count in (1, 3, 64):
+                _C.set_num_threads(count)
+                results.append(paged_attention(*case, **options))
+            assert all(torch.equal(result, results[0]) for result in results)
+            if not options:
+                assert_as_good_as(results[0], low, exact)
+            for b, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
+                for row in {begin, end - 1}:
+                    context = lens[b : b + 1] - (end - 1 - row)
+                    alone = paged_attention(q[row : row + 1], k, v, table[b : b + 1], offsets([1]), context, **options)
+                    assert torch.equal(alone[0], results[0][row])
+    finally:
+        _C.set_isa(before)
+        _C.set_num_threads(threads)
+
+
 def test_same_bits_as_varlen_attention():
-    contexts = [40, 129]
+    contexts = [40, 129, 1100]
     q, k_cache, v_cache, table, cu, lens = paged_case(contexts, contexts, (6, 2), 64)
     k, v = (
         torch.cat([cache[table[b, : -(-n // 16)].long()].flatten(0, 1)[:n] for b, n in enumerate(contexts)])

@@ -13,8 +13,9 @@
 //
 // Determinism: the same bits on every run and for every number of threads (they do depend on the instruction set). In
 // the forward functions a query row's bits depend on its own row, its sequence's keys and values and its position only:
-// not on the other sequences, nor on how many queries of its sequence are in the call. Key blocks are counted from key
-// 0. A NaN or infinity stays inside its own sequence.
+// not on the other sequences, nor on how many queries of its sequence are in the call. Blocks and segments of keys, the
+// units of rounding, are counted from key 0; how segments are shared out does not show. A NaN or infinity stays inside
+// its own sequence.
 //
 // Aliasing: outputs must not overlap inputs or each other. Empty sequences, Tq = 0 and Tk = 0 are legal.
 // Errors: Error for a head size, head count, offset or block id outside the contract.

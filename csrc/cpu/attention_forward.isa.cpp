@@ -3,12 +3,15 @@
 // visible (query head, key) pair on paper 2 * D for Q K^T and 2 * D for P V, and one exp. Scores never leave a strip
 // of rows.
 //
-// One item is a tile of queries with all query heads of one key head (so a key block is converted and transposed once
-// for the whole group), swept over the key blocks with the running maximum and sum of Milakov and Gimelshein (2018).
-// A row's result depends on nothing but its own data and the block boundaries: every row goes through the same register
-// block, padded rows included, a masked key adds an exact zero, and a block that a row does not see changes nothing.
+// One item is a tile of queries with all query heads of a key head (so a key block is converted and transposed once for
+// the whole group), swept over the key blocks with the running maximum and sum of Milakov and Gimelshein (2018). Every
+// segment of keys starts afresh and is folded into those before it, so that the segments of a tile of few queries can
+// be items of their own. Such items wait for memory: they take all key heads, whose rows are neighbours there, and ask
+// for the next block of keys all the while they compute.
+// A row's result depends on nothing but its own data and the block and segment boundaries: every row goes through the
+// same register block, padded rows included, a masked key adds an exact zero, and a block or a segment that a row does
+// not see changes nothing.
 #include <cmath>
-#include <utility>
 
 #include "attention_kernels.h"
 #include "attention_tile.h"
@@ -60,7 +63,9 @@ class BlockRows {
   }
 
   void advance() {
-    std::swap(now_, next_);
+    const void** const later = now_;
+    now_ = next_;
+    next_ = later;
     find_next();
   }
 

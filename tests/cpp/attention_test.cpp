@@ -158,6 +158,7 @@ TEST(packed_sequences_of_odd_lengths) {
     check_problem(make_problem({70, 9}, {70, 9}, 7, 1, 80));
     check_problem(make_problem({65}, {65}, 1, 1, 256));
     check_problem(make_problem({300, 2, 256}, {300, 2, 256}, 3, 1, 64));  // several key blocks of the backward pass
+    check_problem(make_problem({3, 1}, {1100, 600}, 4, 2, 32));           // several key segments of the forward
     check_problem(make_problem({}, {}, 2, 1, 64));
   });
 }

@@ -70,12 +70,12 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     for group in dict.fromkeys(r["group"] for r in result["rows"]):
-        lines += [f"## {group}", "", "| | median | quartiles | relative to fastsft |", "|---|---|---|---|"]
+        lines += [f"## {group}", "", "| | median | quartiles | relative to fastsft | |", "|---|---|---|---|---|"]
         for r in (r for r in result["rows"] if r["group"] == group):
             ratio = f"{r['times_ours']:.2f}" if "times_ours" in r else ""
-            lines.append(
-                f"| {r['contestant']} | {_time(r['median'])} | {_time(r['q1'])} to {_time(r['q3'])} | {ratio} |"
-            )
+            notes = ", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in r["extra"].items())
+            spread = f"{_time(r['q1'])} to {_time(r['q3'])}"
+            lines.append(f"| {r['contestant']} | {_time(r['median'])} | {spread} | {ratio} | {notes} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -234,10 +234,10 @@ FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& ite
   }
 }
 
-// One block of keys, [start, start + n), for all queries of one key head.
+// One block of keys, [start, start + n), for all queries of one key head. packs: the queries are packed on the way.
 template <typename Format, int64_t kMaxDim, typename Ahead>
-FASTSFT_INLINE void attend(const ForwardArgs& args, const ForwardItem& item, int64_t start, int64_t n,
-                           const Tile<Format>& tile, const typename Format::Word* queries, const States& states,
+FASTSFT_INLINE void attend(const ForwardArgs& args, const ForwardItem& item, int64_t start, int64_t n, bool packs,
+                           const Tile<Format>& tile, typename Format::Word* queries, const States& states,
                            Ahead next_keys, Ahead next_values) {
   constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const int64_t dim = args.shape.head_dim, group = args.group, rows = item.num_q * group;
@@ -246,6 +246,7 @@ FASTSFT_INLINE void attend(const ForwardArgs& args, const ForwardItem& item, int
   const int64_t left = args.mask.left, right = args.mask.right;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t have = smaller<int64_t>(kTileRows, rows - row);
+    if (packs) load_queries<Format, kMaxDim>(args, item, item.kv_head, row, have, queries);
     const Band top = visible_band(item.position + row / group, left, right, start, n);
     const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
     if (top.first >= bottom.last) continue;
@@ -284,7 +285,7 @@ void sweep(const ForwardArgs& args, const ForwardItem& item, const KeyRange& key
   const int64_t max_rows = tile_rows(item.num_q, args.group), heads = item.kv_heads;
   for (int64_t head = 0; head < heads; ++head) {
     clear(states_at(states + head * stride, dim, max_rows), rows, dim);
-    for (int64_t row = 0; row < rows && !are_queries_packed; row += kTileRows) {
+    for (int64_t row = 0; row < rows && item.states != nullptr; row += kTileRows) {
       load_queries<Format, kMaxDim>(args, item, item.kv_head + head, row, smaller<int64_t>(kTileRows, rows - row),
                                     tile.queries + head * max_rows * kPitch);
     }
@@ -314,17 +315,19 @@ void sweep(const ForwardArgs& args, const ForwardItem& item, const KeyRange& key
         if (have > 0) pack_stack<Format>(dtype, addresses + j, have, dim, tile.values + j / Format::kSteps * dim);
         value_rows.prefetch(2 * head * kKeyBlock / kLanes + i, 2 * heads * kKeyBlock / kLanes);
       }
-      const auto* queries = tile.queries + head * max_rows * kPitch;
+      auto* queries = tile.queries + head * max_rows * kPitch;
+      const bool packs = item.states == nullptr && start == first_start && !are_queries_packed;
       const States state = states_at(states + head * stride, dim, max_rows);
       if (rows > kTileRows) {
         key_rows.prefetch(2 * head + 1, 2 * heads);
         value_rows.prefetch(2 * head + 1, 2 * heads);
-        attend<Format, kMaxDim>(args, item, start, n, tile, queries, state, NoLines{}, NoLines{});
+        attend<Format, kMaxDim>(args, item, start, n, packs, tile, queries, state, NoLines{}, NoLines{});
       } else {
         key_rows.list_lines(2 * head + 1, 2 * heads, key_lines, key_steps);
         value_rows.list_lines(2 * head + 1, 2 * heads, value_lines, value_steps);
         const char *const *next_key = key_lines, *const *next_value = value_lines;
-        attend<Format, kMaxDim>(args, item, start, n, tile, queries, state, Lines{&next_key}, Lines{&next_value});
+        attend<Format, kMaxDim>(args, item, start, n, packs, tile, queries, state, Lines{&next_key},
+                                Lines{&next_value});
       }
     }
   }

@@ -26,11 +26,11 @@ def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per contestant: seconds, spread, and how many times longer than fastsft it took in the same group."""
     rows = []
     for b in benchmarks:
-        contestant = str(b["params"].get("contestant", b["name"]))
+        contestant = str((b["params"] or {}).get("contestant", b["name"]))
         stats = b["stats"]
         rows.append(
-            {"group": b["group"], "contestant": contestant, "median": stats["median"], "q1": stats["q1"],
-             "q3": stats["q3"], "rounds": stats["rounds"], "extra": b["extra_info"]}
+            {"group": b["group"], "contestant": contestant, "median": stats["median"], "iqr": stats["iqr"],
+             "rounds": stats["rounds"], "extra": b["extra_info"]}
         )  # fmt: skip
     ours = {r["group"]: r["median"] for r in rows if r["contestant"] == "fastsft"}
     for r in rows:
@@ -70,11 +70,16 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     for group in dict.fromkeys(r["group"] for r in result["rows"]):
-        lines += [f"## {group}", "", "| | median | quartiles | relative to fastsft | |", "|---|---|---|---|---|"]
+        lines += [
+            f"## {group}",
+            "",
+            "| | median | interquartile range | relative to fastsft | |",
+            "|---|---|---|---|---|",
+        ]
         for r in (r for r in result["rows"] if r["group"] == group):
             ratio = f"{r['times_ours']:.2f}" if "times_ours" in r else ""
             notes = ", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in r["extra"].items())
-            spread = f"{_time(r['q1'])} to {_time(r['q3'])}"
+            spread = _time(r["iqr"])
             lines.append(f"| {r['contestant']} | {_time(r['median'])} | {spread} | {ratio} | {notes} |")
         lines.append("")
     return "\n".join(lines)

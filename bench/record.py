@@ -64,7 +64,7 @@ def render(result: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         f"{m['cpu']} ({m['isa']}), {m['threads']} threads, torch {m['versions']['torch']}, {result['date']}. Medians.",
-        "The last column is the time relative to fastsft's in the same process on the same inputs: below 1 we lose.",
+        "The fourth column is the time relative to fastsft's in the same process on the same inputs: below 1 we lose.",
         "Every bench checks that the results agree before it times them. Single rows vary by tens of percent on a",
         "shared machine, so read ratios. Written by `python bench/record.py`.",
         "",

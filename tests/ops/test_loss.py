@@ -1,4 +1,4 @@
-"""linear_cross_entropy and linear_logprobs against the plain formulas of ops/reference.py in float64."""
+"""linear_cross_entropy and linear_logprobs against the plain formulas of ops/reference in float64."""
 
 from __future__ import annotations
 

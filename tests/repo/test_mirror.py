@@ -55,7 +55,7 @@ def test_parts_exist(stem: str, part: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(STEMS))
 def test_reference_docstring_and_docs_row(name: str) -> None:
-    assert callable(getattr(reference, name)), f"ops/reference.py lacks {name}"
+    assert callable(getattr(reference, name)), f"ops/reference lacks {name}"
     doc = inspect.getdoc(getattr(fastsft.ops, name)) or ""
     assert "Args:" in doc, name
     assert "Raises:" in doc, name

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsft.ops import objectives
 from fastsft.ops._library import autocast
+from fastsft.ops._loss_checks import (
+    check_inputs,
+    check_objective,
+    check_per_token,
+    check_reduction,
+    checked_options,
+    require,
+)
 from fastsft.ops._loss_tiles import BIAS, HIDDEN, WEIGHT, Inputs, Options
 from fastsft.ops._loss_tiles import linear_cross_entropy as _op
 
@@ -71,7 +77,7 @@ def linear_cross_entropy(
             ``f_divergence`` psi_f(l - r) with ``f`` kl, pearson or hellinger, per token, or with ``level="sequence"``
             of the summed ratio (2507.00018);
             ``asft`` -sg(p) l + lam KL over the vocabulary, to or from the ``reference`` by ``direction`` (2509.23753).
-            docs/ops.md has the formulas in full, with every argument's default.
+            docs/objectives.md has the formulas in full, with every argument's default.
         objective_args: the arguments named above.
         ref_logprobs: float32 [T], r in the formulas, for the objectives with an r.
         cu_seqlens: int32 [B + 1], where sequences begin and end, for the objectives over sequences. Tokens left out
@@ -97,26 +103,16 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     hidden, weight, bias, *heads = autocast(hidden, weight, bias, *(reference or ()))
-    _check(op, hidden, weight, targets, bias)
-    options = _options(op, objective, objective_args, softcap, temperature, label_smoothing, z_loss)
-    _check_objective(op, options, targets, ref_logprobs, cu_seqlens, heads, hidden, weight)
-    _require(reduction in ("mean", "sum", "none"), op, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    _require(normalizer is None or reduction == "mean", op, "normalizer", "reduction='mean' with it", repr(reduction))
-    if accumulate_into is not None:
-        ok = accumulate_into.shape == weight.shape and accumulate_into.dtype == torch.float32
-        got = f"{accumulate_into.dtype} {list(accumulate_into.shape)}"
-        _require(ok and accumulate_into.is_contiguous(), op, "accumulate_into",
-                 f"contiguous float32 {list(weight.shape)}", got)  # fmt: skip
-        _require(reduction != "none", op, "accumulate_into", "reduction 'mean' or 'sum' with it", repr(reduction))
+    check_inputs(op, hidden, weight, targets, bias)
+    options = checked_options(op, objective, objective_args, softcap, temperature, label_smoothing, z_loss)
+    check_objective(op, options, targets, ref_logprobs, cu_seqlens, heads, hidden, weight)
+    check_reduction(op, options, reduction, normalizer, accumulate_into, weight)
     weights = _weights(op, targets, token_weights, ignore_index)
     ref_hidden, ref_weight = [t.detach() for t in heads] or (None, None)
     constants = (None if ref_logprobs is None else ref_logprobs.detach(), cu_seqlens, ref_hidden, ref_weight)
     enabled = torch.is_grad_enabled()
     inputs = (hidden, weight, bias, targets, weights)
     if reduction == "none":
-        scope = objectives.scope(options.objective, options.arguments)
-        summed = objective == "f_divergence" and scope == "sequence"
-        _require(not summed, op, "reduction", "'mean' or 'sum' for one loss per sequence", "'none'")
         loss, *aux = _PerToken.apply(*inputs, *constants, options)  # type: ignore[no-untyped-call]
     else:
         scale = _scale(op, weights, reduction, normalizer)
@@ -152,96 +148,11 @@ def linear_logprobs(
     """
     op = "linear_logprobs"
     hidden, weight, bias = autocast(hidden, weight, bias)
-    _check(op, hidden, weight, targets, bias)
-    options = _options(op, "nll", None, softcap, temperature, 0.0, 0.0)
+    check_inputs(op, hidden, weight, targets, bias)
+    options = checked_options(op, "nll", None, softcap, temperature, 0.0, 0.0)
     weights = _weights(op, targets, None, ignore_index)
     logprob, entropy = _LogProbs.apply(hidden, weight, bias, targets, weights, options)  # type: ignore[no-untyped-call]
     return (logprob, entropy) if return_entropy else logprob
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
-
-
-def _per_token(op: str, name: str, tensor: Tensor, targets: Tensor) -> None:
-    ok = tensor.shape == targets.shape and tensor.dtype == torch.float32
-    _require(ok, op, name, f"float32 {list(targets.shape)}", f"{tensor.dtype} {list(tensor.shape)}")
-
-
-def _check(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    _require(hidden.dim() == 2 and hidden.dtype in floats, op, "hidden", "[T, H] of float32, bfloat16 or float16",
-             f"{hidden.dtype} {list(hidden.shape)}")  # fmt: skip
-    ok = weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
-    got = f"{weight.dtype} {list(weight.shape)}"
-    _require(ok, op, "weight", f"{hidden.dtype} [V, {hidden.shape[1]}]", got)
-    _require(weight.shape[0] > 0, op, "weight", "a vocabulary of at least 1", got)
-    ok = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
-    _require(ok, op, "targets", f"int64 [{hidden.shape[0]}]", f"{targets.dtype} {list(targets.shape)}")
-    if bias is not None:
-        ok = bias.shape == weight.shape[:1] and bias.dtype in floats
-        _require(ok, op, "bias", f"floats [{weight.shape[0]}]", f"{bias.dtype} {list(bias.shape)}")
-
-
-def _options(
-    op: str,
-    objective: str,
-    objective_args: Mapping[str, Any] | None,
-    softcap: float,
-    temperature: float,
-    label_smoothing: float,
-    z_loss: float,
-) -> Options:
-    _require(objective in objectives.OBJECTIVES, op, "objective", f"one of {', '.join(objectives.OBJECTIVES)}",
-             repr(objective))  # fmt: skip
-    try:
-        arguments = objectives.numbers(objective, objective_args or {})
-    except ValueError as error:
-        raise ValueError(f"{op}: {error}") from None
-    _require(math.isfinite(softcap) and softcap >= 0, op, "softcap", "a finite number of at least 0", softcap)
-    _require(math.isfinite(temperature) and temperature > 0, op, "temperature", "a finite number above 0", temperature)
-    _require(0 <= label_smoothing < 1, op, "label_smoothing", "a value in [0, 1)", label_smoothing)
-    _require(label_smoothing == 0 or objective == "nll", op, "label_smoothing", f"0 for {objective!r}", label_smoothing)
-    _require(math.isfinite(z_loss), op, "z_loss", "a finite number", z_loss)
-    return Options(objective, arguments, float(softcap), float(temperature), float(label_smoothing), float(z_loss))
-
-
-def _check_objective(
-    op: str,
-    options: Options,
-    targets: Tensor,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: list[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-) -> None:
-    """Each objective gets what it needs and nothing that it would ignore."""
-    name, needs = options.objective, objectives.OBJECTIVES[options.objective].needs
-    sequences = objectives.scope(name, options.arguments) != "row"
-    given = {"ref_logprobs": ref_logprobs is not None, "cu_seqlens": cu_seqlens is not None, "reference": bool(heads)}
-    wanted = {"ref_logprobs": needs == "ref_logprobs", "cu_seqlens": sequences, "reference": needs == "reference"}
-    for key in given:
-        expected = f"{'a value' if wanted[key] else 'None'} for {name!r}"
-        _require(given[key] == wanted[key], op, key, expected, "a value" if given[key] else "None")
-    if ref_logprobs is not None:
-        _per_token(op, "ref_logprobs", ref_logprobs, targets)
-    if cu_seqlens is not None:
-        ok = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0 and cu_seqlens.dtype == torch.int32
-        _require(ok, op, "cu_seqlens", "int32 [B + 1]", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    if heads:
-        ref_hidden, ref_weight = heads
-        ok = ref_hidden.dim() == 2 and ref_hidden.shape[0] == targets.numel() and ref_hidden.dtype == hidden.dtype
-        got = f"{ref_hidden.dtype} {list(ref_hidden.shape)}"
-        _require(ok, op, "reference[0]", f"{hidden.dtype} [{targets.numel()}, H']", got)
-        shape = (weight.shape[0], ref_hidden.shape[1])
-        ok = ref_weight.shape == shape and ref_weight.dtype == hidden.dtype
-        got = f"{ref_weight.dtype} {list(ref_weight.shape)}"
-        _require(ok, op, "reference[1]", f"{hidden.dtype} {list(shape)}", got)
 
 
 def _weights(op: str, targets: Tensor, token_weights: Tensor | None, ignore_index: int) -> Tensor:
@@ -249,7 +160,7 @@ def _weights(op: str, targets: Tensor, token_weights: Tensor | None, ignore_inde
     kept = targets != ignore_index
     if token_weights is None:
         return kept.to(torch.float32)
-    _per_token(op, "token_weights", token_weights, targets)
+    check_per_token(op, "token_weights", token_weights, targets)
     return torch.where(kept, token_weights.detach(), 0.0)
 
 
@@ -261,7 +172,7 @@ def _scale(op: str, weights: Tensor, reduction: str, normalizer: float | Tensor 
         divisor = weights.sum()
     else:
         divisor = torch.as_tensor(normalizer, device=weights.device).detach().to(torch.float32)
-        _require(divisor.dim() == 0, op, "normalizer", "a number", f"a tensor of shape {list(divisor.shape)}")
+        require(divisor.dim() == 0, op, "normalizer", "a number", f"a tensor of shape {list(divisor.shape)}")
     return torch.where(divisor == 0, 0.0, 1.0 / divisor)
 
 

@@ -3,7 +3,8 @@
 With l the log-probability of the target under the model in training, p = exp(l), H the entropy, r the log-probability
 under another policy, u = l - r, and sg a constant, an objective is a function psi per token; the gradient of the loss
 with respect to the logits is w (softmax - one-hot) with w = -psi'(l), where what stands under sg counts as constant.
-Everything here works on vectors of one number per token, on any device; formulas with their sources: docs/ops.md.
+Everything here works on vectors of one number per token, on any device. The formulas and their sources:
+docs/objectives.md.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def _asft(t: Tokens, lam: float, direction: str) -> tuple[Tensor, Tensor]:
 
 
 def _divergence(log_ratio: Tensor, f: str) -> tuple[Tensor, Tensor]:
-    """psi(u) = -(f'(e^u) - f'(1)) / f''(1) and w = -psi'(u); see docs/ops.md for the derivation."""
+    """psi(u) = -(f'(e^u) - f'(1)) / f''(1) and w = -psi'(u); see docs/objectives.md for the derivation."""
     if f == "kl":
         return -log_ratio, torch.ones_like(log_ratio)
     if f == "pearson":
@@ -261,7 +262,7 @@ def numbers(name: str, given: Mapping[str, Any]) -> list[float]:
 
 
 def _check_range(key: str, value: float) -> None:
-    if key in ("alpha", "gamma", "block") and value <= 0 and key != "gamma":
+    if key in ("alpha", "block") and value <= 0:
         raise ValueError(f"objective_args[{key!r}]: expected more than 0, got {value}")
     if key in ("epsilon", "low", "lam", "beta", "gamma") and value < 0:
         raise ValueError(f"objective_args[{key!r}]: expected at least 0, got {value}")
@@ -276,9 +277,3 @@ def named(name: str, values: list[float]) -> dict[str, Any]:
         key: default[int(value)] if isinstance(default, tuple) else value
         for (key, default), value in zip(table.items(), values, strict=True)
     }
-
-
-def evaluate(name: str, values: list[float], tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """psi and w of each token, float32 [n]."""
-    psi, weight = OBJECTIVES[name].term(tokens, **named(name, values))
-    return psi, weight

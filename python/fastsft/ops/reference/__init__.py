@@ -1,0 +1,53 @@
+"""The specification of every op in plain torch and numpy: obvious, slow, differentiable by autograd.
+
+The tests hold the kernels against these functions in float64; the benches use them as one baseline.
+"""
+
+from fastsft.ops.reference.attention import attention_one, paged_attention, varlen_attention, visible
+from fastsft.ops.reference.fim import fim_permute
+from fastsft.ops.reference.layers import apply_rope, linear, pack_weight, packed_linear, rms_norm, swiglu
+from fastsft.ops.reference.loss import linear_cross_entropy, linear_logprobs, loss_gradient, loss_stats
+from fastsft.ops.reference.minhash import (
+    fmix32,
+    lsh_clusters,
+    lsh_shape,
+    minhash_signatures,
+    shingles,
+    text_units,
+    unit_hash,
+)
+from fastsft.ops.reference.objectives import objective_loss
+from fastsft.ops.reference.pack import pack_sequences
+from fastsft.ops.reference.rng import philox
+from fastsft.ops.reference.sampling import gumbel_noise, kept_tokens, sample
+
+__all__ = [
+    "apply_rope",
+    "attention_one",
+    "fim_permute",
+    "fmix32",
+    "gumbel_noise",
+    "kept_tokens",
+    "linear",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "loss_gradient",
+    "loss_stats",
+    "lsh_clusters",
+    "lsh_shape",
+    "minhash_signatures",
+    "objective_loss",
+    "pack_sequences",
+    "pack_weight",
+    "packed_linear",
+    "paged_attention",
+    "philox",
+    "rms_norm",
+    "sample",
+    "shingles",
+    "swiglu",
+    "text_units",
+    "unit_hash",
+    "varlen_attention",
+    "visible",
+]

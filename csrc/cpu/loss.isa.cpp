@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "partial.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
@@ -46,9 +46,7 @@ struct Row {
   // The last, incomplete vector: past the row's end u is -inf, which adds nothing.
   Vec tail(int64_t j, Vec* slope) const {
     const int64_t have = size - j;
-    alignas(64) char buffer[kLanes * 4] = {};
-    std::memcpy(buffer, element(kDType, data, j), static_cast<std::size_t>(have) * (kDType == DType::kFloat32 ? 4 : 2));
-    Vec z = load_as_float(kDType, buffer, 0);
+    Vec z = load_until(kDType, data, j, size);
     if (!kPlain && bias != nullptr) {
       for (int64_t i = 0; i < have; ++i) z[i] += bias[j + i];
     }
@@ -188,10 +186,7 @@ void gradient_as(const LossTile& t, const LossStats& s, const Coefficients& c, i
   const auto put_with_target = [&](int64_t j, bool is_whole) {
     Vec gradient = gradient_at<kDType, kPlain>(row, reference, is_whole, lse, reference_lse, c, j);
     if (j == y_vector) gradient[y - y_vector] += at_target;
-    alignas(64) char buffer[kLanes * 4];
-    store_from_float(kDType, buffer, 0, gradient);
-    const int64_t have = smaller<int64_t>(kLanes, t.vocab - j);
-    std::memcpy(element(kDType, out, j), buffer, static_cast<std::size_t>(have) * (kDType == DType::kFloat32 ? 4 : 2));
+    store_until(kDType, out, j, t.vocab, gradient);
   };
   put(0, smaller(y_vector, whole));
   if (y_vector < whole) {
@@ -205,33 +200,17 @@ void gradient_as(const LossTile& t, const LossStats& s, const Coefficients& c, i
 
 void loss_stats_row(const LossTile& t, Divergence divergence, const LossStats& stats, int64_t i) {
   const bool plain = t.bias == nullptr && t.softcap <= 0;
-  switch (t.dtype) {
-    case DType::kFloat32:
-      return plain ? stats_as<DType::kFloat32, true>(t, divergence, stats, i)
-                   : stats_as<DType::kFloat32, false>(t, divergence, stats, i);
-    case DType::kBFloat16:
-      return plain ? stats_as<DType::kBFloat16, true>(t, divergence, stats, i)
-                   : stats_as<DType::kBFloat16, false>(t, divergence, stats, i);
-    case DType::kFloat16:
-      return plain ? stats_as<DType::kFloat16, true>(t, divergence, stats, i)
-                   : stats_as<DType::kFloat16, false>(t, divergence, stats, i);
-  }
+  with_dtype(t.dtype, [&]<DType kDType>() {
+    plain ? stats_as<kDType, true>(t, divergence, stats, i) : stats_as<kDType, false>(t, divergence, stats, i);
+  });
 }
 
 void loss_gradient_row(const LossTile& t, const LossStats& stats, const LossCoefficients& all, int64_t i) {
   const Coefficients c{all.on_p[i], all.on_target[i], all.uniform[i], all.on_plogp[i], all.on_plogq[i], all.on_q[i]};
   const bool plain = t.bias == nullptr && t.softcap <= 0 && t.reference == nullptr && c.on_plogp == 0;
-  switch (t.dtype) {
-    case DType::kFloat32:
-      return plain ? gradient_as<DType::kFloat32, true>(t, stats, c, i)
-                   : gradient_as<DType::kFloat32, false>(t, stats, c, i);
-    case DType::kBFloat16:
-      return plain ? gradient_as<DType::kBFloat16, true>(t, stats, c, i)
-                   : gradient_as<DType::kBFloat16, false>(t, stats, c, i);
-    case DType::kFloat16:
-      return plain ? gradient_as<DType::kFloat16, true>(t, stats, c, i)
-                   : gradient_as<DType::kFloat16, false>(t, stats, c, i);
-  }
+  with_dtype(t.dtype, [&]<DType kDType>() {
+    plain ? gradient_as<kDType, true>(t, stats, c, i) : gradient_as<kDType, false>(t, stats, c, i);
+  });
 }
 
 }  // namespace fastsft::FASTSFT_ISA_NS

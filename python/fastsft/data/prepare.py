@@ -93,6 +93,9 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     stores = {name: write_store(root / name, samples) for name, samples in parts.items()}
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
+    if options.fim.rate > 0 and not any(r.kind == "text" for r in train_records):
+        setting = f"data.fim.rate = {options.fim.rate}"
+        report["without_effect"] = [f"without effect: {setting} is for rows of the format text, and there is none"]
     report["skipped"] = dict(problems.counts)
     report["skipped_examples"] = problems.examples
     # The report comes last: its presence says that everything before it is complete.
@@ -105,10 +108,11 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     return Prepared(stores["train"], stores["eval"], tokenizer, report)
 
 
-def left_out(report: dict[str, Any]) -> list[str]:
-    """Lines for people about the rows that are not, or not wholly, used: how many, why, and the first of each kind."""
+def notices(report: dict[str, Any]) -> list[str]:
+    """Lines for people: settings without effect, and the rows that are not, or not wholly, used: how many, why, and the
+    first of each kind."""
     places = report.get("skipped_examples", {})
-    lines = []
+    lines = list(report.get("without_effect", []))
     for reason, count in report.get("skipped", {}).items():
         what = {"truncated": "shortened", "special token text": "used"}.get(reason, "left out")
         lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")

@@ -19,8 +19,19 @@ from fastsft.models.tokenizer import Tokenizer
 _CHUNK = 512
 
 
-def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, problems: Problems) -> Iterator[Sample]:
-    """Samples of the usable records, in order; the rest goes to ``problems``."""
+def tokenise(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: Config,
+    problems: Problems,
+    *,
+    limit: str = "data.max_length",
+) -> Iterator[Sample]:
+    """Samples of the usable records, in order; the rest goes to ``problems``.
+
+    Args:
+        limit: what data.max_length stands for, in messages.
+    """
     options = config.data
     needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
     marks = (
@@ -37,7 +48,7 @@ def tokenise(records: Sequence[Record], tokenizer: Tokenizer, config: Config, pr
             except TemplateError as error:
                 problems.add(record.source, "chat template", str(error).removeprefix("chat template: "))
         for (record, laid), parts in zip(drafts, encode([d for _, d in drafts], tokenizer), strict=True):
-            sample = _finish(record, laid, parts, tokenizer, config, problems)
+            sample = _finish(record, laid, parts, tokenizer, config, problems, limit)
             if sample is not None:
                 yield sample
 
@@ -91,14 +102,20 @@ def join(parts: Sequence[Part]) -> Part:
 
 
 def _finish(
-    record: Record, laid: Draft | ChatDraft, parts: list[Part], tokenizer: Tokenizer, config: Config, problems: Problems
+    record: Record,
+    laid: Draft | ChatDraft,
+    parts: list[Part],
+    tokenizer: Tokenizer,
+    config: Config,
+    problems: Problems,
+    limit: str,
 ) -> Sample | None:
     options = config.data
     context = laid.context if isinstance(laid, Draft) else None
     shortened = isinstance(laid, Draft) and laid.shortened
     ids, weights = join(parts)
     if len(ids) > options.max_length:
-        detail = f"{len(ids)} tokens, data.max_length is {options.max_length}"
+        detail = f"{len(ids)} tokens, {limit} is {options.max_length}"
         if options.on_long == "fail":
             raise DataError(f"{record.source}: too long: {detail}")
         fitting = fim.shorten(parts, context, options.max_length) if context else parts
@@ -109,7 +126,7 @@ def _finish(
         ids, weights = join(fitting)
         ids, weights = ids[: options.max_length], weights[: options.max_length]
     if shortened:
-        problems.note(record.source, "truncated", f"to data.max_length, {options.max_length} tokens")
+        problems.note(record.source, "truncated", f"to {limit}, {options.max_length} tokens")
     if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
         problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from fastsft.engine.decode import decode, draw
 from fastsft.engine.prefill import prefill
 from fastsft.engine.request import (
     Detokenizer,
+    PromptError,
     RequestOutput,
     SamplingParams,
     Sequence,
     as_prompt,
-    check_text,
     draw_seed,
+    text_problem,
 )
 from fastsft.engine.scheduler import Scheduler
 from fastsft.models.decoder import Decoder
@@ -112,8 +113,8 @@ class LLM:
             One output per prompt, in order.
 
         Raises:
-            ValueError: an empty prompt, one that does not fit the cache or the model's context (with the numbers), or a
-                wrong number or kind of params.
+            PromptError: an empty prompt, or one that does not fit the cache or the model's context (with the numbers).
+            ValueError: a wrong number or kind of params.
         """
         listed: list[Any] = prompts if isinstance(prompts, list) else [prompts]
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
@@ -158,9 +159,12 @@ class LLM:
             raise ValueError(f"chat: messages: expected a list of at least one message, got {messages!r:.200}")
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
         template["add_generation_prompt"] = True
+        texts = [self.tokenizer.render_chat(m, **template) for m in several]
+        for number, text in enumerate(texts):
+            if (problem := text_problem(text)) is not None:
+                raise PromptError(number, problem)
         # The template writes every special token, as in training: nothing is put before it.
         prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(m, **template)} for m in several]
-        texts = [self.tokenizer.render_chat(m, **template) for m in several]
         outputs = self.generate(prompts, params, progress=progress)
         return [dataclasses.replace(o, prompt=text) for o, text in zip(outputs, texts, strict=True)]
 
@@ -183,8 +187,9 @@ class LLM:
             if found is None:
                 raise ValueError(f"infill: markers: {marker!r} is not a token of this model")
             ids.append(found)
-        check_text("infill: prefix", prefix)
-        check_text("infill: suffix", suffix)
+        for name, text in (("prefix", prefix), ("suffix", suffix)):
+            if (problem := text_problem(text)) is not None:
+                raise ValueError(f"infill: {name}: {problem}")
         (before,) = self.tokenizer.encode_text([prefix])
         (after,) = self.tokenizer.encode_text([suffix], continues=True)
         prompt = [*self.tokenizer.prefix_ids, ids[0], *before, ids[1], *after, ids[2]]
@@ -193,23 +198,24 @@ class LLM:
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Sequence]]:
         text, ids = as_prompt(prompt)
         if ids is None:
-            check_text(f"generate: prompts[{number}]", text or "")
+            if (problem := text_problem(text or "")) is not None:
+                raise PromptError(number, problem)
             ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text or "")]
             if ids[:2] == [self.tokenizer.bos_id] * 2:  # the text, from a chat template, brought its own
                 ids = ids[1:]
         if not ids:
-            raise ValueError(f"generate: prompts[{number}]: expected at least one token, got an empty prompt")
-        vocabulary = self.model.config.vocab_size
-        for name, given in ((f"prompts[{number}]", ids), ("params: stop_token_ids", params.stop_token_ids)):
-            wrong = [t for t in given if not 0 <= t < vocabulary]
-            if wrong:
-                raise ValueError(f"generate: {name}: expected token ids in [0, {vocabulary}), got {wrong[0]}")
+            raise PromptError(number, "expected at least one token, got an empty prompt")
+        if (problem := self._unknown(ids)) is not None:
+            raise PromptError(number, problem)
+        if (problem := self._unknown(params.stop_token_ids)) is not None:
+            raise ValueError(f"generate: params: stop_token_ids: {problem}")
         if len(ids) >= self._capacity:
-            raise ValueError(
-                f"generate: prompts[{number}]: {len(ids)} tokens leave no room to generate: the cache holds "
-                f"{self._allocator.num_blocks * self._cache.block_size}, the model's context is "
-                f"{self.model.config.max_position_embeddings}"
+            held = self._allocator.num_blocks * self._cache.block_size
+            context = self.model.config.max_position_embeddings
+            problem = (
+                f"{len(ids)} tokens leave no room to generate: the cache holds {held}, the model's context is {context}"
             )
+            raise PromptError(number, problem)
         seed = draw_seed() if params.seed is None else params.seed
         limit = min(len(ids) + params.max_tokens, self._capacity)
         group = [
@@ -221,6 +227,12 @@ class LLM:
         ]  # fmt: skip
         group[0].siblings = group[1:]
         return text, group
+
+    def _unknown(self, ids: Iterable[int]) -> str | None:
+        """What is wrong with the first id that the model does not have."""
+        vocabulary = self.model.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        return None if wrong is None else f"expected token ids in [0, {vocabulary}), got {wrong}"
 
     def _step(self) -> None:
         step = self._scheduler.schedule()

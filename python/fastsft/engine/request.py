@@ -226,11 +226,25 @@ def as_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     raise ValueError(f"prompt: expected a string or {{'prompt_token_ids': [integers]}}, got {prompt!r:.200}")
 
 
-def check_text(name: str, text: str) -> None:
-    """Raise ValueError for what no tokenizer can encode, or what marks control tokens for ours."""
+class PromptError(ValueError):
+    """A prompt that cannot be continued.
+
+    Attributes:
+        number: its place in the list of prompts.
+        problem: what was expected and what came.
+    """
+
+    def __init__(self, number: int, problem: str) -> None:
+        super().__init__(f"generate: prompts[{number}]: {problem}")
+        self.number, self.problem = number, problem
+
+
+def text_problem(text: str) -> str | None:
+    """Why no tokenizer can encode this, or ours would take it for the mark of a control token."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: expected text, got a lone surrogate at character {error.start}") from None
+        return f"expected text, got a lone surrogate at character {error.start}"
     if (found := RESERVED.search(text)) is not None:
-        raise ValueError(f"{name}: expected text, got a noncharacter (U+FDD0 to U+FDD3) at character {found.start()}")
+        return f"expected text, got a noncharacter (U+FDD0 to U+FDD3) at character {found.start()}"
+    return None

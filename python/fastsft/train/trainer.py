@@ -21,7 +21,7 @@ from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.loader import PackedLoader
 from fastsft.data.lock import hold
-from fastsft.data.prepare import Prepared, left_out, prepare
+from fastsft.data.prepare import Prepared, notices, prepare
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model, save_model
 from fastsft.progress import bars
@@ -116,7 +116,7 @@ class Trainer:
         display = Display(self.total_steps, first, enabled=self._progress)
         for warning in warnings:
             display.note(f"warning: {warning}")
-        for line in left_out(self.prepared.report):
+        for line in notices(self.prepared.report):
             display.note(line)
         display.note(self._plan())
         log = MetricsLog(self.output / "metrics.jsonl", resumed_step=first)

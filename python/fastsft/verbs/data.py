@@ -87,14 +87,14 @@ def _show_duplicates(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastsft.data.prepare import left_out
+    from fastsft.data.prepare import notices
 
     console = Console(markup=False)  # the texts are the user's
     console.print(
         f"{summary['records']} records: {summary['kept']} kept, {summary['exact_duplicates']} exact and "
         f"{summary['near_duplicates']} near duplicates"
     )
-    for line in left_out(summary):
+    for line in notices(summary):
         console.print(line, soft_wrap=True)
     if not summary["clusters"]:
         return
@@ -124,13 +124,13 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fastsft.data.prepare import left_out
+    from fastsft.data.prepare import notices
 
     console = Console(markup=False)
     for name in ("train", "eval"):
         part = prepared.report[name]
         console.print(f"{name}: {part['samples']} samples, {part['tokens']} tokens, {part['trained_tokens']} trained")
-    for line in left_out(prepared.report):
+    for line in notices(prepared.report):
         console.print(line, soft_wrap=True)
     for i in range(min(show, len(prepared.train))):
         sample = prepared.train[i]

@@ -88,26 +88,25 @@ def _held_out_loss(
     fields: dict[str, str],
     tell: Progress,
 ) -> dict[str, Any]:
-    from fastsft.config import DataOptions, load_config
-    from fastsft.data.prepare import left_out
+    from fastsft.config import TrainOptions, load_config
+    from fastsft.data.prepare import notices
     from fastsft.data.records import Problems, read_records
     from fastsft.data.store import SampleStore
     from fastsft.data.tokenise import tokenise
     from fastsft.train.evaluate import evaluate_loss
     from fastsft.train.start import positions
 
-    longest = min(DataOptions().max_length, positions(decoder.config))
+    longest, capacity = positions(decoder.config), TrainOptions().tokens_per_batch
     options = {"train": list(map(str, data)), "fields": fields, "max_length": longest}
-    config = load_config({"model": {"path": str(model)}, "data": options})
+    batch = {"tokens_per_batch": max(capacity, longest)}
+    config = load_config({"model": {"path": str(model)}, "data": options, "train": batch})
     problems = Problems("fail")
     records = list(read_records(data, problems, fields=fields))
-    store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems))
+    store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems, limit="the model's context"))
     report = {"rows": len(records), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
-    result = evaluate_loss(
-        decoder, store, capacity=config.train.tokens_per_batch, progress=functools.partial(tell, "held-out loss")
-    )
+    result = evaluate_loss(decoder, store, capacity=capacity, progress=functools.partial(tell, "held-out loss"))
     if result is None:
-        raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *left_out(report)]))
+        raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *notices(report)]))
     return {**dataclasses.asdict(result), "samples": len(store), **report}
 
 
@@ -121,24 +120,28 @@ def _pass_at(
     tell: Progress,
 ) -> dict[str, Any]:
     from fastsft.engine.llm import LLM
+    from fastsft.engine.request import PromptError
     from fastsft.verify.passk import evaluate_tasks, extract_code
 
     llm = LLM(decoder, tokenizer)
-    progress = functools.partial(tell, "generating")
-    if completion:
-        outputs = llm.generate([t.prompt for t in tasks], params, progress=progress)
-    else:
-        outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params, progress=progress)
+    generating, executing = functools.partial(tell, "generating"), functools.partial(tell, "executing")
+    try:
+        if completion:
+            outputs = llm.generate([t.prompt for t in tasks], params, progress=generating)
+        else:
+            outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params, progress=generating)
+    except PromptError as error:
+        raise UsageError(f"eval: task {tasks[error.number].task_id}: {error.problem}") from None
     samples = [[o.text if completion else extract_code(o.text) for o in r.outputs] for r in outputs]
-    return evaluate_tasks(tasks, samples, k=k).to_dict()
+    return evaluate_tasks(tasks, samples, k=k, progress=executing).to_dict()
 
 
 def _show(results: dict[str, Any]) -> None:
-    from fastsft.data.prepare import left_out
+    from fastsft.data.prepare import notices
 
     if loss := results.get("loss"):
         print(f"held-out loss {loss['loss']:.4f} over {loss['tokens']} tokens of {loss['samples']} samples")
-        for line in left_out(loss):
+        for line in notices(loss):
             print(line)
     if tasks := results.get("tasks"):
         for size, value in tasks["pass_at"].items():

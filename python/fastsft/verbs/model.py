@@ -24,9 +24,9 @@ def train(config: Config, *, json: bool = False) -> None:
     if json:
         print_json({**dataclasses.asdict(result), "model_path": str(result.model_path)})
         return
-    from fastsft.data.prepare import left_out
+    from fastsft.data.prepare import notices
 
-    for line in left_out(result.data):
+    for line in notices(result.data):
         print(line)
     before, after = result.eval_before, result.eval_after
     losses = f"; held-out loss {before.loss:.4f} -> {after.loss:.4f}" if before and after else ""

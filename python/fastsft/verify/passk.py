@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,14 @@ def evaluate_tasks(
     k: Sequence[int] = (1,),
     workers: int = 2,
     limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PassReport:
     """Execute every sample of every task in the sandbox. A sample passes if its check runs to the end; one that exits
     before (``sys.exit(0)``) does not.
 
     Args:
         samples: for each task its samples, at least max(k).
+        progress: called with (samples executed, all).
 
     Raises:
         ValueError: numbers that do not fit. RuntimeError: the sandbox cannot be set up on this machine.
@@ -93,7 +95,7 @@ def evaluate_tasks(
     groups = list(zip(tasks, samples, strict=True))
     codes = [task.prefix + sample for task, group in groups for sample in group]
     checks = [task.check for task, group in groups for _ in group]
-    results = run_all(codes, checks=checks, workers=workers, limits=limits)
+    results = run_all(codes, checks=checks, workers=workers, limits=limits, progress=progress)
     for result in results:
         if result.status == "refused":
             raise RuntimeError(f"sandbox: {result.stderr}")

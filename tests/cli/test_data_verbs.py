@@ -1,0 +1,103 @@
+"""dedup and prepare, and what they and train tell of the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_cases import conversations, refusal, result_of, write
+
+from fastsft import cli
+
+
+def test_dedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        "one two three four five six seven",
+        "other words entirely in this one here",
+        "one two three four five six seven",
+    ]
+    source, target, report = (
+        write(tmp_path / "in.jsonl", [{"text": t} for t in texts]),
+        tmp_path / "out.jsonl",
+        tmp_path / "r.json",
+    )
+    result = result_of(capsys, "dedup", source, "--output", target, "--report", report)
+    assert (result["records"], result["kept"], result["exact_duplicates"]) == (3, 2, 1)
+    assert target.read_bytes() == b"".join(source.read_bytes().splitlines(keepends=True)[:2])
+    assert json.loads(report.read_text()) == result
+    target.unlink()
+    cli.main(["dedup", str(source), "-o", str(target)])
+    assert target.exists()
+    capsys.readouterr()
+    cli.main(["dedup", str(source), "--mode", "exact"])
+    assert "3 records: 2 kept" in capsys.readouterr().out
+
+
+def test_dedup_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", [{"content": "a b"}, {"content": "a b"}])
+    target = tmp_path / "out.jsonl"
+    for options in ([], ["--output", target]):
+        assert result_of(capsys, "dedup", source, "--fields", "text", "content", *options)["kept"] == 1
+    assert target.read_bytes() == source.read_bytes()[: source.stat().st_size // 2]
+    cli.main(["dedup", str(target), "--fields", "text", "content"])
+    shown = capsys.readouterr()
+    assert shown.out == "1 records: 1 kept, 0 exact and 0 near duplicates\n"  # no empty table
+    assert shown.err == ""
+    message = refusal(capsys, "dedup", source, "--fields", "txt", "content")
+    assert message == "dedup: unknown key 'fields.txt'; did you mean 'text'?"
+    for threshold in ("0", "1.5", "nan"):
+        message = refusal(capsys, "dedup", source, "--fields", "text", "content", "--threshold", threshold)
+        assert "threshold: expected a number above 0 and at most 1, got" in message
+
+
+def test_texts_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["dedup", str(write(tmp_path / "in.jsonl", [{"text": "x [/b] [red]y[/red]"}] * 2))])
+    assert "x [/b] [red]y[/red]" in capsys.readouterr().out
+
+
+def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = result_of(capsys, "prepare", trained / "run.toml")
+    assert report["train"]["samples"] + report["eval"]["samples"] == report["rows"] == 40
+    cli.main(["prepare", str(trained / "run.toml"), "--show", "1"])
+    assert "say number 0<|im_end|>\n<|im_start|>assistant\n«number 0!<|im_end|>»\n" in capsys.readouterr().out
+
+
+def test_shown_samples_are_whole(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "你好 " * 20  # characters of several tokens, on a line longer than a terminal's
+    data = write(tmp_path / "rows.jsonl", [{"text": text}])
+    flags = ["--output", tmp_path / "x", "--data", data, "--data.eval-fraction", "0", "--data.max-length", "256"]
+    cli.main([*map(str, ("prepare", trained / "run.toml", *flags, "--tokenizer.train-vocab", "262", "--show", "1"))])
+    assert f"«{text}<|endoftext|>»" in capsys.readouterr().out
+
+
+def test_left_out_rows_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = conversations(30)
+    rows[2] = {"text": "number " * 300}
+    data = write(tmp_path / "rows.jsonl", rows)
+    with open(data, "a") as stream:
+        stream.write("{broken\n")
+    long, broken = f"1 x too long, e.g. {data}:3: too long: ", f"1 x broken JSON, e.g. {data}:31: broken JSON: "
+    flags = ["--output", tmp_path / "x", "--data", data, "--data.on-bad", "skip"]
+    cli.main([*map(str, ("train", trained / "run.toml", *flags))])
+    for text in capsys.readouterr():  # before the first step, and with the result
+        assert f"left out: {long}" in text
+        assert f"left out: {broken}" in text
+    report = result_of(capsys, "train", trained / "run.toml", *flags)["data"]
+    assert report["skipped"] == {"too long": 1, "broken JSON": 1}
+    assert report["skipped_examples"]["too long"][0].startswith(f"{data}:3: ")
+    cli.main([*map(str, ("dedup", data, "--on-bad", "skip"))])
+    assert f"left out: {broken}" in capsys.readouterr().out
+
+
+def test_a_setting_without_effect_is_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [trained / "run.toml", "--output", tmp_path / "x", "--data.fim.rate", "0.5"]
+    line = "without effect: data.fim.rate = 0.5 is for rows of the format text, and there is none"
+    cli.main([*map(str, ("prepare", *flags))])
+    assert line in capsys.readouterr().out
+    cli.main([*map(str, ("train", *flags))])
+    for text in capsys.readouterr():  # before the first step, and with the result
+        assert line in text
+    data = write(tmp_path / "rows.jsonl", [*conversations(30), {"text": "number 7"}])
+    cli.main([*map(str, ("prepare", *flags, "--data", data, "--data.eval-fraction", "0"))])
+    assert "without effect" not in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""Help, info, and the form of what --json prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from cli_cases import result_of
+
+from fastsft import cli
+from fastsft.verbs.console import to_json
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom fastsft import cli\ncli.main(['--help'])\ncli.main(['--version'])\n"
+        "print([m for m in ('torch', 'numpy', 'tyro', 'pydantic', 'tokenizers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.splitlines()[-1] == "[]"
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"fastsft {verb}" in out
+    assert "--json" in out
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = [sys.executable, "-m", "fastsft", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"cpu", "cuda", "ops"} <= result_of(capsys, "info").keys()
+    cli.main(["info"])
+    assert "linear_cross_entropy" in capsys.readouterr().out
+
+
+def test_json_has_no_nan() -> None:
+    value = {"a": math.nan, "b": [(math.inf, 1.5)], 1: "NaN"}
+    assert json.loads(to_json(value)) == {"a": None, "b": [[None, 1.5]], "1": "NaN"}

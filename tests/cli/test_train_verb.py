@@ -1,0 +1,87 @@
+"""train: resumed, interrupted, from a saved configuration, with flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_cases import conversations, refusal, result_of, write
+
+from fastsft import cli
+from fastsft.train import trainer
+
+
+def test_train_again_finds_itself_finished(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(capsys, "train", trained / "run.toml")
+    assert result["resumed_from"] == result["steps"] == 2
+    assert Path(result["model_path"]) == trained / "run" / "model"
+    assert result["tokens_per_second"] is None
+    assert result["train_loss"] > 0
+    cli.main(["train", str(trained / "run.toml")])
+    assert "2 steps, finished before; held-out loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "after"), [("train", "goes on from the newest checkpoint, if there is one"), ("prepare", "begins anew")]
+)
+def test_interrupt_is_one_line(
+    verb: str, after: str, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        """Stands in for the verb."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, verb, (interrupted, True))
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, str(trained / "run.toml")])
+    assert end.value.code == 130
+    message = f"fastsft: interrupted; the same command {after}"
+    assert capsys.readouterr().err.strip().splitlines() == [message]
+
+
+@pytest.mark.parametrize(
+    ("verb", "after"), [("train", "goes on from the newest checkpoint, if there is one"), ("demo", "begins anew")]
+)
+def test_interrupted_training_says_what_the_same_command_does(
+    verb: str, after: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def signalled(*args: Any) -> None:
+        """Ctrl-C in the first step."""
+        if trainer.threading.current_thread() is trainer.threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    update = trainer.Trainer._update
+    monkeypatch.setattr(trainer.Trainer, "_update", signalled)
+    given = [trained / "run.toml", "--output", tmp_path / "x"] if verb == "train" else ["--quick", "--output", tmp_path]
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, *map(str, given)])
+    assert end.value.code == 130
+    error = capsys.readouterr().err
+    assert "signal 2: saved step 1 in " in error
+    assert error.endswith(f"\nfastsft: interrupted; the same command {after}\n")
+    assert error.count("same command") == 1
+
+
+def test_a_saved_configuration_runs_again(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = (trained / "run" / "config.json"), tmp_path / "again"
+    assert result_of(capsys, "train", first, "--output", again)["steps"] == 2
+    weights = "model/model.safetensors"
+    assert (again / weights).read_bytes() == (trained / "run" / weights).read_bytes()
+    (tmp_path / "x.json").write_text("{")
+    assert "x.json: not valid JSON" in refusal(capsys, "train", tmp_path / "x.json")
+
+
+def test_flags_override_the_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = write(tmp_path / "more.jsonl", conversations(60))
+    result = result_of(
+        capsys, "train", trained / "run.toml", "--output", tmp_path / "x", "--data", more, "--train.max-steps", "1"
+    )
+    assert result["steps"] == 1
+    saved = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert saved["data"]["train"] == [str(more)]
+    assert saved["tokenizer"]["train_vocab"] == 300  # from the file

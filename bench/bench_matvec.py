@@ -1,55 +1,119 @@
-"""packed_linear on the rows of a decoding step, against torch's products with the same weights and against memory.
+"""packed_linear on the rows of a decoding step, against what torch has and against memory.
 
-A weight of 8192 x 8192, larger than the caches in every format; before each round another buffer is read, which empties
-them. ``share_of_read`` is the packed weight's bytes per second by the rate of that reading (torch.sum) in the same
-rounds, ``share_of_copy`` by that of torch's copy, read plus written. torch's int8 and int4 products take bfloat16 rows.
+A round goes through several weights of 8192 x 8192 in turn, as a step goes through its layers: 256 MB or more, so that
+every weight comes from memory. ``share_of_copy`` is the packed weights' bytes per second by the rate of torch's copy,
+read plus written, in the same rounds; ``times_one_row`` is the time by that of one row.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from fastsft import ops
+from fastsft import _C, ops
 from fastsft.ops.matvec import PackedWeight
 
-SIZE, GROUP = 8192, 32
-INPUT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16, "int4": torch.bfloat16}
-RIVALS = {
-    "float32": "F.linear",
-    "bfloat16": "F.linear",
-    "int8": "torch._weight_int8pack_mm",
-    "int4": "torch._weight_int4pack_mm_for_cpu",
-}
+SIZE, GROUP, STREAM = 8192, 32, 256 << 20
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def rival(format: str, packed: PackedWeight) -> Any:
-    """torch's product with the weight that ``packed`` stands for."""
-    weight = packed.dequantize()
-    if format in ("float32", "bfloat16"):
-        weight = weight.to(INPUT[format])
-        return lambda x: torch.nn.functional.linear(x, weight)
-    if format == "int8":
-        scales = packed.scales.flatten()
-        values, scales = (weight / scales[:, None]).round().to(torch.int8), scales.bfloat16()
-        return lambda x: torch.ops.aten._weight_int8pack_mm(x, values, scales)
+def plain(packed: PackedWeight, dtype: torch.dtype) -> Product:
+    weight = packed.dequantize().to(dtype)
+    return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def integers(packed: PackedWeight) -> torch.Tensor:
+    values = torch.empty(packed.shape, dtype=torch.int8)
+    _C.pack_weight(packed.format, values, packed.data, True)
+    return values
+
+
+def int8_weight_only(packed: PackedWeight) -> Product:
+    values, scales = integers(packed), packed.scales.flatten().bfloat16()
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, values, scales)
+
+
+def int8_dynamic(packed: PackedWeight) -> Product:
+    """x in 8 bits too, one scale for all of it."""
+    scales = packed.scales.flatten()
+    weight = torch._make_per_channel_quantized_tensor(integers(packed), scales, torch.zeros(SIZE, dtype=torch.int), 0)
+    layout = torch.ops.quantized.linear_prepack(weight, None)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, layout, False)
+
+
+def int4_weight_only(packed: PackedWeight) -> Product:
     scales = packed.scales.transpose(1, 2).flatten(0, 1)  # [N, groups]
-    values = (weight / scales.float().repeat_interleave(GROUP, 1)).round().to(torch.int32) + 8
-    layout = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 8)
+    layout = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers(packed).int() + 8, 8)
     zeros = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).contiguous()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, layout, GROUP, zeros)
 
 
-@pytest.fixture(scope="module", params=list(INPUT))
-def products(request: Any) -> tuple[str, int, dict[str, Any]]:
+def fastsft(packed: PackedWeight) -> Product:
+    mine = dataclasses.replace(packed, data=packed.data.clone(), scales=packed.scales.clone())
+    return lambda x: ops.packed_linear(x, mine)
+
+
+# By format: who takes part, in what type of x.
+CONTESTANTS: dict[str, dict[str, tuple[Callable[[PackedWeight], Product], torch.dtype]]] = {
+    "float32": {
+        "fastsft": (fastsft, torch.float32),
+        "F.linear": (lambda packed: plain(packed, torch.float32), torch.float32),
+    },
+    "bfloat16": {
+        "fastsft": (fastsft, torch.bfloat16),
+        "F.linear": (lambda packed: plain(packed, torch.bfloat16), torch.bfloat16),
+    },
+    "int8": {
+        "fastsft": (fastsft, torch.bfloat16),
+        "torch._weight_int8pack_mm": (int8_weight_only, torch.bfloat16),
+        "torch quantized.linear_dynamic": (int8_dynamic, torch.float32),
+    },
+    "int4": {
+        "fastsft": (fastsft, torch.bfloat16),
+        "torch._weight_int4pack_mm_for_cpu": (int4_weight_only, torch.bfloat16),
+    },
+}
+
+
+@functools.lru_cache(maxsize=1)
+def pack(format: str) -> PackedWeight:
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    packed = ops.pack_weight(weight, request.param, group=GROUP)
-    ours = lambda x: ops.packed_linear(x, packed)  # noqa: E731
-    return request.param, packed.nbytes, {"fastsft": ours, "torch": rival(request.param, packed)}
+    return ops.pack_weight(weight, format, group=GROUP)
+
+
+@functools.lru_cache(maxsize=1)
+def stream(format: str, contestant: str) -> list[Product]:
+    packed = pack(format)
+    return [CONTESTANTS[format][contestant][0](packed) for _ in range(-(-STREAM // packed.nbytes))]
+
+
+@functools.lru_cache(maxsize=1)
+def expected(format: str, rows: int) -> torch.Tensor:
+    return inputs(rows) @ pack(format).dequantize().T
+
+
+def inputs(rows: int) -> torch.Tensor:
+    return torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: Any) -> Any:
+    if request.param > len(os.sched_getaffinity(0)):
+        pytest.skip("more threads than CPUs")
+    before = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(request.param)
+    _C.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before[0])
+    _C.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +121,43 @@ def buffer() -> torch.Tensor:
     return torch.ones(64 << 20)
 
 
-@pytest.mark.parametrize("contestant", ["fastsft", "torch"])
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
-def test_packed_linear(benchmark, products, buffer, rows, contestant):
-    format, nbytes, contestants = products
-    x = torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(1)).to(INPUT[format])
-    ours, theirs = (contestants[name](x).float() for name in ("fastsft", "torch"))
-    # torch rounds the int8 and int4 scales, or the dequantised weight, to bfloat16
-    assert (ours - theirs).norm() <= (1e-5 if format == "float32" else 0.02) * theirs.norm()
-    reads: list[float] = []
+ONE_ROW: dict[tuple[str, str, int], float] = {}
+PAIRS = [(format, contestant) for format, contestants in CONTESTANTS.items() for contestant in contestants]
 
-    def empty_caches() -> tuple[tuple[torch.Tensor], dict[str, Any]]:
-        start = time.perf_counter()
-        buffer.sum()
-        reads.append(buffer.nbytes / (time.perf_counter() - start))
-        return (x,), {}
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("format", "contestant"), PAIRS)
+def test_packed_linear(benchmark, buffer, format, contestant, rows, threads):
+    products = stream(format, contestant)
+    x = inputs(rows).to(CONTESTANTS[format][contestant][1])
+    exact = expected(format, rows)
+    error = (products[0](x).float() - exact).norm() / exact.norm()
+    assert error <= (1e-5 if format == "float32" else 0.02)  # roundings to bfloat16, and x in 8 bits
 
     copies: list[float] = []
-    for _ in range(5):
+    half = len(buffer) // 2
+
+    def copy() -> tuple[tuple[torch.Tensor], dict[str, Any]]:
         start = time.perf_counter()
-        buffer[: len(buffer) // 2].copy_(buffer[len(buffer) // 2 :])
+        buffer[:half].copy_(buffer[half:])
         copies.append(buffer.nbytes / (time.perf_counter() - start))
-    benchmark.group = f"packed_linear {format} [{rows}, {SIZE}] x [{SIZE}, {SIZE}], torch: {RIVALS[format]}"
-    benchmark.pedantic(contestants[contestant], setup=empty_caches, rounds=15, warmup_rounds=1)
-    rate = nbytes / benchmark.stats["median"]
-    benchmark.extra_info["gigabytes_per_second"] = rate / 1e9
-    benchmark.extra_info["share_of_read"] = rate / statistics.median(reads)
-    benchmark.extra_info["share_of_copy"] = rate / statistics.median(copies)
+        return (x,), {}
+
+    def layers(x: torch.Tensor) -> None:
+        for product in products:
+            product(x)
+
+    weights = f"{len(products)} weights [{SIZE}, {SIZE}]"
+    benchmark.group = f"packed_linear {format}: [{rows}, {SIZE}] x {weights}, threads: {threads}"
+    benchmark.pedantic(layers, setup=copy, rounds=15, warmup_rounds=1)
+    median = benchmark.stats["median"]
+    key = (format, contestant, threads)
+    if rows == 1:
+        ONE_ROW[key] = median
+    if key in ONE_ROW:
+        benchmark.extra_info["times_one_row"] = median / ONE_ROW[key]
+    benchmark.extra_info["relative_error"] = float(error)
+    if contestant == "fastsft":
+        rate = len(products) * pack(format).nbytes / median
+        benchmark.extra_info["gigabytes_per_second"] = rate / 1e9
+        benchmark.extra_info["share_of_copy"] = rate / statistics.median(copies)

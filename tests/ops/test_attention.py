@@ -8,7 +8,6 @@ from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft import _C
 from fastsft.ops import attention, reference, varlen_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,21 +19,6 @@ MASKS = {
     "both sides": {"causal": False, "window": (5, 70)},
     "right only": {"causal": False, "window": (-1, 3)},
 }
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request):
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = _C.num_threads()
-    yield _C.set_num_threads
-    _C.set_num_threads(before)
 
 
 def gradients(function, inputs, upstream):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from samples import randn
 from torch.nn import functional
 
 from fastsft import _C, info, ops
@@ -17,23 +18,11 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 SHAPES = [(16, 8, 24), (17, 1, 1), (31, 33, 65), (257, 300, 71), (65, 2049, 130), (16, 5, 0), (20, 0, 9)]  # M, K, N
 
 
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every type and size through the packed product, whatever the rule for this CPU."""
     monkeypatch.setattr(gemm, "_NATIVE_TYPES", frozenset(DTYPES))
     monkeypatch.setattr(gemm, "_MIN_ROWS", 0)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def check_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None = None) -> None:
@@ -180,17 +169,14 @@ def test_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("native")
-def test_same_bits_on_every_thread_count(isa: str, dtype: torch.dtype) -> None:
+def test_same_bits_on_every_thread_count(isa: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """And the same as alone: which rows share a call does not change a row."""
     x, weight, bias = randn(130, 700, dtype=dtype), randn(203, 700, seed=1, dtype=dtype), randn(203, dtype=dtype)
-    before, results = _C.num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            _C.set_num_threads(threads)
-            results.append(gradients(ops.linear, [x, weight, bias], randn(130, 203, seed=3, dtype=dtype)))
-        alone = ops.linear(x[40:41], weight, bias)
-    finally:
-        _C.set_num_threads(before)
+    results = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        results.append(gradients(ops.linear, [x, weight, bias], randn(130, 203, seed=3, dtype=dtype)))
+    alone = ops.linear(x[40:41], weight, bias)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     assert torch.equal(alone, results[0][0][40:41])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastsft", "DEF")  # type: ignore[no-untyped-call]
 
@@ -64,10 +65,10 @@ def record(name: str, **devices: Implementation) -> None:
     REGISTRY.setdefault(name, {}).update(devices)
 
 
-def autocast(*tensors: Any) -> list[Any]:
+def autocast(first: Tensor, *others: Any) -> tuple[Any, ...]:
     """The tensors in the type that ``torch.autocast``, where it is on, wants matrix products in; others as they are."""
-    kind = next(t.device.type for t in tensors if t is not None)
+    kind = first.device.type
     if not torch.is_autocast_enabled(kind):
-        return list(tensors)
+        return first, *others
     dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others))

@@ -6,7 +6,6 @@ uses the widest vectors there are.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -63,14 +62,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = autocast(x, weight, bias)
     if x.dtype not in _FLOATS or x.dim() < 1:
         raise ValueError(f"linear: x: expected floats [..., K], got {x.dtype} {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
-        got = f"{weight.dtype} {list(weight.shape)}"
-        raise ValueError(f"linear: weight: expected {x.dtype} [N, {x.shape[-1]}], got {got}")
+    k = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != k or weight.dtype != x.dtype:
+        raise ValueError(f"linear: weight: expected {x.dtype} [N, {k}], got {weight.dtype} {list(weight.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         got = f"{bias.dtype} {list(bias.shape)}"
         raise ValueError(f"linear: bias: expected {x.dtype} [{weight.shape[0]}], got {got}")
-    rows = math.prod(x.shape[:-1])
-    if x.device.type != "cpu" or x.dtype not in _NATIVE_TYPES or rows < _MIN_ROWS:
+    if not x.is_cpu or x.dtype not in _NATIVE_TYPES or x.numel() < _MIN_ROWS * k:
         return functional.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])

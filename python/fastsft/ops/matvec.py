@@ -119,16 +119,18 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         ValueError: shapes, types or device out of contract, naming the argument; an x that requires a gradient.
     """
     n, k = packed.shape
-    if x.dim() < 1 or x.shape[-1] != k or x.dtype not in _INPUTS or x.device.type != "cpu":
+    if x.dim() < 1 or x.shape[-1] != k or x.dtype not in _INPUTS or not x.is_cpu:
         got = f"{x.dtype} {list(x.shape)} on {x.device}"
         raise ValueError(f"packed_linear: x: expected float32 or bfloat16 [..., {k}] on the CPU, got {got}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
         raise ValueError(f"packed_linear: bias: expected floats [{n}], got {bias.dtype} {list(bias.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("packed_linear: x: expected one that requires no gradient; train on ops.linear")
+    arguments = (packed.data, packed.scales, packed.format, packed.group, n, bias)
+    if x.dim() == 2:
+        return _packed_linear(x, *arguments)  # type: ignore[no-any-return]
     rows = x.reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
-    out: Tensor = _packed_linear(rows, packed.data, packed.scales, packed.format, packed.group, n, bias)
-    return out.view(*x.shape[:-1], n)
+    return _packed_linear(rows, *arguments).view(*x.shape[:-1], n)  # type: ignore[no-any-return]
 
 
 def _stored(format: str) -> torch.dtype:

@@ -1,25 +1,18 @@
-"""Model folders: byte-exact round trips, sharding, refusals, and saves that are whole or absent."""
+"""Model folders: byte-exact round trips, sharding, tied heads; and the weights a new model begins with."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from parity_table import CASES, TINY, logits, pair, reference
 from safetensors.torch import load_file, save_file
+from weights_cases import LLAMA, edited, equal_weights, files_of
 
-from fastsft.models import weights
-from fastsft.models.decoder import Decoder
 from fastsft.models.weights import init_model, load_model, save_model
 
-LLAMA = TINY | {"model_type": "llama"}
 COMPANIONS = {
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer_config.json": b"{ }\r\n",
@@ -29,15 +22,6 @@ COMPANIONS = {
     "merges.txt": b"#version: 0.2\n",
 }
 ONE_PER_FAMILY = ["llama tied GQA", "qwen2 tied GQA", "qwen3 untied GQA", "mistral window 7"]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def equal_weights(a: Decoder, b: Decoder) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -129,16 +113,6 @@ def test_loading_converts_and_saving_declares_the_stored_type(tmp_path: Path) ->
     assert equal_weights(load_model(source), load_model(tmp_path / "wide"))
 
 
-# --- tied heads and old checkpoints ---------------------------------------------------------------------------------
-
-
-def edited(folder: Path, edit: Any) -> None:
-    """Apply ``edit`` to the tensors of a single-file folder."""
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def test_tied_head_may_be_stored_too_or_instead(tmp_path: Path) -> None:
     pair(CASES["llama tied GQA"], tmp_path)
     model = load_model(tmp_path)
@@ -161,184 +135,6 @@ def test_rotary_buffers_of_old_checkpoints_are_passed_over(tmp_path: Path) -> No
     _, model = pair(LLAMA, tmp_path)
     edited(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
     assert equal_weights(load_model(tmp_path), model)
-
-
-# --- folders that do not fit ----------------------------------------------------------------------------------------
-
-
-def test_every_tensor_that_does_not_fit_is_listed_with_its_file(tmp_path: Path) -> None:
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["model.norm.weight"], tensors["lm_head.weight"]
-        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(3, 4)
-        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
-        tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(128, dtype=torch.int8)
-
-    pair(LLAMA, tmp_path)
-    edited(tmp_path, edit)
-    with pytest.raises(ValueError, match="do not fit") as error:
-        load_model(tmp_path)
-    assert str(error.value).splitlines() == [
-        f"{tmp_path}: the tensors do not fit config.json:",
-        "  missing: model.norm.weight",
-        "  missing: lm_head.weight",
-        "  shape: model.layers.0.mlp.gate_proj.weight in model.safetensors: expected [88, 128], got [3, 4]",
-        "  unexpected: model.layers.0.self_attn.q_proj.bias in model.safetensors",
-        "  type: model.layers.1.input_layernorm.weight in model.safetensors: expected floating point, got I8",
-    ]
-
-
-def test_a_long_list_is_cut(tmp_path: Path) -> None:
-    pair(LLAMA, tmp_path)
-    save_file({"model.norm.weight": torch.ones(128)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"\n  \.\.\. and 9 more$"):
-        load_model(tmp_path)
-
-
-def test_missing_folders_and_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere: expected a folder with config.json"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"config.json: cannot read"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    with pytest.raises(ValueError, match=r"found neither model.safetensors nor model.safetensors.index.json"):
-        load_model(tmp_path)
-
-
-def test_truncated_files_are_refused_at_every_length(tmp_path: Path) -> None:
-    pair(TINY | {"model_type": "llama", "num_hidden_layers": 1}, tmp_path)
-    file = tmp_path / "model.safetensors"
-    content = file.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    for length in [*range(0, header, 97), header, header + 1, len(content) // 2, len(content) - 1]:
-        file.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
-            load_model(tmp_path)
-
-
-def test_flipped_header_bits_are_read_or_refused(tmp_path: Path) -> None:
-    pair(TINY | {"model_type": "llama", "num_hidden_layers": 1}, tmp_path)
-    file = tmp_path / "model.safetensors"
-    content = file.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    for position in range(0, header, 5):
-        broken = bytearray(content)
-        broken[position] ^= 1 << (position % 8)
-        file.write_bytes(broken)
-        with contextlib.suppress(ValueError):  # and nothing else; a flip in the metadata may go unnoticed
-            load_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{", "not a safetensors index"),
-        ("[]", "not a safetensors index"),
-        ("{}", "not a safetensors index"),
-        ('{"weight_map": []}', "weight_map: expected tensor names mapped to file names"),
-        ('{"weight_map": {"a": 1}}', "weight_map: expected tensor names mapped to file names"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "weight_map: expected tensor names mapped to file names"),
-        ('{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors: not a readable safetensors file"),
-        ('{"weight_map": {"a": "part.safetensors"}}', "places a in part.safetensors, which does not hold it"),
-    ],
-)
-def test_broken_indexes(index: str, message: str, tmp_path: Path) -> None:
-    pair(LLAMA, tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
-
-
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-
-def test_saving_over_an_earlier_save_leaves_no_stale_weights(tmp_path: Path) -> None:
-    first, second = init_model(LLAMA, seed=0), init_model(LLAMA, seed=1)
-    save_model(first, tmp_path, max_shard_bytes=100_000)
-    (tmp_path / "optimizer.bin").write_bytes(b"kept")
-    save_model(second, tmp_path)
-    assert set(files_of(tmp_path)) == {"config.json", "model.safetensors", "optimizer.bin"}
-    assert equal_weights(load_model(tmp_path), second)
-    save_model(first, tmp_path, max_shard_bytes=100_000)
-    assert not (tmp_path / "model.safetensors").exists()
-    assert equal_weights(load_model(tmp_path), first)
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(patch: pytest.MonkeyPatch, fatal: int) -> None:
-    """Let the ``fatal``-th call among fsync, replace and rename raise."""
-    calls = itertools.count()
-
-    def failing(real: Any) -> Any:
-        def call(*args: Any) -> Any:
-            if next(calls) == fatal:
-                raise Crash
-            return real(*args)
-
-        return call
-
-    for name in ("fsync", "replace", "rename"):
-        patch.setattr(weights.os, name, failing(getattr(os, name)))
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_save_that_dies_anywhere_leaves_whole_files_and_no_stage(
-    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fail the n-th system call that makes the save durable, for every n until one save succeeds."""
-    old, new = init_model(LLAMA, seed=0), init_model(LLAMA, seed=1)
-    save_model(old, tmp_path / "old", max_shard_bytes=400_000)
-    save_model(new, tmp_path / "new", max_shard_bytes=400_000)
-    whole = {name: {files_of(tmp_path / f)[name] for f in ("old", "new")} for name in files_of(tmp_path / "new")}
-
-    for fatal in itertools.count():
-        home = tmp_path / f"home-{fatal}"
-        home.mkdir()
-        target = home / "m"
-        if exists:
-            shutil.copytree(tmp_path / "old", target)
-        with monkeypatch.context() as patch:
-            crash_at(patch, fatal)
-            try:
-                save_model(new, target, max_shard_bytes=400_000)
-                survived = True
-            except Crash:
-                survived = False
-        assert [p.name for p in home.iterdir()] in ([], ["m"])
-        if target.exists():
-            found = files_of(target)
-            assert found.keys() == whole.keys()
-            assert all(content in whole[name] for name, content in found.items())
-            assert exists or found == files_of(tmp_path / "new")
-        if survived:
-            break
-    assert fatal > 5
-    assert equal_weights(load_model(target), new)
-
-
-def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    rename = os.rename
-    monkeypatch.setattr(weights, "sync", lambda path: events.append(path.name))
-    monkeypatch.setattr(weights.os, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b)))
-    save_model(init_model(LLAMA, seed=0), tmp_path / "m")
-    stage = f".m-{os.getpid()}.tmp"
-    assert events == ["model.safetensors", "config.json", stage, "rename to m", tmp_path.name]
-
-
-def test_bad_save_arguments(tmp_path: Path) -> None:
-    model = init_model(LLAMA, seed=0)
-    with pytest.raises(ValueError, match="files_from: expected a folder, got"):
-        save_model(model, tmp_path / "m", files_from=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="max_shard_bytes: expected a positive number, got 0"):
-        save_model(model, tmp_path / "m", max_shard_bytes=0)
-    assert not (tmp_path / "m").exists()
-
-
-# --- initialisation -------------------------------------------------------------------------------------------------
 
 
 def test_initialisation_is_transformers_distribution_and_a_function_of_the_seed() -> None:

@@ -86,6 +86,20 @@ void minhash(const py::tuple& texts, int64_t num_perm, int64_t ngram, bool chars
   minhash_signatures(views.data(), static_cast<int64_t>(views.size()), options, out);
 }
 
+void minhash_tokens(py::handle tokens, py::handle cu_seqlens, int64_t ngram, uint64_t seed, py::handle signatures) {
+  Check check("minhash_token_signatures");
+  const auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "N+1");
+  auto* out = check.in<uint32_t>("signatures", signatures, "N P");
+  const MinHashOptions options{.num_perm = check.size("P"), .ngram = ngram, .seed = seed};
+  const auto sign = [&](const auto* in) {
+    const int64_t num_tokens = check.size("T"), n = check.size("N");
+    py::gil_scoped_release release;
+    minhash_token_signatures(in, num_tokens, cu, n, options, out);
+  };
+  if (view_of(tokens).dtype.bits == 32) return sign(check.in<int32_t>("tokens", tokens, "T"));
+  sign(check.in<int64_t>("tokens", tokens, "T"));
+}
+
 void cluster(py::handle signatures, double threshold, int64_t bands, int64_t rows, py::handle labels) {
   Check check("lsh_clusters");
   const auto* in = check.in<uint32_t>("signatures", signatures, "N P");
@@ -109,6 +123,8 @@ void register_data(py::module_& m) {
           py::arg("out_tokens"), py::arg("source_index"), "Second pass, after fim_plan.");
   }
   m.def("minhash_signatures", &minhash, py::arg("texts"), py::arg("num_perm"), py::arg("ngram"), py::arg("chars"),
+        py::arg("seed"), py::arg("signatures"), "Fills signatures, uint32 [N, num_perm].");
+  m.def("minhash_token_signatures", &minhash_tokens, py::arg("tokens"), py::arg("cu_seqlens"), py::arg("ngram"),
         py::arg("seed"), py::arg("signatures"), "Fills signatures, uint32 [N, num_perm].");
   m.def(
       "lsh_shape",

@@ -146,6 +146,14 @@ int64_t hash_chars(const char* text, int64_t length, uint32_t* units) {
   return count;
 }
 
+void hash_tokens32(const int32_t* tokens, int64_t count, uint32_t* units) {
+  for (int64_t i = 0; i < count; ++i) units[i] = fmix32(static_cast<uint32_t>(tokens[i]));
+}
+
+void hash_tokens64(const int64_t* tokens, int64_t count, uint32_t* units) {
+  for (int64_t i = 0; i < count; ++i) units[i] = fmix32(static_cast<uint32_t>(tokens[i]));
+}
+
 // shingles [max(count - ngram + 1, 1)] from units [count], count >= 1. Returns the number of shingles.
 int64_t hash_shingles(const uint32_t* units, int64_t count, int64_t ngram, uint32_t* shingles) {
   if (ngram > count) ngram = count;

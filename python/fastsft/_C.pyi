@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -57,6 +57,10 @@ def lsh_shape(num_perm: typing.SupportsInt | typing.SupportsIndex, threshold: ty
     (bands, rows) with the least weighted error.
     """
 def minhash_signatures(texts: tuple, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
+    """
+    Fills signatures, uint32 [N, num_perm].
+    """
+def minhash_token_signatures(tokens: typing.Any, cu_seqlens: typing.Any, ngram: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
     """
     Fills signatures, uint32 [N, num_perm].
     """

@@ -76,6 +76,32 @@ TEST(any_bytes_are_safe) {
   }
 }
 
+TEST(tokens) {
+  std::vector<int32_t> tokens;
+  std::vector<int64_t> cu{0};
+  for (int n = 0; n < 90; ++n) {
+    for (int i = 0; i < n; ++i) tokens.push_back(static_cast<int32_t>(philox(2, n, i).x[0] % 1000));
+    cu.push_back(static_cast<int64_t>(tokens.size()));
+  }
+  tokens.shrink_to_fit();
+  const std::vector<int64_t> wide(tokens.begin(), tokens.end());
+  const MinHashOptions options{.num_perm = 70, .ngram = 3, .seed = 4};
+  const int64_t n = static_cast<int64_t>(cu.size()) - 1, total = static_cast<int64_t>(tokens.size());
+  Signatures expected;
+  for (const Isa isa : available_isas()) {
+    set_isa(isa);
+    Signatures narrow_out(n * 70), wide_out(n * 70);
+    minhash_token_signatures(tokens.data(), total, cu.data(), n, options, narrow_out.data());
+    minhash_token_signatures(wide.data(), total, cu.data(), n, options, wide_out.data());
+    if (expected.empty()) expected = narrow_out;
+    CHECK(narrow_out == expected);
+    CHECK(wide_out == expected);
+  }
+  CHECK(expected[0] == 0xFFFFFFFFu && expected[70] != 0xFFFFFFFFu);
+  cu[3] = 0;
+  CHECK_THROWS(minhash_token_signatures(tokens.data(), total, cu.data(), n, options, expected.data()), Error);
+}
+
 TEST(clusters) {
   CHECK(cluster({}, 4, 0.5, {2, 2}).empty());
   const Signatures rows{1, 2, 3, 4, 9, 9, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9};

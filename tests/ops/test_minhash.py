@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
 import time
 
@@ -10,6 +11,7 @@ import datasketch
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +88,57 @@ def test_same_bits_on_every_isa_and_thread_count() -> None:
         _C.set_isa(isa)
         _C.set_num_threads(threads)
     assert len(set(results)) == 2
+
+
+def packed(lengths: list[int], vocabulary: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return tokens, torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("ngram", "num_perm"), [(5, 128), (1, 7), (13, 65), (400, 3)])
+def test_token_bits_equal_reference(ngram: int, num_perm: int, dtype: torch.dtype) -> None:
+    tokens, cu = packed([0, 1, 4, 5, 0, 130, 12, 13, 300, 0], 50, ngram, dtype)
+    got = ops.minhash_token_signatures(tokens, cu, num_perm=num_perm, ngram=ngram, seed=3)
+    expected = reference.minhash_token_signatures(tokens.tolist(), cu.tolist(), num_perm=num_perm, ngram=ngram, seed=3)
+    assert got.dtype == torch.uint32
+    assert np.array_equal(got.numpy(), expected)
+    as_numpy = ops.minhash_token_signatures(tokens.numpy(), cu.int().numpy(), num_perm=num_perm, ngram=ngram, seed=3)
+    assert np.array_equal(as_numpy, expected)
+
+
+def test_token_signatures_of_wide_and_negative_ids() -> None:
+    """The low 32 bits count, so that an id has the same hash in either dtype."""
+    wide = torch.tensor([5, -1, 2**32 + 7, 2**31])
+    narrow = torch.tensor([5, -1, 7, -(2**31)], dtype=torch.int32)
+    got = [ops.minhash_token_signatures(x, torch.tensor([0, 4]), ngram=2) for x in (wide, narrow)]
+    assert torch.equal(got[0].view(torch.int32), got[1].view(torch.int32))
+
+
+def test_token_signatures_opcheck() -> None:
+    tokens, cu = packed([3, 0, 9], 50, 0, torch.int64)
+    torch.library.opcheck(
+        torch.ops.fastsft.minhash_token_signatures,
+        (tokens, cu, 16, 5, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cu", "options", "message"),
+    [
+        (torch.zeros(3), torch.tensor([0, 3]), {}, r"tokens: expected int32 or int64 \[T\], got torch.float32\[3\]"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor(3), {}, r"cu_seqlens: expected int32 or int64 \[N \+ 1\]"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 4]), {}, "offsets from 0 to the 3 .* got 0 to 4"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 1, 3]), {}, "to decrease, got 2 then 1 at text 1"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), {"ngram": 0}, "ngram: expected >= 1, got 0"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), {"num_perm": 0}, "num_perm: expected >= 1, got 0"),
+        (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), {"seed": 2**63}, "seed: expected an integer in"),
+    ],
+)  # fmt: skip
+def test_token_signature_errors(tokens: torch.Tensor, cu: torch.Tensor, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.minhash_token_signatures(tokens, cu, **options)
 
 
 def test_normalisation() -> None:

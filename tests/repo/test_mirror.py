@@ -23,6 +23,7 @@ STEMS = {
     "linear_logprobs": "loss",
     "fim_permute": "fim",
     "minhash_signatures": "minhash",
+    "minhash_token_signatures": "minhash",
     "lsh_clusters": "minhash",
     "pack_sequences": "pack",
     "sample": "sampling",

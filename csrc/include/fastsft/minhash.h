@@ -1,4 +1,4 @@
-// MinHash signatures of texts: Broder, "On the resemblance and containment of documents" (1997).
+// MinHash signatures of texts and of token ids: Broder, "On the resemblance and containment of documents" (1997).
 //
 // A text is a sequence of units, a shingle is n consecutive units, and the expected share of equal positions in two
 // signatures is the Jaccard similarity of the two sets of shingles. Everything here is integer arithmetic on
@@ -8,6 +8,7 @@
 //   words       maximal runs of word bytes: a-z 0-9 _ and every byte >= 0x80 (any non-ASCII character is a letter);
 //               what lies between words is ignored
 //   characters  code points; a run of ASCII white space is one space, and none stands at either end
+//   tokens      the low 32 bits of each token id
 // A text with fewer than n units has one shingle, all of it; a text with none has no shingle and the signature
 // 0xFFFFFFFF throughout.
 //
@@ -16,6 +17,7 @@
 //              s = (s ^ lo) * 0xBF58476D1CE4E5B9;  s ^= s >> 32;  s = (s ^ hi) * 0x94D049BB133111EB;  s ^= s >> 29
 //              hash = s >> 32
 //   character  fmix32(its UTF-8 lead byte followed by the low 6 bits of each continuation byte)
+//   token      fmix32(id)
 //   shingle    fmix32(sum over k = 1..n of unit_k * 0x1B873593^k)
 //   position j of the signature: min over shingles h of a_j * h + b_j, where x = philox(seed, stream = kMinHashStream,
 //              index = j), a_j = x[0] | 1, b_j = x[1]
@@ -40,5 +42,16 @@ struct MinHashOptions {
 // texts [n] in UTF-8 (any bytes are safe); signatures [n, num_perm] is written. Throws Error for num_perm or ngram < 1
 // and for a text of 2^32 - 64 bytes or more.
 void minhash_signatures(const std::string_view* texts, int64_t n, const MinHashOptions& options, uint32_t* signatures);
+
+// Text i is tokens [cu_seqlens[i], cu_seqlens[i + 1]); cu_seqlens [n + 1] ascends from 0 to num_tokens. options.unit
+// plays no part. Throws Error for num_perm or ngram < 1 and for broken cu_seqlens.
+template <typename Token>
+void minhash_token_signatures(const Token* tokens, int64_t num_tokens, const int64_t* cu_seqlens, int64_t n,
+                              const MinHashOptions& options, uint32_t* signatures);
+
+extern template void minhash_token_signatures(const int32_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,
+                                              uint32_t*);
+extern template void minhash_token_signatures(const int64_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,
+                                              uint32_t*);
 
 }  // namespace fastsft

@@ -9,7 +9,7 @@ from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.matvec import pack_weight, packed_linear
-from fastsft.ops.minhash import lsh_clusters, minhash_signatures
+from fastsft.ops.minhash import lsh_clusters, minhash_signatures, minhash_token_signatures
 from fastsft.ops.norm import rms_norm
 from fastsft.ops.pack import pack_sequences
 from fastsft.ops.rope import apply_rope
@@ -23,6 +23,7 @@ __all__ = [
     "linear_logprobs",
     "lsh_clusters",
     "minhash_signatures",
+    "minhash_token_signatures",
     "pack_sequences",
     "pack_weight",
     "packed_linear",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -50,18 +51,38 @@ def unit_hash(unit: bytes, kind: str) -> int:
     return s >> 32
 
 
-def minhash_signatures(
-    texts: Sequence[str], *, num_perm: int = 128, ngram: int = 5, unit: str = "word", seed: int = 0
-) -> npt.NDArray[np.uint32]:
+def _sign(sets: Sequence[Iterable[Sequence[int]]], num_perm: int, seed: int) -> npt.NDArray[np.uint32]:
+    """One row for each set of shingles, which are given as sequences of hashed units."""
     factors = np.array([philox(seed, 0x4D696E48617368, j)[:2] for j in range(num_perm)], np.uint64)
     a, b = factors[:, 0] | np.uint64(1), factors[:, 1]
-    out = np.full((len(texts), num_perm), 0xFFFFFFFF, np.uint32)
-    for row, text in zip(out, texts, strict=True):
-        for shingle in shingles(text, ngram, unit):
-            total = sum(unit_hash(u, unit) * pow(0x1B873593, k, 2**32) for k, u in enumerate(shingle, 1))
+    out = np.full((len(sets), num_perm), 0xFFFFFFFF, np.uint32)
+    for row, members in zip(out, sets, strict=True):
+        for units in members:
+            total = sum(u * pow(0x1B873593, k, 2**32) for k, u in enumerate(units, 1))
             h = np.uint64(fmix32(total & 0xFFFFFFFF))
             np.minimum(row, (a * h + b).astype(np.uint32), out=row)
     return out
+
+
+def minhash_signatures(
+    texts: Sequence[str], *, num_perm: int = 128, ngram: int = 5, unit: str = "word", seed: int = 0
+) -> npt.NDArray[np.uint32]:
+    return _sign(
+        [[[unit_hash(u, unit) for u in shingle] for shingle in shingles(text, ngram, unit)] for text in texts],
+        num_perm,
+        seed,
+    )
+
+
+def minhash_token_signatures(
+    tokens: Sequence[int], cu_seqlens: Sequence[int], *, num_perm: int = 128, ngram: int = 5, seed: int = 0
+) -> npt.NDArray[np.uint32]:
+    hashed = [fmix32(t & 0xFFFFFFFF) for t in tokens]
+    sets = []
+    for begin, end in itertools.pairwise(cu_seqlens):
+        width = min(ngram, end - begin)
+        sets.append([hashed[i : i + width] for i in range(begin, end - width + 1)] if width else [])
+    return _sign(sets, num_perm, seed)
 
 
 def lsh_shape(num_perm: int, threshold: float) -> tuple[int, int]:

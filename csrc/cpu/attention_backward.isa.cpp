@@ -24,7 +24,7 @@ struct Block {
   Word *queries_stack, *douts_stack;    // words along the rows, stack_pitch apart
   Word *probs, *dscores;                // words along the rows: [rows / kSteps, kScorePitch]
   Word* dscores_t;                      // words along the keys: [rows, kScoreRowPitch]
-  float* dqueries;                      // [rows, D]
+  float* dqueries;                      // [kTileRows, D]
   float *lse, *delta;                   // [rows]; lse in units of log 2
   float *strip_scores, *strip_dscores;  // [kTileRows, kScorePitch]
   int64_t stack_pitch;
@@ -63,7 +63,7 @@ Block<Format> carve(float* scratch, int64_t dim, int64_t rows) {
     b.stack_pitch = dim;
     take(b.dscores_t, rows * kScoreRowPitch<Format>);
   }
-  take(b.dqueries, rows * dim);
+  take(b.dqueries, kTileRows * dim);
   take(b.lse, rows);
   take(b.delta, rows);
   take(b.strip_scores, kTileRows * kScorePitch);
@@ -72,26 +72,25 @@ Block<Format> carve(float* scratch, int64_t dim, int64_t rows) {
 }
 
 // Packs one strip of a tile that starts at token `first`, rows [row, row + have), and asks for the strip after it, be
-// it in the next tile, and for this one's place in dq.
+// it in the next tile.
 template <typename Format, int64_t kMaxDim>
 FASTSFT_NOINLINE void load_strip(const BackwardArgs& args, const BackwardItem& item, int64_t first, int64_t row,
-                                 int64_t have, bool is_whole, bool is_last, const Block<Format>& b) {
+                                 int64_t have, bool is_whole, const Block<Format>& b, RowQueue& queue) {
   constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group;
+  const int64_t last = item.q_first + item.num_q;
   const void *q_rows[kTileRows], *dout_rows[kTileRows];
-  for (int64_t i = 0; i < have + kTileRows; ++i) {
-    const int64_t token = first + (row + i) / group, head = item.kv_head * group + (row + i) % group;
-    if (token >= item.q_first + item.num_q) break;
+  RowPlace place = place_of(row, group);
+  for (int64_t i = 0; i < have + kTileRows; ++i, advance(place, group)) {
+    const int64_t token = first + place.token, head = item.kv_head * group + place.head;
+    if (token >= last) break;
     const void* query = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
     const void* dout = element(dtype, args.dout.data, token * args.dout.token_stride + head * args.dout.head_stride);
     if (i >= have) {
-      prefetch_row<For::kReading>(dtype, query, dim);
-      prefetch_row<For::kReading>(dtype, dout, dim);
+      queue.add(query);
+      queue.add(dout);
       continue;
-    }
-    if (is_last) {
-      prefetch_row<For::kWriting>(dtype, element(dtype, args.dq, (token * args.shape.num_q_heads + head) * dim), dim);
     }
     q_rows[i] = query;
     dout_rows[i] = dout;
@@ -114,39 +113,40 @@ FASTSFT_NOINLINE void load_strip(const BackwardArgs& args, const BackwardItem& i
   }
 }
 
-// From S and dP of one strip, `have` rows (a multiple of kSteps), to P and dS, columns [begin, end). bands: what each
-// row sees, or null if every column. is_whole: the columns are all the keys there are, so delta = sum(P * dP) - dlse,
-// and `delta` holds -dlse.
+// From S and dP of one strip, `have` rows (a multiple of kSteps), to P and dS, columns [begin, end). is_whole: the
+// columns are all the keys there are, so delta = sum(P * dP) - dlse, and `delta` holds -dlse.
 template <typename Format, bool kCapped>
 FASTSFT_NOINLINE void score_gradients(const Block<Format>& b, int64_t row, int64_t have, int64_t begin, int64_t end,
                                       float softcap, const Band* bands, bool is_whole) {
   constexpr int64_t kSteps = Format::kSteps;
   Vec sums[kLanes]{};
   for (int64_t i = 0; i < have; i += kSteps) {
+    Vec sum[kSteps]{};
     for (int64_t j = begin; j < end; j += kLanes) {
       Vec probs[kSteps];
       for (int64_t step = 0; step < kSteps; ++step) {
-        float *scores = b.strip_scores + (i + step) * kScorePitch + j,
-              *dprobs = b.strip_dscores + (i + step) * kScorePitch + j;
-        Vec score = load(scores), dp = load(dprobs), slope;
+        const int64_t at = (i + step) * kScorePitch + j;
+        Vec score = load(b.strip_scores + at), dp = load(b.strip_dscores + at), slope;
         if (kCapped) {
           const Vec t = tanh_of(score);
           score = t * (softcap * kLog2e);
           slope = 1.0f - t * t;
         }
         Vec p = exp2_nonpositive<Format::kExpDegree>(score - b.lse[row + i + step]);
-        if (bands != nullptr) {
-          const VecInt visible = inside(bands[i + step], j);
+        const Band& band = bands[i + step];
+        if (band.first > j || j + kLanes > band.last) {
+          const VecInt visible = inside(band, j);
           p = select(visible, p, Vec{});
           dp = select(visible, dp, Vec{});
-          store(dprobs, dp);
+          store(b.strip_dscores + at, dp);
         }
-        store(scores, kCapped ? p * slope : p);
-        sums[i + step] += p * dp;
+        store(b.strip_scores + at, kCapped ? p * slope : p);
+        sum[step] += p * dp;
         probs[step] = p;
       }
       store_along_rows<Format>(probs, b.probs + (row + i) / kSteps * kScorePitch + j);
     }
+    for (int64_t step = 0; step < kSteps; ++step) sums[i + step] = sum[step];
   }
   float offsets[kLanes];
   store(offsets, is_whole ? load(b.delta + row) + reduce_rows<false>(sums) : load(b.delta + row));
@@ -209,12 +209,16 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
   const Block<Format> b = carve<Format, kMaxDim>(scratch, dim, max_rows);
   const float softcap = args.shape.softcap, scale = args.shape.scale, one = 1.0f;
   const float score_factor = softcap > 0 ? scale / softcap : scale * kLog2e;
+  float scales[kLanes], ones[kLanes];
+  store(scales, splat(scale));
+  store(ones, splat(1.0f));
   const int64_t left = args.mask.left, right = args.mask.right;
   const int64_t block = gradient_block(item.num_k), start = item.block * block;
   const int64_t n = smaller(block, item.num_k - start);
   const bool is_whole = item.num_k <= block;      // this block is all there is
   const int64_t shift = item.num_k - item.num_q;  // key position of query 0
 
+  RowQueue queue(dim * static_cast<int64_t>(dtype_size(dtype)));
   const void* addresses[kGradientBlock];
   for (const bool is_key : {true, false}) {
     const AttentionInput& source = is_key ? args.k : args.v;
@@ -242,32 +246,37 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
     const bool is_shared = !(is_first && is_last);
     const int64_t slot = item.first_tile + tile;
     float* dqueries = is_shared ? args.dq_sums + slot * max_rows * dim : b.dqueries;
+    const auto dq_row = [&](const RowPlace& place) {
+      const int64_t token = item.q_first + token0 + place.token, head = item.kv_head * group + place.head;
+      return element(dtype, args.dq, (token * heads + head) * dim);
+    };
 
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t have = smaller<int64_t>(kTileRows, rows - row);
-      const Band top = visible_band(position + row / group, left, right, start, n);
-      const Band bottom = visible_band(position + (row + have - 1) / group, left, right, start, n);
-      if (top.first >= bottom.last) continue;
-      load_strip<Format, kMaxDim>(args, item, item.q_first + token0, row, have, is_whole, is_last, b);
-      if (is_shared && !is_first) {
-        for (int64_t r = row; r < row + have; ++r) {
-          prefetch_row<For::kWriting>(DType::kFloat32, dqueries + r * dim, dim);
-        }
+      Band bands[kTileRows];
+      RowPlace place = place_of(row, group);
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        bands[i] = visible_band(position + place.token, left, right, start, n);
+        if (i + 1 < have) advance(place, group);
       }
+      const Band top = bands[0], bottom = bands[kTileRows - 1];
+      if (top.first >= bottom.last) continue;
+      load_strip<Format, kMaxDim>(args, item, item.q_first + token0, row, have, is_whole, b, queue);
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
       product<Format, Left::kRows, kPitch, Into::kStore>(round_up(have, kSteps), end - begin, b.queries + row * kPitch,
                                                          b.keys_t + begin, kScorePitch, dim / kSteps,
-                                                         b.strip_scores + begin, kScorePitch, &score_factor);
+                                                         b.strip_scores + begin, kScorePitch, &score_factor, queue);
       product<Format, Left::kRows, kPitch, Into::kStore>(round_up(have, kSteps), end - begin, b.douts + row * kPitch,
                                                          b.values_t + begin, kScorePitch, dim / kSteps,
-                                                         b.strip_dscores + begin, kScorePitch, &one);
-      Band bands[kTileRows];
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        bands[i] = visible_band(position + smaller(row + i, rows - 1) / group, left, right, start, n);
-      }
-      const bool is_cut = bottom.first > begin || top.last < end;
+                                                         b.strip_dscores + begin, kScorePitch, &one, queue);
       const auto gradients = softcap > 0 ? score_gradients<Format, true> : score_gradients<Format, false>;
-      gradients(b, row, round_up(have, kSteps), begin, end, softcap, is_cut ? bands : nullptr, is_whole);
+      gradients(b, row, round_up(have, kSteps), begin, end, softcap, bands, is_whole);
+      queue.finish();
+    }
+    RowPlace place{0, 0};
+    for (int64_t r = 0; r < rows; ++r, advance(place, group)) {
+      if (is_shared && !is_first) queue.add(dqueries + r * dim);
+      if (is_last) queue.add(dq_row(place));
     }
 
     // Keys in strips; the rows that see any key of a strip are those of a contiguous range of tokens.
@@ -278,16 +287,17 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
       if (from >= to) continue;
       product<Format, Left::kColumns, kScorePitch, Into::kAdd>(kKeyStrip, dim, b.probs + from * kScorePitch + key,
                                                                b.douts_stack + from * b.stack_pitch, b.stack_pitch,
-                                                               to - from, b.dvalues + key * dim, dim, &one);
+                                                               to - from, b.dvalues + key * dim, dim, &one, queue);
       product<Format, Left::kColumns, kScorePitch, Into::kAdd>(kKeyStrip, dim, b.dscores + from * kScorePitch + key,
                                                                b.queries_stack + from * b.stack_pitch, b.stack_pitch,
-                                                               to - from, b.dkeys + key * dim, dim, &one);
+                                                               to - from, b.dkeys + key * dim, dim, &one, queue);
     }
 
     if (is_shared && !is_first) {
       const auto turn = static_cast<int32_t>(item.block - first_block);
       if (!wait_for_turn(args.blocks_done[slot], turn, *args.abandoned)) return;
     }
+    place = {0, 0};
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t have = smaller<int64_t>(kTileRows, rows - row);
       const Band top = visible_band(position + row / group, left, right, start, n);
@@ -295,28 +305,32 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
       const int64_t first = top.first / kSteps;
       const int64_t words = larger<int64_t>((bottom.last + kSteps - 1) / kSteps - first, 0);
       const auto* dscores = b.dscores_t + row * kScoreRowPitch<Format> + first;
+      float* sums = is_shared ? dqueries + row * dim : dqueries;
       if (is_first) {
         product<Format, Left::kRows, kScoreRowPitch<Format>, Into::kStore>(have, dim, dscores, b.keys + first * dim,
-                                                                           dim, words, dqueries + row * dim, dim, &one);
+                                                                           dim, words, sums, dim, &one, queue);
       } else if (words > 0) {
         product<Format, Left::kRows, kScoreRowPitch<Format>, Into::kAdd>(have, dim, dscores, b.keys + first * dim, dim,
-                                                                         words, dqueries + row * dim, dim, &one);
+                                                                         words, sums, dim, &one, queue);
       }
+      if (!is_last) continue;
+      void* dq_rows[kTileRows];
+      for (int64_t i = 0; i < have; ++i, advance(place, group)) dq_rows[i] = dq_row(place);
+      store_rows(dtype, sums, dim, have, dim, scales, dq_rows);
     }
-    if (is_last) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t token = item.q_first + token0 + r / group, head = item.kv_head * group + r % group;
-        store_row(dtype, dqueries + r * dim, dim, scale, element(dtype, args.dq, (token * heads + head) * dim));
-      }
-    } else {
-      finish_turn(args.blocks_done[slot]);
-    }
+    if (!is_last) finish_turn(args.blocks_done[slot]);
   }
 
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t index = ((item.k_first + start + j) * args.shape.num_kv_heads + item.kv_head) * dim;
-    store_row(dtype, b.dkeys + j * dim, dim, scale, element(dtype, args.dk, index));
-    store_row(dtype, b.dvalues + j * dim, dim, 1.0f, element(dtype, args.dv, index));
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t have = smaller<int64_t>(kLanes, n - j);
+    void *dk_rows[kLanes], *dv_rows[kLanes];
+    for (int64_t i = 0; i < have; ++i) {
+      const int64_t index = (item.k_first + start + j + i) * args.shape.num_kv_heads + item.kv_head;
+      dk_rows[i] = element(dtype, args.dk, index * dim);
+      dv_rows[i] = element(dtype, args.dv, index * dim);
+    }
+    store_rows(dtype, b.dkeys + j * dim, dim, have, dim, scales, dk_rows);
+    store_rows(dtype, b.dvalues + j * dim, dim, have, dim, ones, dv_rows);
   }
 }
 

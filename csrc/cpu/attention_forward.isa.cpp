@@ -79,17 +79,11 @@ class BlockRows {
 
   // Asks for part `part` of `parts` of the next block, all of the item's heads: they are neighbours in memory.
   void prefetch(int64_t part, int64_t parts) const {
-    const DType dtype = args_.shape.dtype;
-    for_each_row(part, parts, [&](const void* row) { prefetch_row<For::kReading>(dtype, row, args_.shape.head_dim); });
-  }
-  // The same lines, at most `room`; the rest is filled with a line at hand.
-  void list_lines(int64_t part, int64_t parts, const char** lines, int64_t room) const {
     const int64_t bytes = args_.shape.head_dim * static_cast<int64_t>(dtype_size(args_.shape.dtype));
-    int64_t count = 0;
-    for_each_row(part, parts, [&](const void* row) {
-      for (int64_t i = 0; i < bytes && count < room; i += 64) lines[count++] = static_cast<const char*>(row) + i;
-    });
-    for (; count < room; ++count) lines[count] = reinterpret_cast<const char*>(now_);
+    for_each_row(part, parts, [&](const void* row) { prefetch_row(row, bytes); });
+  }
+  void prefetch(int64_t part, int64_t parts, RowQueue& queue) const {
+    for_each_row(part, parts, [&](const void* row) { queue.add(row); });
   }
 
  private:
@@ -140,8 +134,9 @@ FASTSFT_NOINLINE void online_softmax(float* scores, int64_t have, int64_t begin,
   Vec rows[kLanes]{};
   for (int64_t i = 0; i < have; ++i) {
     const float* row = scores + i * kKeyBlock;
-    rows[i] = load(row + begin);
-    for (int64_t j = begin + kLanes; j < end; j += kLanes) rows[i] = max_of(rows[i], load(row + j));
+    Vec most = load(row + begin);
+    for (int64_t j = begin + kLanes; j < end; j += kLanes) most = max_of(most, load(row + j));
+    rows[i] = most;
   }
   const Vec before = load(maxima), now = max_of(reduce_rows<true>(rows), before);
   const Vec reference = select(now == -INFINITY, Vec{}, now);  // no key seen yet: 2^(-inf - 0) = 0, not NaN
@@ -150,12 +145,14 @@ FASTSFT_NOINLINE void online_softmax(float* scores, int64_t have, int64_t begin,
   store(references, reference);
   for (int64_t i = 0; i < have; ++i) {
     float* row = scores + i * kKeyBlock;
-    rows[i] = Vec{};
+    const Vec own = splat(references[i]);
+    Vec sum{};
     for (int64_t j = begin; j < end; j += kLanes) {
-      const Vec p = exp2_nonpositive<Format::kExpDegree>(load(row + j) - references[i]);
-      rows[i] += p;
+      const Vec p = exp2_nonpositive<Format::kExpDegree>(load(row + j) - own);
+      sum += p;
       store_along_columns<Format>(p, row, j);
     }
+    rows[i] = sum;
   }
   store(maxima, now);
   store(totals, load(totals) * past + reduce_rows<false>(rows));
@@ -172,20 +169,20 @@ FASTSFT_NOINLINE void cap_scores(float* scores, int64_t have, int64_t begin, int
 // Packs one strip of queries from `row` on and asks for the next strip and for this one's place in the output.
 template <typename Format, int64_t kMaxDim>
 FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& item, int64_t kv_head, int64_t row,
-                                   int64_t have, typename Format::Word* panel) {
+                                   int64_t have, typename Format::Word* panel, RowQueue& queue) {
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group;
+  const int64_t end = item.num_q * group, heads = args.shape.num_q_heads;
   const void* rows[kTileRows];
-  for (int64_t i = 0; i < have + kTileRows; ++i) {
-    const int64_t r = row + i, token = item.q_first + r / group, head = kv_head * group + r % group;
-    if (r >= item.num_q * group) break;
+  RowPlace place = place_of(row, group);
+  for (int64_t r = row; r < smaller(row + 2 * kTileRows, end); ++r, advance(place, group)) {
+    const int64_t token = item.q_first + place.token, head = kv_head * group + place.head;
     const void* query = element(dtype, args.q.data, token * args.q.token_stride + head * args.q.head_stride);
-    if (i < have) {
-      rows[i] = query;
-      const int64_t index = (token * args.shape.num_q_heads + head) * dim;
-      prefetch_row<For::kWriting>(dtype, element(dtype, args.out, index), dim);
+    if (r < row + have) {
+      rows[r - row] = query;
+      queue.add(element(dtype, args.out, (token * heads + head) * dim));
     } else {
-      prefetch_row<For::kReading>(dtype, query, dim);
+      queue.add(query);
     }
   }
   pack_rows<Format, kMaxDim>(dtype, rows, have, dim, panel + row * kRowPitch<Format, kMaxDim>);
@@ -218,60 +215,98 @@ FASTSFT_NOINLINE void fold(const States& whole, const States& segment, int64_t r
   }
 }
 
+// One strip, from `row` on, of which the states are final.
+FASTSFT_NOINLINE void store_strip(const ForwardArgs& args, const ForwardItem& item, int64_t kv_head, int64_t row,
+                                  int64_t have, const float* sums, Vec maxima, Vec totals) {
+  const DType dtype = args.shape.dtype;
+  const int64_t dim = args.shape.head_dim, group = args.group;
+  const VecInt is_blind = totals == 0.0f;  // saw no key
+  float factors[kLanes], lse[kLanes];
+  store(factors, select(is_blind, Vec{}, 1.0f / totals));
+  store(lse, select(is_blind, splat(-INFINITY), (maxima + log2_of(totals)) * kLn2));
+  void* rows[kTileRows];
+  RowPlace place = place_of(row, group);
+  for (int64_t i = 0; i < have; ++i, advance(place, group)) {
+    const int64_t token = item.q_first + place.token, head = kv_head * group + place.head;
+    rows[i] = element(dtype, args.out, (token * args.shape.num_q_heads + head) * dim);
+    if (args.lse != nullptr) args.lse[head * args.total_q + token] = lse[i];
+  }
+  store_rows(dtype, sums, dim, have, dim, factors, rows);
+}
+
 FASTSFT_NOINLINE void store_tile(const ForwardArgs& args, const ForwardItem& item, int64_t kv_head,
                                  const States& states) {
-  const DType dtype = args.shape.dtype;
-  const int64_t dim = args.shape.head_dim;
-  for (int64_t r = 0; r < item.num_q * args.group; ++r) {
-    const int64_t token = item.q_first + r / args.group, head = kv_head * args.group + r % args.group;
-    const int64_t lane = r / kTileRows * kLanes + r % kTileRows;
-    const float total = states.totals[lane];
-    store_row(dtype, states.sums + r * dim, dim, total == 0 ? 0.0f : 1.0f / total,
-              element(dtype, args.out, (token * args.shape.num_q_heads + head) * dim));
-    if (args.lse != nullptr) {
-      args.lse[head * args.total_q + token] = total == 0 ? -INFINITY : states.maxima[lane] * kLn2 + std::log(total);
+  const int64_t rows = item.num_q * args.group;
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t stats = row / kTileRows * kLanes;
+    store_strip(args, item, kv_head, row, smaller<int64_t>(kTileRows, rows - row),
+                states.sums + row * args.shape.head_dim, load(states.maxima + stats), load(states.totals + stats));
+  }
+}
+
+// Hides the columns of a strip that lie outside its rows' bands. Most of them lie in the last vector.
+FASTSFT_NOINLINE void hide(float* scores, const Band* bands, int64_t have, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < have; ++i) {
+    float* row = scores + i * kKeyBlock;
+    for (int64_t j = begin; j < end; j += kLanes) {
+      if (bands[i].first <= j && j + kLanes <= bands[i].last) continue;
+      store(row + j, select(inside(bands[i], j), load(row + j), splat(-INFINITY)));
     }
   }
 }
 
 // One block of keys, [start, start + n), for all queries of one key head. packs: the queries are packed on the way.
-template <typename Format, int64_t kMaxDim, typename Ahead>
-FASTSFT_INLINE void attend(const ForwardArgs& args, const ForwardItem& item, int64_t start, int64_t n, bool packs,
-                           const Tile<Format>& tile, typename Format::Word* queries, const States& states,
-                           Ahead next_keys, Ahead next_values) {
+// is_whole: there are no other keys, and the strips' results go straight to the output.
+template <typename Format, int64_t kMaxDim>
+FASTSFT_NOINLINE void attend(const ForwardArgs& args, const ForwardItem& item, int64_t start, int64_t n, bool packs,
+                             bool is_whole, const Tile<Format>& tile, typename Format::Word* queries,
+                             const States& states, RowQueue& queue) {
   constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const int64_t dim = args.shape.head_dim, group = args.group, rows = item.num_q * group;
   const float softcap = args.shape.softcap;
   const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
-  const int64_t left = args.mask.left, right = args.mask.right;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t have = smaller<int64_t>(kTileRows, rows - row);
-    if (packs) load_queries<Format, kMaxDim>(args, item, item.kv_head, row, have, queries);
-    const Band top = visible_band(item.position + row / group, left, right, start, n);
-    const Band bottom = visible_band(item.position + (row + have - 1) / group, left, right, start, n);
-    if (top.first >= bottom.last) continue;
-    const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-    product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, queries + row * kPitch, tile.keys + begin,
-                                                       kKeyBlock, dim / kSteps, tile.scores + begin, kKeyBlock,
-                                                       &score_factor, next_keys);
-    if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
-    if (bottom.first > begin || top.last < end) {
-      for (int64_t i = 0; i < have; ++i) {
-        float* scores = tile.scores + i * kKeyBlock;
-        const Band band = visible_band(item.position + (row + i) / group, left, right, start, n);
-        for (int64_t j = begin; j < end; j += kLanes) {
-          store(scores + j, select(inside(band, j), load(scores + j), splat(-INFINITY)));
-        }
-      }
+    if (packs) load_queries<Format, kMaxDim>(args, item, item.kv_head, row, have, queries, queue);
+    Band bands[kTileRows];
+    RowPlace place = place_of(row, group);
+    for (int64_t i = 0; i < have; ++i, advance(place, group)) {
+      bands[i] = visible_band(item.position + place.token, args.mask.left, args.mask.right, start, n);
     }
-    float factors[kLanes];
-    const int64_t stats = row / kTileRows * kLanes;
-    online_softmax<Format>(tile.scores, have, begin, end, states.maxima + stats, states.totals + stats, factors);
-    const int64_t first = top.first / kSteps, last = (bottom.last + kSteps - 1) / kSteps;
-    const auto* probs = reinterpret_cast<const typename Format::Word*>(tile.scores);
-    product<Format, Left::kRows, kKeyBlock, Into::kRescale>(have, dim, probs + first, tile.values + first * dim, dim,
-                                                            last - first, states.sums + row * dim, dim, factors,
-                                                            next_values);
+    const Band top = bands[0], bottom = bands[have - 1];
+    float* sums = states.sums + (is_whole ? 0 : row * dim);
+    const int64_t stats = is_whole ? 0 : row / kTileRows * kLanes;
+    if (is_whole) {
+      store(states.maxima, splat(-INFINITY));
+      store(states.totals, Vec{});
+    }
+    if (top.first < bottom.last) {
+      const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
+      product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, queries + row * kPitch, tile.keys + begin,
+                                                         kKeyBlock, dim / kSteps, tile.scores + begin, kKeyBlock,
+                                                         &score_factor, queue);
+      if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
+      if (bottom.first > begin || top.last < end) hide(tile.scores, bands, have, begin, end);
+      float factors[kLanes];
+      online_softmax<Format>(tile.scores, have, begin, end, states.maxima + stats, states.totals + stats, factors);
+      const int64_t first = top.first / kSteps, last = (bottom.last + kSteps - 1) / kSteps;
+      const auto* probs = reinterpret_cast<const typename Format::Word*>(tile.scores) + first;
+      const auto* values = tile.values + first * dim;
+      const float one = 1.0f;
+      if (is_whole) {
+        product<Format, Left::kRows, kKeyBlock, Into::kStore>(have, dim, probs, values, dim, last - first, sums, dim,
+                                                              &one, queue);
+      } else {
+        product<Format, Left::kRows, kKeyBlock, Into::kRescale>(have, dim, probs, values, dim, last - first, sums, dim,
+                                                                factors, queue);
+      }
+    } else if (is_whole) {
+      fill_zero(sums, sums + have * dim);
+    }
+    queue.finish();
+    if (is_whole) {
+      store_strip(args, item, item.kv_head, row, have, sums, load(states.maxima), load(states.totals));
+    }
   }
 }
 
@@ -283,19 +318,15 @@ void sweep(const ForwardArgs& args, const ForwardItem& item, const KeyRange& key
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, rows = item.num_q * args.group;
   const int64_t max_rows = tile_rows(item.num_q, args.group), heads = item.kv_heads;
+  const bool is_whole = item.states == nullptr && item.num_k <= kKeyBlock;
+  RowQueue queue(dim * static_cast<int64_t>(dtype_size(dtype)));
   for (int64_t head = 0; head < heads; ++head) {
-    clear(states_at(states + head * stride, dim, max_rows), rows, dim);
+    if (!is_whole) clear(states_at(states + head * stride, dim, max_rows), rows, dim);
     for (int64_t row = 0; row < rows && item.states != nullptr; row += kTileRows) {
       load_queries<Format, kMaxDim>(args, item, item.kv_head + head, row, smaller<int64_t>(kTileRows, rows - row),
-                                    tile.queries + head * max_rows * kPitch);
+                                    tile.queries + head * max_rows * kPitch, queue);
     }
   }
-  // The steps of a product over a whole block, at most: of keys, of values.
-  constexpr int64_t kWidth = kTileVecs * kLanes, kStrips = kKeyBlock / kWidth;
-  const int64_t key_steps = dim / Format::kSteps * kStrips;
-  const int64_t value_steps = kKeyBlock / Format::kSteps * ((dim + kWidth - 1) / kWidth);
-  const char *key_lines[256 * kStrips], *value_lines[256 * kStrips];
-
   const int64_t first_start = keys.begin / kKeyBlock * kKeyBlock;
   BlockRows key_rows(args, item, args.k, keys, first_start), value_rows(args, item, args.v, keys, first_start);
   for (int64_t start = first_start; start < keys.end; start += kKeyBlock) {
@@ -318,17 +349,9 @@ void sweep(const ForwardArgs& args, const ForwardItem& item, const KeyRange& key
       auto* queries = tile.queries + head * max_rows * kPitch;
       const bool packs = item.states == nullptr && start == first_start && !are_queries_packed;
       const States state = states_at(states + head * stride, dim, max_rows);
-      if (rows > kTileRows) {
-        key_rows.prefetch(2 * head + 1, 2 * heads);
-        value_rows.prefetch(2 * head + 1, 2 * heads);
-        attend<Format, kMaxDim>(args, item, start, n, packs, tile, queries, state, NoLines{}, NoLines{});
-      } else {
-        key_rows.list_lines(2 * head + 1, 2 * heads, key_lines, key_steps);
-        value_rows.list_lines(2 * head + 1, 2 * heads, value_lines, value_steps);
-        const char *const *next_key = key_lines, *const *next_value = value_lines;
-        attend<Format, kMaxDim>(args, item, start, n, packs, tile, queries, state, Lines{&next_key},
-                                Lines{&next_value});
-      }
+      key_rows.prefetch(2 * head + 1, 2 * heads, queue);
+      value_rows.prefetch(2 * head + 1, 2 * heads, queue);
+      attend<Format, kMaxDim>(args, item, start, n, packs, is_whole, tile, queries, state, queue);
     }
   }
 }
@@ -353,7 +376,7 @@ void forward_item(const ForwardArgs& args, const ForwardItem& item, float* scrat
     sweep<Format, kMaxDim>(args, item, part(i), i > 0, tile, i == 0 ? whole.sums : next.sums, 0);
     if (i > 0) fold(whole, next, rows, dim);
   }
-  store_tile(args, item, item.kv_head, whole);
+  if (segments == 0 || item.num_k > kKeyBlock) store_tile(args, item, item.kv_head, whole);
 }
 
 }  // namespace

@@ -6,8 +6,6 @@
 // R C multiply-adds per word. A's words are broadcast from where they lie, so only B has to be rearranged.
 #pragma once
 
-#include <type_traits>
-
 #include "simd.h"
 
 #if defined(__AVX512BF16__)
@@ -25,6 +23,7 @@ inline constexpr int kTileRows = 6;
 inline constexpr int kTileRows = 4;
 #endif
 inline constexpr int kTileVecs = 2;
+inline constexpr int64_t kCacheLine = 64;
 // Where the rows of a product are keys: a strip that never straddles two vectors of columns.
 inline constexpr int kKeyStrip = kTileRows > 8 ? 8 : 4;
 static_assert(kTileRows <= kLanes && kTileRows % 2 == 0);  // one lane per row; pairs of rows never straddle two strips
@@ -67,6 +66,15 @@ FASTSFT_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
 
 // Rows of a query tile are (token, query head of the group), token first, so that a strip of rows covers few tokens and
 // a causal mask cuts it close. Columns are keys of one block. Both are counted from the tile's and the block's start.
+struct RowPlace {
+  int64_t token, head;
+};
+FASTSFT_INLINE RowPlace place_of(int64_t row, int64_t group) { return {row / group, row % group}; }
+// Stepping on costs a comparison where another division would cost ten of them.
+FASTSFT_INLINE void advance(RowPlace& place, int64_t group) {
+  if (++place.head == group) place = {place.token + 1, 0};
+}
+
 struct Band {
   int64_t first, last;  // visible columns [first, last) of one row
 };
@@ -85,18 +93,35 @@ FASTSFT_INLINE VecInt inside(const Band& band, int64_t column) {
 
 // Asks for one row ahead of its use. A call's tensors exceed the second-level cache, and the rows of one key head are
 // too short for the processor to see the next ones coming.
-enum class For { kReading, kWriting };
-template <For kFor>
-FASTSFT_INLINE void prefetch_row(DType dtype, const void* row, int64_t dim) {
-  const auto line = static_cast<int64_t>(64 / dtype_size(dtype));
-  for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(element(dtype, row, i), kFor == For::kWriting);
+FASTSFT_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
 
-// Lines to ask for during a product, one in each of its steps: asked for all at once, they would fill the processor's
-// queue of misses, and it would stand still until they are there.
-struct NoLines {};
-struct Lines {
-  const char* const** next;
+// Rows to ask for, a line in each step of the products that follow: asked for all at once, they would fill the
+// processor's queue of misses, and it would stand still until they are there.
+class RowQueue {
+ public:
+  explicit RowQueue(int64_t row_bytes) : row_bytes_(row_bytes) {}
+
+  void add(const void* row) { rows_[end_++ % kRoom] = static_cast<const char*>(row); }
+  FASTSFT_INLINE void step() {
+    if (next_ == end_) return;
+    __builtin_prefetch(rows_[next_ % kRoom] + offset_);
+    offset_ += kCacheLine;
+    if (offset_ < row_bytes_) return;
+    offset_ = 0;
+    ++next_;
+  }
+  // The rest at once.
+  void finish() {
+    while (next_ != end_) step();
+  }
+
+ private:
+  static constexpr uint32_t kRoom = 256;  // a longer queue forgets rows, which costs time only
+  const char* rows_[kRoom];
+  uint32_t next_ = 0, end_ = 0;
+  int64_t row_bytes_, offset_ = 0;
 };
 
 // --- packing -----------------------------------------------------------------------------------------------------
@@ -180,9 +205,9 @@ enum class Into { kStore, kAdd, kRescale };
 
 // kRows rows and kVecs * kLanes columns; one fused chain per element in ascending k. Starting the chain from zero, not
 // from C, keeps the rounding error of long sums low.
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word, typename Ahead>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word>
 FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_t words, float* c, int64_t ldc,
-                               const float* factors, Ahead ahead) {
+                               const float* factors, RowQueue& queue) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -190,9 +215,7 @@ FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_
     for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
   }
   for (int64_t k = 0; k < words; ++k) {
-    if constexpr (std::is_same_v<Ahead, Lines>) {
-      __builtin_prefetch(*(*ahead.next)++);
-    }
+    queue.step();
     Vec row[kVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * kLanes);
@@ -220,36 +243,35 @@ FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_
 
 // One strip of at most kTileRows rows and a multiple of kLanes columns. The register tile used has as many rows or a
 // few more: what A holds below the strip is read, and what C holds below it is overwritten with sums of its own.
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kRows = kTileRows, typename Word, typename Ahead>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kRows = kTileRows, typename Word>
 FASTSFT_INLINE void product_chain(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
-                                  float* c, int64_t ldc, const float* factors, Ahead ahead) {
+                                  float* c, int64_t ldc, const float* factors, RowQueue& queue) {
   constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : 2;
   if constexpr (kRows > 2) {
     if (rows <= kFewer) {
-      return product_chain<Format, kLeft, kPitch, kInto, kFewer>(rows, width, a, b, ldb, words, c, ldc, factors, ahead);
+      return product_chain<Format, kLeft, kPitch, kInto, kFewer>(rows, width, a, b, ldb, words, c, ldc, factors, queue);
     }
   }
   int64_t n = 0;
   for (; n + kTileVecs * kLanes <= width; n += kTileVecs * kLanes) {
-    multiply<Format, kLeft, kPitch, kInto, kTileVecs, kRows>(a, b + n, ldb, words, c + n, ldc, factors, ahead);
+    multiply<Format, kLeft, kPitch, kInto, kTileVecs, kRows>(a, b + n, ldb, words, c + n, ldc, factors, queue);
   }
   for (; n < width; n += kLanes) {
-    multiply<Format, kLeft, kPitch, kInto, 1, kRows>(a, b + n, ldb, words, c + n, ldc, factors, ahead);
+    multiply<Format, kLeft, kPitch, kInto, 1, kRows>(a, b + n, ldb, words, c + n, ldc, factors, queue);
   }
 }
 
 // The same; chains longer than kChain are cut, which bounds their error.
 inline constexpr int64_t kChain = 64;
-template <typename Format, Left kLeft, int64_t kPitch, Into kInto, typename Word = typename Format::Word,
-          typename Ahead = NoLines>
+template <typename Format, Left kLeft, int64_t kPitch, Into kInto, typename Word = typename Format::Word>
 FASTSFT_NOINLINE void product(int64_t rows, int64_t width, const Word* a, const Word* b, int64_t ldb, int64_t words,
-                              float* c, int64_t ldc, const float* factors, Ahead ahead = {}) {
-  product_chain<Format, kLeft, kPitch, kInto>(rows, width, a, b, ldb, smaller(words, kChain), c, ldc, factors, ahead);
+                              float* c, int64_t ldc, const float* factors, RowQueue& queue) {
+  product_chain<Format, kLeft, kPitch, kInto>(rows, width, a, b, ldb, smaller(words, kChain), c, ldc, factors, queue);
   if constexpr (kInto != Into::kRescale) {  // whose words are the keys of one block
     for (int64_t k = kChain; k < words; k += kChain) {
       product_chain<Format, kLeft, kPitch, Into::kAdd>(rows, width, a + k * (kLeft == Left::kRows ? 1 : kPitch),
                                                        b + k * ldb, ldb, smaller(words - k, kChain), c, ldc, factors,
-                                                       ahead);
+                                                       queue);
     }
   }
 }

@@ -1,6 +1,7 @@
 // One block per row. loss_stats reads the logits once (and the reference's), loss_gradient reads and writes them: 12 V
 // bytes in all in float32, 6 V in 16 bits, two exp per element: memory-bound. Contract and formulas: fastsft/loss.h.
 #include "fastsft/loss.h"
+#include "launch.h"
 #include "primitives.cuh"
 
 namespace fastsft::cuda {
@@ -8,28 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr float kLowest = -3.0e38f;  // instead of -inf, so that max - max is 0 and not NaN
-
-struct Float32 {
-  using Word = float;
-  static __device__ float load(const Word* p) { return *p; }
-  static __device__ void store(Word* p, float v) { *p = v; }
-};
-
-struct BFloat16 {
-  using Word = uint16_t;
-  static __device__ float load(const Word* p) { return __uint_as_float(static_cast<uint32_t>(*p) << 16); }
-  static __device__ void store(Word* p, float v) {
-    const uint32_t bits = __float_as_uint(v);
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    *p = static_cast<uint16_t>((is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
-};
-
-struct Float16 {
-  using Word = uint16_t;
-  static __device__ float load(const Word* p) { return half_to_float(*p); }
-  static __device__ void store(Word* p, float v) { *p = float_to_half(v); }
-};
 
 struct Sums {
   float max, exps, moment, crossing, total;  // as in csrc/cpu/loss.isa.cpp
@@ -67,7 +46,7 @@ struct Row {
         inverse_temperature(1.0f / t.temperature) {}
 
   __device__ float at(int64_t j, float* slope) const {
-    const float z = T::load(data + j) + (bias == nullptr ? 0.0f : bias[j]);
+    const float z = T::to_float(data[j]) + (bias == nullptr ? 0.0f : bias[j]);
     if (cap <= 0) {
       *slope = inverse_temperature;
       return z * inverse_temperature;
@@ -113,7 +92,7 @@ __device__ Sums sums_of(const Row<T>& u_row, const Row<T>& v_row, int64_t vocab,
 
 template <typename T>
 __global__ void loss_stats_kernel(LossTile t, Divergence divergence, LossStats out) {
-  __shared__ Sums partial[kThreads / kWarp];
+  Sums* const partial = shared_memory<Sums>();
   const int64_t i = blockIdx.x;
   const bool has_reference = t.reference != nullptr, reverse = divergence == Divergence::kReverse;
   const Row<T> row(t, t.logits, t.bias, i), reference(t, has_reference ? t.reference : t.logits, nullptr, i);
@@ -157,44 +136,34 @@ __global__ void loss_gradient_kernel(LossTile t, LossStats s, LossCoefficients c
       gradient += on_plogq * weighted(p, log_q) + on_q * expf(log_q);
     }
     if (j == y) gradient += on_target;
-    T::store(out + j, gradient * slope);
+    out[j] = T::from_float(gradient * slope);
   }
 }
 
-}  // namespace
-
-#if !defined(FASTSFT_CUDA_HOST)
-namespace {
-
+// Calls launch_for with the tile's element type.
 template <typename Launch>
-void launch_as(const char* what, const LossTile& tile, Launch&& launch) {
-  if (tile.rows == 0) return;
-  switch (tile.dtype) {
-    case DType::kFloat32: launch(Float32{}); break;
-    case DType::kBFloat16: launch(BFloat16{}); break;
-    case DType::kFloat16: launch(Float16{}); break;
+void with_element_type(DType dtype, Launch&& launch_for) {
+  switch (dtype) {
+    case DType::kFloat32: return launch_for(Float32{});
+    case DType::kBFloat16: return launch_for(BFloat16{});
+    case DType::kFloat16: return launch_for(Float16{});
   }
-  const cudaError_t error = cudaGetLastError();
-  FASTSFT_CHECK(error == cudaSuccess, what, ": launch of ", tile.rows, " x ", kThreads,
-                " threads failed: ", cudaGetErrorString(error));
 }
 
 }  // namespace
 
 void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats, void* stream) {
-  launch_as("loss_stats", tile, [&](auto type) {
-    loss_stats_kernel<decltype(type)>
-        <<<static_cast<unsigned>(tile.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tile, divergence, stats);
+  with_element_type(tile.dtype, [&](auto type) {
+    launch<loss_stats_kernel<decltype(type)>>(static_cast<unsigned>(tile.rows), kThreads,
+                                              kThreads / kWarp * sizeof(Sums), stream, tile, divergence, stats);
   });
 }
 
 void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients, void* stream) {
-  launch_as("loss_gradient", tile, [&](auto type) {
-    loss_gradient_kernel<decltype(type)>
-        <<<static_cast<unsigned>(tile.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tile, stats,
-                                                                                               coefficients);
+  with_element_type(tile.dtype, [&](auto type) {
+    launch<loss_gradient_kernel<decltype(type)>>(static_cast<unsigned>(tile.rows), kThreads, 0, stream, tile, stats,
+                                                 coefficients);
   });
 }
-#endif
 
 }  // namespace fastsft::cuda

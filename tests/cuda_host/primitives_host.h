@@ -1,192 +1,226 @@
-// CUDA's built-ins and the names of csrc/cuda/primitives.cuh for the host compiler, so that a kernel's own source runs
-// on the CPU: every thread of a block is an OS thread, blocks run one after the other, __syncthreads and shuffles are
-// barriers.
-//
-// What it finds: out-of-bounds and uninitialised shared or global memory (AddressSanitizer), data races between
-// barriers (ThreadSanitizer), and a barrier that not all threads of a block (or lanes of a warp) reach, which is
-// reported by name. A test tool: it is slow, and it says nothing about speed, registers or memory ordering between
-// blocks.
+// csrc/cuda/primitives.cuh for the host: the same names, whose contracts are there.
 #pragma once
 
-#include <algorithm>
-#include <barrier>
-#include <cmath>
-#include <condition_variable>
+#include <bit>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <thread>
-#include <vector>
+#include <type_traits>
 
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __shared__ static  // blocks run one at a time
-
-struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
-
-namespace cuda_host {
-
-// A barrier that knows when it can never open: some threads wait while another has already returned.
-class Barrier {
- public:
-  Barrier(const char* name, int threads) : name_(name), threads_(threads) {}
-
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const uint64_t generation = generation_;
-    if (++waiting_ == threads_) {
-      waiting_ = 0;
-      ++generation_;
-      changed_.notify_all();
-      return;
-    }
-    check();
-    changed_.wait(lock, [&] { return generation_ != generation || broken_; });
-    if (broken_) throw std::logic_error(message());
-  }
-
-  void leave() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++left_;
-    check();
-  }
-
- private:
-  std::string message() const { return std::string(name_) + " was not reached by all threads"; }
-  void check() {
-    if (waiting_ > 0 && left_ > 0) {
-      broken_ = true;
-      changed_.notify_all();
-    }
-  }
-
-  const char* name_;
-  const int threads_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int waiting_ = 0, left_ = 0;
-  uint64_t generation_ = 0;
-  bool broken_ = false;
-};
-
-struct Warp {
-  explicit Warp(int lanes) : barrier("a warp shuffle", lanes) {}
-  Barrier barrier;
-  float values[32];
-};
-
-struct Thread {
-  Barrier* block = nullptr;
-  Warp* warp = nullptr;
-  int lane = 0;
-};
-
-inline thread_local Thread t_thread;
-
-}  // namespace cuda_host
-
-inline thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-inline void __syncthreads() { cuda_host::t_thread.block->wait(); }
-
-inline float __uint_as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t __float_as_uint(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
+#include "emulator.h"
+#include "matrix.h"
 
 namespace fastsft::cuda {
 
 inline constexpr int kWarp = 32;
 
-inline float shuffle_xor(float value, int mask) {
-  cuda_host::Thread& self = cuda_host::t_thread;
-  self.warp->values[self.lane] = value;
-  self.warp->barrier.wait();
-  const float other = self.warp->values[self.lane ^ mask];
-  self.warp->barrier.wait();  // nobody writes the next value before all have read this one
-  return other;
+inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
+
+// --- element types -------------------------------------------------------------------------------------------------
+
+struct Float32 {
+  using Word = float;
+  static float to_float(Word word) { return word; }
+  static Word from_float(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Word = uint16_t;
+  static float to_float(Word word) { return cuda_host::bfloat16_to_float(word); }
+  static Word from_float(float value) { return cuda_host::float_to_bfloat16(value); }
+  static uint32_t pack(float low, float high) {
+    return from_float(low) | static_cast<uint32_t>(from_float(high)) << 16;
+  }
+  static float low(uint32_t both) { return to_float(static_cast<Word>(both)); }
+  static float high(uint32_t both) { return to_float(static_cast<Word>(both >> 16)); }
+};
+
+struct Float16 {
+  using Word = uint16_t;
+  static float to_float(Word word) { return cuda_host::half_to_float(word); }
+  static Word from_float(float value) { return cuda_host::float_to_half(value); }
+  static uint32_t pack(float low, float high) {
+    return from_float(low) | static_cast<uint32_t>(from_float(high)) << 16;
+  }
+  static float low(uint32_t both) { return to_float(static_cast<Word>(both)); }
+  static float high(uint32_t both) { return to_float(static_cast<Word>(both >> 16)); }
+};
+
+inline uint32_t float_bits(float value) { return std::bit_cast<uint32_t>(value); }
+inline float bits_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+// --- arithmetic ------------------------------------------------------------------------------------------------------
+
+inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float exp2_approx(float x) { return flush_subnormal(std::exp2(x)); }
+inline float log2_approx(float x) { return std::log2(flush_subnormal(x)); }
+inline float reciprocal_approx(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
+inline float tanh_approx(float x) { return std::tanh(x); }
+
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline int popcount(uint32_t bits) { return std::popcount(bits); }
+inline int popcount(uint64_t bits) { return std::popcount(bits); }
+inline int leading_zeros(uint32_t bits) { return std::countl_zero(bits); }
+inline int lowest_bit(uint32_t bits) { return bits == 0 ? -1 : std::countr_zero(bits); }
+
+// --- warp ------------------------------------------------------------------------------------------------------------
+
+inline void sync_warp() { cuda_host::sync_warp(); }
+
+template <typename T>
+T exchange(const char* name, T value, int source) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  cuda_host::Shuffle lane{0, 0, source};
+  std::memcpy(&lane.value, &value, sizeof(T));
+  cuda_host::meet_warp(name, &lane, cuda_host::shuffle_lanes);
+  std::memcpy(&value, &lane.result, sizeof(T));
+  return value;
+}
+template <typename T>
+T shuffle(T value, int lane) {
+  return exchange("shuffle", value, lane & (kWarp - 1));
+}
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  return exchange("shuffle_xor", value, lane_id() ^ mask);
+}
+template <typename T>
+T shuffle_up(T value, int delta) {
+  return exchange("shuffle_up", value, lane_id() - delta);
+}
+template <typename T>
+T shuffle_down(T value, int delta) {
+  return exchange("shuffle_down", value, lane_id() + delta);
 }
 
-inline float half_to_float(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  float value = exponent == 31  ? (fraction ? NAN : INFINITY)
-                : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-  return bits & 0x8000 ? -value : value;
+inline uint32_t warp_ballot(bool predicate) {
+  cuda_host::Shuffle lane{predicate, 0, 0};
+  cuda_host::meet_warp("warp_ballot", &lane, cuda_host::ballot_lanes);
+  return static_cast<uint32_t>(lane.result);
+}
+inline bool warp_any(bool predicate) { return warp_ballot(predicate) != 0; }
+inline bool warp_all(bool predicate) { return warp_ballot(predicate) == 0xffffffffu; }
+
+// --- block -----------------------------------------------------------------------------------------------------------
+
+template <typename T = unsigned char>
+T* shared_memory() {
+  return reinterpret_cast<T*>(cuda_host::shared_memory());
+}
+inline void barrier_sync(int id, int threads) { cuda_host::barrier("barrier_sync", id, threads, true); }
+inline void barrier_arrive(int id, int threads) { cuda_host::barrier("barrier_arrive", id, threads, false); }
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+template <typename V>
+V load(const void* data) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  cuda_host::check_aligned("load", data, sizeof(V));
+  return *static_cast<const V*>(data);
+}
+template <typename V>
+void store(void* data, V value) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  cuda_host::check_aligned("store", data, sizeof(V));
+  *static_cast<V*>(data) = value;
+}
+template <typename V>
+V load_readonly(const void* data) {
+  return load<V>(data);
 }
 
-inline uint16_t float_to_half(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const float size = std::fabs(value);
-  if (std::isnan(value)) return sign | 0x7e00;
-  if (size >= 65520.0f) return sign | 0x7c00;
-  int exponent = 0;
-  std::frexp(size, &exponent);
-  const int unit = size < 0x1p-14f ? -24 : exponent - 11;  // weight of the last bit
-  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -unit)));
-  // A mantissa that rounds up to 2048 carries into the exponent field by itself.
-  return sign | static_cast<uint16_t>(size < 0x1p-14f ? steps : ((unit + 25) << 10) + (steps - 1024));
+template <typename T, typename Change>
+T atomic_change(T* p, Change&& change) {
+  T old, wanted;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do {
+    wanted = change(old);
+  } while (!__atomic_compare_exchange(p, &old, &wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+template <typename T>
+T atomic_add(T* p, T value) {
+  return atomic_change(p, [&](T old) {
+    if constexpr (std::is_same_v<T, int>)
+      return static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value));
+    else
+      return static_cast<T>(old + value);
+  });
+}
+template <typename T>
+T atomic_min(T* p, T value) {
+  return atomic_change(p, [&](T old) { return std::min(old, value); });
+}
+template <typename T>
+T atomic_max(T* p, T value) {
+  return atomic_change(p, [&](T old) { return std::max(old, value); });
+}
+template <typename T>
+T atomic_exchange(T* p, T value) {
+  return atomic_change(p, [&](T) { return value; });
+}
+template <typename T>
+T atomic_cas(T* p, T expected, T value) {
+  __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+
+inline void thread_fence() { cuda_host::thread_fence(); }
+
+// --- cp.async --------------------------------------------------------------------------------------------------------
+// The target is poisoned at the start and written by copy_async_wait, so that a read in between gives NaN.
+
+template <int kBytes = 16>
+void copy_async(void* shared, const void* global, bool valid = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  cuda_host::check_shared("copy_async", shared, kBytes, kBytes);
+  cuda_host::check_aligned("copy_async", global, kBytes);
+  cuda_host::Copy copy{static_cast<std::byte*>(shared), kBytes, {}};
+  if (valid) std::memcpy(copy.data, global, kBytes);
+  std::memset(shared, cuda_host::kPoison, kBytes);
+  cuda_host::push_copy(copy);
+}
+inline void copy_async_commit() { cuda_host::commit_copies(); }
+template <int kGroupsLeft>
+void copy_async_wait() {
+  cuda_host::Copy copy;
+  while (cuda_host::pop_copy(kGroupsLeft, &copy)) std::memcpy(copy.to, copy.data, static_cast<std::size_t>(copy.bytes));
+}
+
+// --- matrix fragments ----------------------------------------------------------------------------------------------
+
+template <int kMatrices, bool kTransposed>
+void load_matrices(const char* name, uint32_t (&r)[kMatrices], const void* row) {
+  cuda_host::MatrixRow lane{};
+  if (lane_id() < 8 * kMatrices) {  // the reading is the lane's own, so that races and bounds are seen
+    cuda_host::check_shared(name, row, 16, 16);
+    std::memcpy(lane.row, row, 16);
+  }
+  cuda_host::meet_warp(name, &lane, kTransposed ? cuda_host::transpose_rows : cuda_host::distribute_rows);
+  std::memcpy(r, lane.result, sizeof(r));
+}
+inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices<4, false>("load_matrix_x4", r, row); }
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  load_matrices<4, true>("load_matrix_x4_transposed", r, row);
+}
+inline void load_matrix_x2(uint32_t (&r)[2], const void* row) { load_matrices<2, false>("load_matrix_x2", r, row); }
+inline void load_matrix_x2_transposed(uint32_t (&r)[2], const void* row) {
+  load_matrices<2, true>("load_matrix_x2_transposed", r, row);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
+  cuda_host::Mma lane{d, a, {b0, b1}};
+  cuda_host::meet_warp("mma_m16n8k16", &lane,
+                       std::is_same_v<T, BFloat16> ? cuda_host::mma_bfloat16 : cuda_host::mma_half);
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  cuda_host::Mma lane{d, a, {b0, b1}};
+  cuda_host::meet_warp("mma_m16n8k8_tf32", &lane, cuda_host::mma_tf32);
 }
 
 }  // namespace fastsft::cuda
-
-namespace cuda_host {
-
-// Runs kernel() for every thread of every block, x dimensions only; the threads are reused from block to block.
-// Rethrows what a thread threw, after the block it happened in.
-inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
-  struct Block {
-    explicit Block(unsigned threads) : barrier("__syncthreads", static_cast<int>(threads)) {
-      for (unsigned first = 0; first < threads; first += 32) {
-        warps.push_back(std::make_unique<Warp>(static_cast<int>(std::min(32u, threads - first))));
-      }
-    }
-    Barrier barrier;
-    std::vector<std::unique_ptr<Warp>> warps;
-  };
-  std::vector<std::unique_ptr<Block>> states;
-  for (unsigned b = 0; b < blocks; ++b) states.push_back(std::make_unique<Block>(threads));
-  std::barrier between(static_cast<std::ptrdiff_t>(threads));
-  std::mutex mutex;
-  std::exception_ptr error;
-  std::vector<std::thread> running;
-  for (unsigned t = 0; t < threads; ++t) {
-    running.emplace_back([&, t] {
-      threadIdx = {t};
-      blockDim = {threads};
-      gridDim = {blocks};
-      for (unsigned b = 0; b < blocks; ++b) {
-        blockIdx = {b};
-        Warp& warp = *states[b]->warps[t / 32];
-        t_thread = {&states[b]->barrier, &warp, static_cast<int>(t % 32)};
-        try {
-          kernel();
-        } catch (...) {
-          std::lock_guard<std::mutex> lock(mutex);
-          if (!error) error = std::current_exception();
-        }
-        states[b]->barrier.leave();
-        warp.barrier.leave();
-        between.arrive_and_wait();
-      }
-    });
-  }
-  for (std::thread& thread : running) thread.join();
-  if (error) std::rethrow_exception(error);
-}
-
-}  // namespace cuda_host

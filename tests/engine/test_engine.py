@@ -19,7 +19,9 @@ from engine_cases import (
     write_model,
 )
 
-from fastsft.engine.llm import LLM
+from fastsft.data.fim import Sentinels, draft_fim
+from fastsft.data.tokenise import encode, join
+from fastsft.engine.llm import FIM_MARKERS, LLM
 from fastsft.engine.request import Detokenizer, SamplingParams
 from fastsft.models.weights import load_model
 
@@ -261,11 +263,23 @@ def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:
     assert llm.chat(messages, SamplingParams(max_tokens=2, ignore_eos=True))[0] == one
     out = llm.infill("the ", " mat", SamplingParams(max_tokens=2, ignore_eos=True))
     assert tokenizer().decode(list(out.prompt_token_ids), False) == "<|fim_prefix|>the <|fim_suffix|> mat<|fim_middle|>"
+    with pytest.raises(ValueError, match="infill: order: expected 'psm' or 'spm', got 'mps'"):
+        llm.infill("a", "b", order="mps")  # type: ignore[arg-type]
     for nothing in ([], "cat"):
         with pytest.raises(ValueError, match="chat: messages: expected a list of at least one message"):
             llm.chat(nothing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="infill: markers: '<PRE>' is not a token"):
         llm.infill("a", "b", markers=("<PRE>", "<SUF>", "<MID>"))
+
+
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_infill_asks_as_training_lays_out(order: Any, folders: dict[str, Path]) -> None:
+    llm, given = engine(folders["qwen3"]), tokenizer()
+    layout = draft_fim(("the ", "cat", " mat"), given, Sentinels.find(given, *FIM_MARKERS), spm=order == "spm",
+                       train_context=True)  # fmt: skip
+    (parts,) = encode([layout], given)
+    prompt = llm.infill("the ", " mat", SamplingParams(max_tokens=1), order=order).prompt_token_ids
+    assert [*prompt, *given.encode_text(["cat"], continues=True)[0], given.eos_id] == join(parts)[0]
 
 
 def test_loaded_model_and_bfloat16(folders: dict[str, Path]) -> None:

@@ -264,25 +264,25 @@ def _some(tasks: list[Task], answers: list[str], report: PassReport, each: int =
 
 
 def _samples(path: Path, prepared: Prepared) -> dict[str, list[dict[str, str]]]:
-    """Completions and infills by the model that was trained on code, for its held-out documents."""
+    """Completions and infills by the model that was trained on code, for held-out documents that fit a page."""
     llm = LLM(path)
     completions: list[dict[str, str]] = []
     infills: list[dict[str, str]] = []
-    for i in range(min(40, len(prepared.eval))):
+    for i in range(len(prepared.eval)):
         text = prepared.tokenizer.decode(prepared.eval[i].ids.tolist(), skip_special_tokens=False)
-        if "<|fim_" in text or text.count("\n") < 6:
+        if "<|fim_" in text or not 6 <= text.count("\n") <= 20:
             continue
         lines = text.replace("<|endoftext|>", "").splitlines(keepends=True)
         half = len(lines) // 2
+        draw: dict[str, Any] = {"max_tokens": 60, "temperature": 0.7, "top_p": 0.9, "seed": i}
         if len(completions) < 3:
             prompt = "".join(lines[:half])
-            params = SamplingParams(max_tokens=60, min_tokens=8, temperature=0.7, top_p=0.9, seed=i)
-            output = llm.generate(prompt, params)[0].outputs[0].text
+            output = llm.generate(prompt, SamplingParams(min_tokens=8, **draw))[0].outputs[0].text
             completions.append({"prompt": prompt, "output": output, "reference": "".join(lines[half:])})
-        elif len(infills) < 3:
+        if len(infills) < 3 and lines[half].strip() and '"""' not in text:  # a line of code, not of prose
             prefix, suffix = "".join(lines[:half]), "".join(lines[half + 1 :])
-            output = llm.infill(prefix, suffix, SamplingParams(max_tokens=40, min_tokens=1)).outputs[0].text
-            infills.append({"prefix": prefix, "suffix": suffix, "output": output, "reference": lines[half]})
+            written = llm.infill(prefix, suffix, SamplingParams(stop="\n", **draw), order="spm").outputs[0].text
+            infills.append({"prefix": prefix, "suffix": suffix, "output": written + "\n", "reference": lines[half]})
     return {"completions": completions, "infills": infills}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -174,13 +174,22 @@ class LLM:
         suffix: str,
         params: SamplingParams | None = None,
         *,
+        order: Literal["psm", "spm"] = "psm",
         markers: tuple[str, str, str] = FIM_MARKERS,
     ) -> RequestOutput:
-        """The text between ``prefix`` and ``suffix``, asked for in prefix-suffix-middle order.
+        """The text between ``prefix`` and ``suffix``.
+
+        Args:
+            order: prefix-suffix-middle, or suffix-prefix-middle, in which the answer goes on where the prefix ends: the
+                easier one for a small model that was trained in both.
+            markers: the tokens before prefix, suffix and middle.
 
         Raises:
-            ValueError: one of the ``markers`` is not a token of this model, or the text cannot be encoded.
+            ValueError: one of the ``markers`` is not a token of this model, the text cannot be encoded, or another
+                ``order``.
         """
+        if order not in ("psm", "spm"):
+            raise ValueError(f"infill: order: expected 'psm' or 'spm', got {order!r}")
         ids = []
         for marker in markers:
             found = self.tokenizer.token_id(marker)
@@ -192,7 +201,9 @@ class LLM:
                 raise ValueError(f"infill: {name}: {problem}")
         (before,) = self.tokenizer.encode_text([prefix])
         (after,) = self.tokenizer.encode_text([suffix], continues=True)
-        prompt = [*self.tokenizer.prefix_ids, ids[0], *before, ids[1], *after, ids[2]]
+        pre, suf, mid = ids
+        asked = [pre, *before, suf, *after, mid] if order == "psm" else [pre, suf, *after, mid, *before]
+        prompt = [*self.tokenizer.prefix_ids, *asked]
         return self.generate({"prompt_token_ids": prompt}, params)[0]
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Sequence]]:

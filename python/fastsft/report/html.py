@@ -54,7 +54,8 @@ both.</p>
 <p>Of definitions that were held out, by the model before tuning; what it wrote is marked.</p>
 {% for s in samples.completions %}<pre>{{ s.prompt }}<mark>{{ s.output }}</mark></pre>{% endfor %}
 <h2>Infills</h2>
-<p>One line was taken out of a held-out definition; what the model wrote in its place is marked.</p>
+<p>One line was taken out of a held-out definition without a docstring; what the model wrote in its place, in
+suffix-prefix-middle order, is marked.</p>
 {% for s in samples.infills %}<pre>{{ s.prefix }}<mark>{{ s.output }}</mark>{{ s.suffix }}</pre>
 <p class="note">original: <code>{{ s.reference }}</code></p>{% endfor %}
 <h2>Times</h2>

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from fastsft import ops
-from fastsft.ops import _loss_tiles
+from fastsft.ops import _loss_products
 
 TOKENS, HIDDEN, VOCAB, LARGE = 1024, 896, 32_768, 151_936
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -95,7 +95,7 @@ def compare(benchmark: Any, head: Head, contestant: str) -> None:
 def extra_memory(head: Head, loss: Callable[[Head], torch.Tensor]) -> float:
     """MiB that a step takes at its peak beyond its inputs and the two gradients."""
     head.hidden.grad = head.weight.grad = None
-    vars(_loss_tiles._kept).clear()  # what fastsft keeps from call to call counts
+    vars(_loss_products._kept).clear()  # what fastsft keeps from call to call counts
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")

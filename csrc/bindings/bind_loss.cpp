@@ -6,19 +6,21 @@ namespace {
 
 LossTile tile_of(Check& check, py::handle logits_tensor, py::handle targets, py::handle bias, py::handle reference,
                  float softcap, float temperature) {
-  const TensorView logits = check.floats("logits", logits_tensor, "T V");
+  const TensorView logits = check.floats("logits", logits_tensor, "T V", Layout::kRows);
   LossTile tile{.dtype = Check::dtype_of(logits),
                 .logits = logits.data,
                 .rows = check.size("T"),
                 .vocab = check.size("V"),
+                .stride = logits.strides[0],
                 .targets = check.in<int64_t>("targets", targets, "T"),
                 .bias = check.optional<float>("bias", bias, "V"),
                 .reference = nullptr,
                 .softcap = softcap,
                 .temperature = temperature};
   if (!reference.is_none()) {
-    const TensorView view = check.floats("reference", reference, "T V");
+    const TensorView view = check.floats("reference", reference, "T V", Layout::kRows);
     check.same_dtype("reference", view, logits);
+    check.require(view.strides == logits.strides, "reference", "the strides of logits", view.describe());
     tile.reference = view.data;
   }
   return tile;

@@ -22,7 +22,7 @@ struct Row {
   float cap, inverse_cap, inverse_temperature;
 
   Row(const LossTile& t, const void* logits, const float* bias_, int64_t i)
-      : data(element(kDType, logits, i * t.vocab)),
+      : data(element(kDType, logits, i * t.stride)),
         bias(bias_),
         size(t.vocab),
         cap(t.softcap),
@@ -55,7 +55,8 @@ struct Row {
     return u;
   }
   FASTSFT_INLINE Vec at(int64_t j, Vec* slope) const { return size - j >= kLanes ? whole(j, slope) : tail(j, slope); }
-  float one(int64_t j) const {  // through the same arithmetic as the vectors
+  float one(int64_t j) const {  // through the same arithmetic as the vectors; -inf where there is no such column
+    if (j < 0 || j >= size) return -INFINITY;
     Vec slope;
     const int64_t first = j / kLanes * kLanes;
     return at(first, &slope)[j - first];
@@ -172,12 +173,17 @@ void gradient_as(const LossTile& t, const LossStats& s, const Coefficients& c, i
   const Row<kDType, kPlain> row(t, t.logits, t.bias, i);
   Row<kDType, kPlain> reference(t, t.reference, nullptr, i);
   if (t.reference == nullptr) reference.data = nullptr;
-  void* const out = element(kDType, t.logits, i * t.vocab);
+  void* const out = element(kDType, t.logits, i * t.stride);
   const float lse = s.lse[i], reference_lse = s.reference_lse[i];
-  const int64_t y = t.targets[i], y_vector = y / kLanes * kLanes, whole = t.vocab / kLanes * kLanes;
-  Vec target_slope;
-  (void)row.at(y_vector, &target_slope);
-  const float at_target = c.on_target * target_slope[y - y_vector];
+  const int64_t y = t.targets[i], whole = t.vocab / kLanes * kLanes;
+  const bool has_target = y >= 0 && y < t.vocab;
+  const int64_t y_vector = has_target ? y / kLanes * kLanes : t.vocab + kLanes;  // or one that is never reached
+  float at_target = 0;
+  if (has_target) {
+    Vec target_slope;
+    (void)row.at(y_vector, &target_slope);
+    at_target = c.on_target * target_slope[y - y_vector];
+  }
   const auto put = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += kLanes) {
       store_from_float(kDType, out, j, gradient_at<kDType, kPlain>(row, reference, true, lse, reference_lse, c, j));

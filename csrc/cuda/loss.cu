@@ -40,7 +40,7 @@ struct Row {
   float cap, inverse_temperature;
 
   __device__ Row(const LossTile& t, const void* logits, const float* bias_, int64_t i)
-      : data(static_cast<const typename T::Word*>(logits) + i * t.vocab),
+      : data(static_cast<const typename T::Word*>(logits) + i * t.stride),
         bias(bias_),
         cap(t.softcap),
         inverse_temperature(1.0f / t.temperature) {}
@@ -110,7 +110,8 @@ __global__ void loss_stats_kernel(LossTile t, Divergence divergence, LossStats o
   }
   if (threadIdx.x != 0) return;
   float slope;
-  out.logprob[i] = (row.at(t.targets[i], &slope) - p.max) - log_p;
+  const int64_t y = t.targets[i];
+  out.logprob[i] = y >= 0 && y < t.vocab ? (row.at(y, &slope) - p.max) - log_p : -INFINITY;
   out.entropy[i] = entropy;
   out.lse[i] = lse;
   out.mean_logprob[i] = p.total / static_cast<float>(t.vocab) - lse;
@@ -123,7 +124,7 @@ __global__ void loss_gradient_kernel(LossTile t, LossStats s, LossCoefficients c
   const int64_t i = blockIdx.x, y = t.targets[i];
   const bool has_reference = t.reference != nullptr;
   const Row<T> row(t, t.logits, t.bias, i), reference(t, has_reference ? t.reference : t.logits, nullptr, i);
-  auto* const out = static_cast<typename T::Word*>(t.logits) + i * t.vocab;
+  auto* const out = static_cast<typename T::Word*>(t.logits) + i * t.stride;
   const float lse = s.lse[i], reference_lse = s.reference_lse[i];
   const float on_p = c.on_p[i], on_target = c.on_target[i], uniform = c.uniform[i];
   const float on_plogp = c.on_plogp[i], on_plogq = c.on_plogq[i], on_q = c.on_q[i];

@@ -108,6 +108,7 @@ class LossData {
             .logits = data,
             .rows = rows_,
             .vocab = vocab_,
+            .stride = vocab_,
             .targets = targets_.data(),
             .bias = case_.bias ? bias_.data() : nullptr,
             .reference = case_.reference ? reference : nullptr,

@@ -1,5 +1,6 @@
 #include "fastsft/loss.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "check.h"
@@ -64,12 +65,50 @@ TEST(a_class_that_the_bias_excludes_has_no_part) {
   }
 }
 
-TEST(a_target_out_of_range_is_refused) {
-  LossData data(2, 8, {}, 1);
-  LossTile tile = data.tile();
-  const int64_t bad[] = {0, 8};
-  tile.targets = bad;
-  CHECK_THROWS(loss_stats(tile, data.divergence(), data.stats()), Error);
+// The halves of a row, as blocks of the vocabulary: each with its own stats, and the gradient with the whole row's.
+TEST(a_target_among_other_columns) {
+  for (Isa isa : available_isas()) {
+    set_isa(isa);
+    for (int64_t target : {-1, 40, 41, -1000}) {
+      LossData with(1, 40, {.uniform = true}, 3), without(1, 40, {.uniform = true}, 3);
+      LossTile tile = without.tile();
+      tile.targets = &target;
+      loss_stats(tile, without.divergence(), without.stats());
+      run(with);
+      CHECK(without.stats_values()[0] == -INFINITY);
+      for (std::size_t k = 1; k < 6; ++k) CHECK(without.stats_values()[k] == with.stats_values()[k]);
+      loss_gradient(tile, without.stats(), without.coefficients());
+      const int64_t y = with.tile().targets[0];
+      for (int64_t j = 0; j < 40; ++j) CHECK((without.logits[j] == with.logits[j]) == (j != y));
+    }
+  }
+}
+
+TEST(rows_with_a_stride) {
+  for (Isa isa : available_isas()) {
+    set_isa(isa);
+    LossData dense(3, 37, loss_cases().back(), 5);
+    std::vector<float> apart(3 * 40, -7.0f), reference(3 * 40, 0.0f);
+    const float* given = static_cast<const float*>(dense.tile().reference);
+    for (int64_t i = 0; i < 3; ++i) {
+      std::copy_n(dense.logits.data() + i * 37, 37, apart.data() + i * 40);
+      std::copy_n(given + i * 37, 37, reference.data() + i * 40);
+    }
+    LossTile tile = dense.tile();
+    tile.stride = 40;
+    tile.logits = apart.data();
+    tile.reference = reference.data();
+    std::vector<float> values(18);
+    float* row = values.data();
+    const LossStats stats{row, row + 3, row + 6, row + 9, row + 12, row + 15};
+    loss_stats(tile, dense.divergence(), stats);
+    loss_gradient(tile, stats, dense.coefficients());
+    run(dense);
+    CHECK(values == dense.stats_values());
+    for (int64_t i = 0; i < 3; ++i) {
+      for (int64_t j = 0; j < 40; ++j) CHECK(apart[i * 40 + j] == (j < 37 ? dense.logits[i * 37 + j] : -7.0f));
+    }
+  }
 }
 
 TEST_MAIN()

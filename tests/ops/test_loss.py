@@ -10,7 +10,7 @@ from accuracy import assert_as_good_as_torch
 from loss_cases import SHAPES, Case, check, ours, plain
 
 from fastsft import _C, ops
-from fastsft.ops import _loss_tiles, reference
+from fastsft.ops import _loss_gradients, _loss_inputs, _loss_plan, _loss_products, _loss_tiles, reference
 
 OPTIONS: list[dict[str, Any]] = [
     {"softcap": 4.0},
@@ -101,7 +101,7 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
 @pytest.mark.parametrize("rows", [1000, 60])
 def test_accumulate_into(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of micro-batches add up in float32, and autograd leaves the weight alone."""
-    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * dtype.itemsize * rows)
+    monkeypatch.setattr(_loss_plan, "FAST_BYTES", 136 * dtype.itemsize * rows)
     case = Case(257, 19, 131, dtype)
     exact = plain(case, torch.float64)
     weight, into = case.weight.clone().requires_grad_(), torch.ones(131, 19)
@@ -126,8 +126,8 @@ def test_accumulate_into(dtype: torch.dtype, rows: int, monkeypatch: pytest.Monk
 
 def test_nothing_is_differentiated_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = _loss_tiles._product
-    monkeypatch.setattr(_loss_tiles, "_product", lambda *a, **kw: (calls.append(1), original(*a, **kw)))
+    original = _loss_products.multiply
+    monkeypatch.setattr(_loss_products, "multiply", lambda *a, **kw: (calls.append(1), original(*a, **kw)))
     case = Case(31, 24, 257)
     weight = case.weight.requires_grad_()
     for mode in (torch.no_grad(), torch.inference_mode()):
@@ -167,16 +167,16 @@ def test_autocast(reduction: str) -> None:
 @pytest.mark.parametrize("rows", [1000, 40])
 def test_the_weights_gradient_is_rounded_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16: within half a unit of the exact sum over the same rounded gradients of the logits."""
-    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * 2 * rows)
+    monkeypatch.setattr(_loss_plan, "FAST_BYTES", 136 * 2 * rows)
     case = Case(257, 19, 131, torch.bfloat16)
     seen = []
-    original = _loss_tiles._Gradients.add
+    original = _loss_gradients.Gradients.add
 
-    def add(self: Any, d_logits: torch.Tensor, begin: int, end: int) -> None:
-        seen.append(d_logits.double().T @ self.rows.hidden[begin:end].double())
-        original(self, d_logits, begin, end)
+    def add(self: Any, d_logits: torch.Tensor, rows: slice, columns: slice) -> None:
+        seen.append(d_logits.double().T @ self.rows.hidden[rows].double())
+        original(self, d_logits, rows, columns)
 
-    monkeypatch.setattr(_loss_tiles._Gradients, "add", add)
+    monkeypatch.setattr(_loss_gradients.Gradients, "add", add)
     gradient = ours(case)[2].double()
     exact = torch.stack(seen).sum(0)
     assert ((gradient - exact).abs() <= 2**-8 * 1.01 * exact.abs() + 1e-7).all()
@@ -208,7 +208,7 @@ def test_logits_never_exist_beyond_a_tile(monkeypatch: pytest.MonkeyPatch) -> No
     from torch.profiler import ProfilerActivity, profile
 
     tile = 1 << 16
-    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", tile)
+    monkeypatch.setattr(_loss_plan, "FAST_BYTES", tile)
     hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(1024, 8, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         ops.linear_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64)).backward()
@@ -273,10 +273,10 @@ def test_plain_torch_rows_match_the_native_ones() -> None:
 def test_opcheck() -> None:
     case = Case(17, 6, 37)
     w = torch.where(case.targets == -100, 0.0, case.weights)
-    inputs = _loss_tiles.Inputs(case.hidden, case.weight, case.bias, case.targets, w, w)
+    inputs = _loss_inputs.Inputs(case.hidden, case.weight, case.bias, case.targets, w, w)
     for into in (None, torch.zeros(37, 6)):
         given = inputs._replace(accumulate_into=into)
-        torch.library.opcheck(torch.ops.fastsft.linear_cross_entropy.default, (*given, *_loss_tiles.Options(), 7))
+        torch.library.opcheck(torch.ops.fastsft.linear_cross_entropy.default, (*given, *_loss_inputs.Options(), 7))
 
 
 def test_compile_fullgraph() -> None:
@@ -325,6 +325,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"accumulate_into": torch.zeros(5, 3), "reduction": "none"}, "accumulate_into: expected reduction 'mean'"),
     ({"normalizer": torch.ones(2)}, r"normalizer: expected a number, got a tensor of shape \[2\]"),
     ({"weight": torch.zeros(0, 3)}, "weight: expected a vocabulary of at least 1"),
+    ({"max_kept": -1}, "max_kept: expected a number of tokens, or None, got -1"),
+    ({"max_kept": 3}, "max_kept: expected at least 4, the tokens with weight, got 3"),
     ({"softcap": float("nan")}, "softcap: expected a finite number"),
     ({"z_loss": float("inf")}, "z_loss: expected a finite number"),
     ({"objective": "dft", "label_smoothing": 0.1}, "label_smoothing: expected 0 for 'dft'"),

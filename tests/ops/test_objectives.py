@@ -7,39 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import SHAPES, Case, check, ours, plain
+from loss_cases import CASES, IDS, OF_SEQUENCES, SHAPES, Case, check, ours, plain, positive
 
 from fastsft import ops
-from fastsft.ops import _loss_tiles, objectives, reference
-
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("nll", {}),
-    ("dft", {}),
-    ("power", {"alpha": 0.5}),
-    ("threshold", {"tau": 0.02}),
-    ("focal", {"gamma": 2.0}),
-    ("entropy_gate", {}),
-    ("entropy_gate", {"form": "normalized"}),
-    ("ratio_clip", {"epsilon": 0.2}),
-    ("hpt", {"epsilon": 0.25}),
-    ("k3", {"beta": 0.3}),
-    ("pear_token", {}),
-    ("pear_token", {"gamma": 0.9, "delta_min": -5.0, "delta_max": 5.0}),
-    ("pear_block", {"block": 4}),
-    ("pear_block", {"block": 3, "gamma": 0.8, "log_max": 0.3}),
-    ("pear_sequence", {"delta_min": -1.0, "delta_max": 1.0}),
-    ("iw_sequence", {"low": 0.3, "high": 3.0}),
-    ("asft", {"lam": 0.7}),
-    ("asft", {"lam": 0.7, "direction": "forward"}),
-    *[("f_divergence", {"f": f, "level": v}) for f in ("kl", "pearson", "hellinger") for v in ("token", "sequence")],
-]
-IDS = [f"{name} {args}" for name, args in CASES]
-OF_SEQUENCES = [case for case in CASES if objectives.scope(case[0], objectives.numbers(*case)) != "row"]
-
-
-def positive(objective: str, args: dict[str, Any]) -> bool:
-    """A sequence's summed log-ratio leaves float32 where negative weights make it large."""
-    return args.get("level") == "sequence"
+from fastsft.ops import _loss_plan, _loss_products, objectives, reference
 
 
 def test_the_list_is_complete() -> None:
@@ -67,7 +38,7 @@ def test_tiles_do_not_change_the_result(
     case = Case(101, 19, 131, positive=positive(objective, args))
     whole = ours(case, objective, args)
     heads = 2 if objective == "asft" else 1
-    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * 4 * rows * heads)
+    monkeypatch.setattr(_loss_plan, "FAST_BYTES", 136 * 4 * rows * heads)
     for a, b in zip(ours(case, objective, args), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
 
@@ -198,9 +169,9 @@ def test_ratio_of_one_is_on_policy() -> None:
 def test_the_objective_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three products each; four where a sequence is longer than a tile and its weight needs all of it."""
     calls = []
-    original = _loss_tiles._product
-    monkeypatch.setattr(_loss_tiles, "_product", lambda *a, **kw: (calls.append(1), original(*a, **kw)))
-    monkeypatch.setattr(_loss_tiles, "_TILE_BYTES", 131 * 4 * 30)
+    original = _loss_products.multiply
+    monkeypatch.setattr(_loss_products, "multiply", lambda *a, **kw: (calls.append(1), original(*a, **kw)))
+    monkeypatch.setattr(_loss_plan, "FAST_BYTES", 136 * 4 * 30)
     case = Case(101, 19, 131, positive=True)
     case.targets.clamp_(min=0)
     case.weights.fill_(1.0)

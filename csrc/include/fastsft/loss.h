@@ -11,6 +11,10 @@
 //                                     + on_q q_j)
 //
 // Computed in float32; the target's entry is formed before it is rounded. Rows are independent: a NaN stays in its row.
+//
+// A tile may hold all columns of the vocabulary or a block of them. Stats are of the columns at hand, which the caller
+// merges; a gradient takes its lse, whatever columns that is over. A target that is not among the columns has a
+// log-probability of -inf, and no entry of the gradient is its own.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +25,11 @@ namespace fastsft {
 
 struct LossTile {
   DType dtype;
-  void* logits;  // [rows, vocab], row-major
-  int64_t rows, vocab;
-  const int64_t* targets;  // [rows], in [0, vocab)
+  void* logits;  // [rows, vocab], `stride` elements from row to row
+  int64_t rows, vocab, stride;
+  const int64_t* targets;  // [rows]: column numbers
   const float* bias;       // [vocab] or null
-  const void* reference;   // logits of the reference model, like `logits`, or null
+  const void* reference;   // logits of the reference model, laid out like `logits`, or null
   float softcap;           // 0: none
   float temperature;
 };
@@ -47,12 +51,13 @@ struct LossCoefficients {
   const float *on_p, *on_target, *uniform, *on_plogp, *on_plogq, *on_q;
 };
 
-// On the CPU. Deterministic. Throws Error for a target out of range.
+// On the CPU. Deterministic.
 void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats);
 void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients);
 
 namespace cuda {
-// On the current CUDA device, all pointers on it, asynchronously on `stream` (a cudaStream_t). Targets are not checked.
+// On the current CUDA device, all pointers on it, asynchronously on `stream` (a cudaStream_t). Rows start at multiples
+// of 16 bytes; throws Error if they do not, or if a launch fails.
 void loss_stats(const LossTile& tile, Divergence divergence, const LossStats& stats, void* stream);
 void loss_gradient(const LossTile& tile, const LossStats& stats, const LossCoefficients& coefficients, void* stream);
 }  // namespace cuda

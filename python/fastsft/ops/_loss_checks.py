@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsft.ops import objectives
-from fastsft.ops._loss_tiles import Options
+from fastsft.ops._loss_inputs import Options
 
 
 def require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
@@ -49,6 +49,8 @@ def checked_options(
     temperature: float,
     label_smoothing: float,
     z_loss: float,
+    lean: bool,
+    max_kept: int | None,
 ) -> Options:
     known = objectives.OBJECTIVES
     require(objective in known, op, "objective", f"one of {', '.join(known)}", repr(objective))
@@ -61,7 +63,9 @@ def checked_options(
     require(0 <= label_smoothing < 1, op, "label_smoothing", "a value in [0, 1)", label_smoothing)
     require(label_smoothing == 0 or objective == "nll", op, "label_smoothing", f"0 for {objective!r}", label_smoothing)
     require(math.isfinite(z_loss), op, "z_loss", "a finite number", z_loss)
-    return Options(objective, arguments, float(softcap), float(temperature), float(label_smoothing), float(z_loss))
+    require(max_kept is None or max_kept >= 0, op, "max_kept", "a number of tokens, or None", max_kept)
+    numbers = (float(softcap), float(temperature), float(label_smoothing), float(z_loss))
+    return Options(objective, arguments, *numbers, bool(lean), max_kept)
 
 
 def check_objective(

@@ -17,7 +17,7 @@ from fastsft.ops._loss_checks import (
     checked_options,
     require,
 )
-from fastsft.ops._loss_tiles import BIAS, HIDDEN, WEIGHT, Inputs, Options
+from fastsft.ops._loss_inputs import BIAS, HIDDEN, WEIGHT, Inputs, Options
 from fastsft.ops._loss_tiles import linear_cross_entropy as _op
 
 
@@ -50,10 +50,13 @@ def linear_cross_entropy(
     return_aux: bool = False,
     reference: tuple[Tensor, Tensor] | None = None,
     accumulate_into: Tensor | None = None,
+    lean: bool = False,
+    max_kept: int | None = None,
 ) -> Tensor | tuple[Tensor, LossAux]:
     """Weighted cross-entropy of ``softmax(hidden @ weight.T + bias)`` against the targets.
 
-    Gradients are formed in the forward pass; memory beyond them is one tile of logits, at most 256 MiB, whatever T.
+    Gradients are formed in the forward pass; memory beyond them is one tile of logits, at most 256 MiB, whatever T, and
+    the float32 sum of weight's gradient where there are several tiles.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16.
@@ -94,6 +97,11 @@ def linear_cross_entropy(
         reference: for ``asft``, the hidden states [T, H'] and head [V, H'] of the reference model, like hidden.
         accumulate_into: float32 [V, H]: takes the gradient of weight, added in the forward pass and for an upstream
             gradient of 1; weight then gets none from autograd. Not with ``none``.
+        lean: form the logits twice, block by block of the vocabulary: four products instead of three, for less memory.
+            A tile of logits and all else takes at most 64 MiB, but hidden's gradient is summed up in float32.
+        max_kept: an upper bound of the number of tokens with weight. On a GPU the host waits once a call to read that
+            number back, unless it is bounded: then as many rows are multiplied as the bound says, and more tokens than
+            that make the loss NaN (on a CPU, an error). In a CUDA graph it is all rows unless there is a bound.
 
     Returns:
         A 0-d float32 loss (float32 [T] for ``none``), and the aux. With all weights zero both loss and gradients are 0.
@@ -104,7 +112,9 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     hidden, weight, bias, *heads = autocast(hidden, weight, bias, *(reference or ()))
     check_inputs(op, hidden, weight, targets, bias)
-    options = checked_options(op, objective, objective_args, softcap, temperature, label_smoothing, z_loss)
+    options = checked_options(
+        op, objective, objective_args, softcap, temperature, label_smoothing, z_loss, lean, max_kept
+    )
     check_objective(op, options, targets, ref_logprobs, cu_seqlens, heads, hidden, weight)
     check_reduction(op, options, reduction, normalizer, accumulate_into, weight)
     weights = _weights(op, targets, token_weights, ignore_index)
@@ -131,13 +141,16 @@ def linear_logprobs(
     softcap: float = 0.0,
     return_entropy: bool = False,
     temperature: float = 1.0,
+    lean: bool = False,
+    max_kept: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, to build other objectives on.
 
     Differentiable per token, in the entropy too. The backward pass recomputes the logits tile by tile (four products).
 
     Args:
-        hidden, weight, targets, bias, ignore_index, softcap, temperature: as in :func:`linear_cross_entropy`.
+        hidden, weight, targets, bias, ignore_index, softcap, temperature, lean, max_kept: as in
+            :func:`linear_cross_entropy`.
         return_entropy: also return the entropy of each token's distribution, in nats.
 
     Returns:
@@ -149,7 +162,7 @@ def linear_logprobs(
     op = "linear_logprobs"
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_inputs(op, hidden, weight, targets, bias)
-    options = checked_options(op, "nll", None, softcap, temperature, 0.0, 0.0)
+    options = checked_options(op, "nll", None, softcap, temperature, 0.0, 0.0, lean, max_kept)
     weights = _weights(op, targets, None, ignore_index)
     logprob, entropy = _LogProbs.apply(hidden, weight, bias, targets, weights, options)  # type: ignore[no-untyped-call]
     return (logprob, entropy) if return_entropy else logprob
@@ -170,8 +183,10 @@ def _scale(op: str, weights: Tensor, reduction: str, normalizer: float | Tensor 
         return torch.ones((), dtype=torch.float32, device=weights.device)
     if normalizer is None:
         divisor = weights.sum()
+    elif not isinstance(normalizer, Tensor):  # filled in on the device: a copy would wait for it
+        divisor = torch.full((), normalizer, dtype=torch.float32, device=weights.device)
     else:
-        divisor = torch.as_tensor(normalizer, device=weights.device).detach().to(torch.float32)
+        divisor = normalizer.detach().to(weights.device, torch.float32)
         require(divisor.dim() == 0, op, "normalizer", "a number", f"a tensor of shape {list(divisor.shape)}")
     return torch.where(divisor == 0, 0.0, 1.0 / divisor)
 

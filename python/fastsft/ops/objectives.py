@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass
@@ -63,12 +64,13 @@ class Sequences:
     The rows are visited in tiles from the last to the first, so when a tile is reached, all later rows are known.
     """
 
-    def __init__(self, kept: Tensor, cu_seqlens: Tensor) -> None:
-        member = torch.bucketize(kept, cu_seqlens[1:].to(kept.dtype), right=True)
-        counts = torch.bincount(member, minlength=cu_seqlens.numel() - 1)
-        bounds = counts.cumsum(0)
-        self.end = bounds[member]  # int64 [rows]: one past the last kept row of this row's sequence
-        self.start = self.end - counts[member]
+    def __init__(self, kept: Tensor, cu_seqlens: Tensor, total: int) -> None:
+        """``kept``: int64 [rows], which of the ``total`` tokens each row is, ascending; ``total`` for empty rows."""
+        ends = functional.pad(cu_seqlens[1:].to(kept.dtype), (0, 1), value=total)  # the rest is one more sequence
+        member = torch.bucketize(kept, ends, right=True)
+        bounds = functional.pad(torch.searchsorted(kept, ends), (1, 0))  # in rows; bincount would wait for the device
+        bounds = functional.pad(bounds, (0, 1), value=kept.numel())
+        self.start, self.end = bounds[member], bounds[member + 1]  # int64 [rows]: of this row's sequence, end behind it
         self.suffix = torch.zeros(kept.numel() + 1, dtype=torch.float64, device=kept.device)
 
     def sweep(self, begin: int, values: Tensor) -> None:

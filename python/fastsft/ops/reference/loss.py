@@ -101,7 +101,8 @@ def loss_stats(
     _, u = _capped(logits, bias, softcap, temperature)
     log_p = torch.log_softmax(u, -1)
     stats.zero_()
-    stats[0] = log_p.gather(1, targets[:, None])[:, 0]
+    here = (targets >= 0) & (targets < log_p.shape[1])
+    stats[0] = torch.where(here, log_p.gather(1, torch.where(here, targets, 0)[:, None])[:, 0], -torch.inf)
     stats[1] = -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
     stats[2] = torch.logsumexp(u, -1)
     stats[3] = log_p.mean(-1)
@@ -132,7 +133,8 @@ def loss_gradient(
     if reference is not None:
         log_q = _capped(reference, None, softcap, temperature)[1] - stats[5][:, None]
         gradient += on_plogq * torch.where(p == 0, 0, p * log_q) + on_q * log_q.exp()
-    gradient.scatter_add_(1, targets[:, None], on_target)
+    here = (targets >= 0) & (targets < log_p.shape[1])
+    gradient.scatter_add_(1, torch.where(here, targets, 0)[:, None], torch.where(here[:, None], on_target, 0))
     logits.copy_(gradient * slope)
 
 

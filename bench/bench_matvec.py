@@ -42,7 +42,7 @@ def int8_weight_only(packed: PackedWeight) -> Product:
 
 
 def int8_dynamic(packed: PackedWeight) -> Product:
-    """x in 8 bits too, one scale for all of it."""
+    """One scale for all of x."""
     scales = packed.scales.flatten()
     weight = torch._make_per_channel_quantized_tensor(integers(packed), scales, torch.zeros(SIZE, dtype=torch.int), 0)
     layout = torch.ops.quantized.linear_prepack(weight, None)
@@ -74,11 +74,14 @@ CONTESTANTS: dict[str, dict[str, tuple[Callable[[PackedWeight], Product], torch.
     "int8": {
         "fastsft": (fastsft, torch.bfloat16),
         "torch._weight_int8pack_mm": (int8_weight_only, torch.bfloat16),
-        "torch quantized.linear_dynamic": (int8_dynamic, torch.float32),
     },
     "int4": {
         "fastsft": (fastsft, torch.bfloat16),
         "torch._weight_int4pack_mm_for_cpu": (int4_weight_only, torch.bfloat16),
+    },
+    "w8a8": {
+        "fastsft": (fastsft, torch.bfloat16),
+        "torch quantized.linear_dynamic": (int8_dynamic, torch.float32),
     },
 }
 

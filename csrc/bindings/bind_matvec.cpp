@@ -8,13 +8,16 @@ WeightFormat format_of(const Check& check, const std::string& name) {
   if (name == "float32") return WeightFormat::kFloat32;
   if (name == "bfloat16") return WeightFormat::kBFloat16;
   if (name == "int8") return WeightFormat::kInt8;
-  check.require(name == "int4", "format", "float32, bfloat16, int8 or int4", name);
-  return WeightFormat::kInt4;
+  if (name == "int4") return WeightFormat::kInt4;
+  check.require(name == "w8a8", "format", "float32, bfloat16, int8, int4 or w8a8", name);
+  return WeightFormat::kW8A8;
 }
+
+bool has_channel_scales(WeightFormat format) { return format == WeightFormat::kInt8 || format == WeightFormat::kW8A8; }
 
 // The row-major values in the type that the format packs.
 void* values_of(Check& check, WeightFormat format, py::handle tensor) {
-  if (format == WeightFormat::kInt8 || format == WeightFormat::kInt4) return check.in<int8_t>("values", tensor, "N K");
+  if (has_channel_scales(format) || format == WeightFormat::kInt4) return check.in<int8_t>("values", tensor, "N K");
   const TensorView view = check.floats("values", tensor, "N K");
   const DType wanted = format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
   check.require(Check::dtype_of(view) == wanted, "values", dtype_name(wanted), view.describe());
@@ -51,7 +54,7 @@ void packed_linear_checked(py::handle x_tensor, const std::string& format_name, 
   const WeightFormat format = format_of(check, format_name);
   PackedWeight weight{
       .format = format, .n = n, .k = k, .group = group, .data = data_of(check, format, data, n, k), .scales = nullptr};
-  if (format == WeightFormat::kInt8) {
+  if (has_channel_scales(format)) {
     weight.scales = check.in<float>("scales", scales, "slabs 64");
     check.require(check.size("slabs") == (n + 63) / 64, "scales", "[slabs, 64]", std::to_string(check.size("slabs")));
   }

@@ -27,6 +27,7 @@ void for_each(WeightFormat format, int64_t n, int64_t k, int64_t slab, Visit&& v
         case WeightFormat::kFloat32: visit(at + lane * 4, 0, c * k + i); break;
         case WeightFormat::kBFloat16: visit(at + lane * 4 + step * 2, 0, c * k + i); break;
         case WeightFormat::kInt8: visit(at + step * kPanelColumns + lane, 0, c * k + i); break;
+        case WeightFormat::kW8A8: visit(at + lane * 4 + step, 0, c * k + i); break;
         // A channel's word: its even steps in the low half, its odd ones in the high half, 4 bits each.
         case WeightFormat::kInt4: visit(at + lane * 4 + step % 2 * 2 + step / 4, step / 2 % 2 * 4, c * k + i); break;
       }

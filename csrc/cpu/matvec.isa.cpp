@@ -1,12 +1,14 @@
 // Per call of M rows: the weight is read once (4, 2, 1 or about 0.56 bytes per element), 2 M flops per element. At one
 // row memory-bound by far; the arithmetic of a core with AVX-512 draws level with its memory at about 16 rows (float32;
-// bfloat16 in dot products), 8 rows (int8) and 4 (int4).
+// bfloat16 in dot products; W8A8), 8 rows (int8) and 4 (int4).
 //
 // A pass multiplies up to 16 rows with a slab, block by block: both then stay in L1 while some panels and up to 8 rows
 // at a time go by, their sums in registers. A sum runs over the input channels of a block (int4: over 32) in ascending
 // order and is folded into the total, however many rows and panels go together. Compiled without -fassociative-math and
 // contraction (CMakeLists.txt): a row's sums must not depend on the pass it is in.
 #include "fastsft/matvec.h"
+
+#include <type_traits>
 
 #include "matvec_kernels.h"
 #include "partial.h"
@@ -33,12 +35,24 @@ constexpr int64_t kAhead = kBlockLines * kSlabPanels * kLineBytes;
 // Two bfloat16 operands go through dot products of pairs; x in float32 is never rounded.
 FASTSFT_INLINE bool in_pairs(const PackedLinear& call) {
 #if defined(__AVX512BF16__)
-  return call.dtype == DType::kBFloat16 && call.weight.format != WeightFormat::kFloat32;
+  const WeightFormat format = call.weight.format;
+  return call.dtype == DType::kBFloat16 && format != WeightFormat::kFloat32 && format != WeightFormat::kW8A8;
 #else
   (void)call;
   return false;
 #endif
 }
+
+// W8A8: dot products of four where the CPU has them; in float32, where not, the sum of a run is exact too: < 2^24.
+#if defined(__AVX512VNNI__)
+constexpr bool kHasDots = true;
+typedef int32_t RunSum;
+typedef VecInt RunSums;
+#else
+constexpr bool kHasDots = false;
+typedef float RunSum;
+typedef Vec RunSums;
+#endif
 
 template <typename T>
 FASTSFT_INLINE T load_bits(const void* p) {
@@ -106,6 +120,10 @@ FASTSFT_INLINE Vec weight_at(const char* line, int step, int v) {
 #endif
     return __builtin_convertvector(wide, Vec);
   }
+  if constexpr (kFormat == WeightFormat::kW8A8) {
+    const VecBits word = load_bits<VecBits>(line + v * kVectorBytes) << (24 - 8 * step);
+    return __builtin_convertvector(reinterpret_cast<VecInt>(word) >> 24, Vec);
+  }
   if constexpr (kFormat == WeightFormat::kInt4) {
 #if defined(__AVX512F__)
     const VecBits word = int4_pair(line, step / 2);
@@ -128,7 +146,29 @@ FASTSFT_INLINE VecBits pair_at(const char* line, int pair) {
 }
 #endif
 
+FASTSFT_INLINE Vec as_float(Vec v) { return v; }
+FASTSFT_INLINE Vec as_float(VecInt v) { return __builtin_convertvector(v, Vec); }
+
 // --- a pass ------------------------------------------------------------------------------------------------------
+
+// Of a row of x, per line of the weight.
+template <WeightFormat kFormat, bool kPairs>
+constexpr int words_of_line() {
+  constexpr int kDepth = static_cast<int>(line_depth(kFormat));
+  return kFormat == WeightFormat::kW8A8 && kHasDots ? 1 : kPairs ? kDepth / 2 : kDepth;
+}
+
+// Ahead of the words of a run, W8A8: where the sum starts, which undoes the weights' offset, and the scale. A block is
+// a run.
+constexpr int kRunWords = 2;
+static_assert(kBlockLines * line_depth(WeightFormat::kW8A8) == kRunChannels);
+
+// Of a row of x, for `lines` lines from a block's first on.
+template <WeightFormat kFormat, bool kPairs>
+constexpr int64_t words_of_lines(int64_t lines) {
+  const int64_t runs = kFormat == WeightFormat::kW8A8 ? (lines + kBlockLines - 1) / kBlockLines : 0;
+  return lines * words_of_line<kFormat, kPairs>() + runs * kRunWords;
+}
 
 // A block of a slab, from some panel on.
 struct Block {
@@ -142,12 +182,21 @@ struct Block {
 // count.
 template <WeightFormat kFormat, bool kPairs, int kWidth, int kRows, int kPanels>
 FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total) {
-  constexpr int kDepth = static_cast<int>(line_depth(kFormat)), kSteps = kPairs ? kDepth / 2 : kDepth;
-  constexpr int kVectors = kPanels * kVecs;
-  constexpr int64_t kFold = kFormat == WeightFormat::kInt4 ? 32 / kDepth : kBlockLines;
+  constexpr int kSteps = words_of_line<kFormat, kPairs>(), kVectors = kPanels * kVecs;
+  constexpr int64_t kFold = kFormat == WeightFormat::kInt4 ? 32 / line_depth(kFormat) : kBlockLines;
+  constexpr bool kRuns = kFormat == WeightFormat::kW8A8;
+  const uint32_t* const scale_of_run = x + kWidth;
   const char* line = block.data;
   for (int64_t begin = 0; begin < block.lines; begin += kFold) {
-    Vec sum[kRows][kVectors] = {};
+    std::conditional_t<kRuns, RunSums, Vec> sum[kRows][kVectors] = {};
+    if constexpr (kRuns) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) sum[r][i] += load_bits<RunSum>(x + r);
+      }
+      x += kRunWords * kWidth;
+    }
     for (int64_t left = smaller(kFold, block.lines - begin); left > 0; --left) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) __builtin_prefetch(line + p * kLineBytes + kAhead);
@@ -156,7 +205,18 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) {
           const char* const source = line + i / kVecs * kLineBytes;
-          if constexpr (kPairs) {
+          if constexpr (kRuns && kHasDots) {
+#if defined(__AVX512VNNI__)
+            // The first operand has no sign: the weights go in 128 too high.
+            const __m512i high = _mm512_xor_si512(_mm512_loadu_si512(source), _mm512_set1_epi8(-128));
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+              const __m512i four = _mm512_set1_epi32(static_cast<int>(x[s * kWidth + r]));
+              sum[r][i] =
+                  reinterpret_cast<VecInt>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum[r][i]), high, four));
+            }
+#endif
+          } else if constexpr (kPairs) {
 #if defined(__AVX512BF16__)
             const auto pair = reinterpret_cast<__m512bh>(pair_at<kFormat>(source, s));
 #pragma GCC unroll 16
@@ -187,6 +247,12 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
         for (int r = 0; r < kRows; ++r) {
           total[r * kSlabVecs + i] = multiply_add(sum[r][i], scale, total[r * kSlabVecs + i]);
         }
+      } else if constexpr (kRuns) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec scale = splat(load_bits<float>(scale_of_run + r));
+          total[r * kSlabVecs + i] = multiply_add(as_float(sum[r][i]), scale, total[r * kSlabVecs + i]);
+        }
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) total[r * kSlabVecs + i] += sum[r][i];
@@ -198,7 +264,6 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
 // Rows [row, row + kRows) that exist, of slab `slab`; x are their words.
 template <WeightFormat kFormat, bool kPairs, int kRows>
 FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t row, int64_t slab) {
-  constexpr int64_t kDepth = line_depth(kFormat);
   constexpr int kMost = kSums / kVecs < 8 ? kSums / kVecs : 8, kPart = kRows < kMost ? kRows : kMost;
   constexpr int kFit = kSums / kVecs / kPart, kPanels = kFit < kSlabPanels ? kFit : kSlabPanels;
   const PackedWeight& w = call.weight;
@@ -225,14 +290,15 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
       panel += several ? kPanels : 1;
     }
     data += block.lines * block.step;
-    x += block.lines * kDepth / (kPairs ? 2 : 1) * kRows;
+    x += words_of_lines<kFormat, kPairs>(block.lines) * kRows;
   }
   const int64_t rows = smaller<int64_t>(kRows, call.rows - row);
   for (int64_t i = 0; i < panels * kVecs; ++i) {
     const int64_t column = first * kPanelColumns + i * kLanes;
     if (column >= w.n) return;
     Vec scale = splat(1), bias{};
-    if (kFormat == WeightFormat::kInt8) scale = load(static_cast<const float*>(w.scales) + column);
+    if (kFormat == WeightFormat::kInt8 || kFormat == WeightFormat::kW8A8)
+      scale = load(static_cast<const float*>(w.scales) + column);
     if (call.bias) bias = load_until(DType::kFloat32, call.bias, column, w.n);
     for (int64_t r = 0; r < rows; ++r) {
       store_until(call.dtype, element(call.dtype, call.out, (row + r) * w.n), column, w.n,
@@ -250,7 +316,7 @@ FASTSFT_INLINE int pass_rows(int64_t rows) {
 
 template <WeightFormat kFormat, bool kPairs>
 void all_rows(const PackedLinear& call, const uint32_t* x, int64_t slab) {
-  const int64_t words = panel_lines(kFormat, call.weight.k) * line_depth(kFormat) / (kPairs ? 2 : 1);
+  const int64_t words = words_of_lines<kFormat, kPairs>(panel_lines(kFormat, call.weight.k));
   for (int64_t row = 0; row < call.rows; row += kMaxRows) {
     const uint32_t* const mine = x + row * words;
     switch (pass_rows(call.rows - row)) {
@@ -266,7 +332,7 @@ void all_rows(const PackedLinear& call, const uint32_t* x, int64_t slab) {
 template <WeightFormat kFormat>
 void either_input(const PackedLinear& call, const uint32_t* x, int64_t slab) {
 #if defined(__AVX512BF16__)
-  constexpr bool kPairs = kFormat != WeightFormat::kFloat32;
+  constexpr bool kPairs = kFormat != WeightFormat::kFloat32 && kFormat != WeightFormat::kW8A8;
   if (in_pairs(call)) return all_rows<kFormat, kPairs>(call, x, slab);
 #endif
   all_rows<kFormat, false>(call, x, slab);
@@ -274,7 +340,9 @@ void either_input(const PackedLinear& call, const uint32_t* x, int64_t slab) {
 
 FASTSFT_INLINE int64_t words_of_row(const PackedLinear& call) {
   const WeightFormat format = call.weight.format;
-  return panel_lines(format, call.weight.k) * line_depth(format) / (in_pairs(call) ? 2 : 1);
+  const int64_t lines = panel_lines(format, call.weight.k);
+  if (format == WeightFormat::kW8A8) return words_of_lines<WeightFormat::kW8A8, false>(lines);
+  return lines * line_depth(format) / (in_pairs(call) ? 2 : 1);
 }
 
 // words[word * width + row] = word_of(x of the row, word), in blocks that stay in L1.
@@ -287,6 +355,67 @@ FASTSFT_INLINE void interleave(const PackedLinear& call, int64_t row, int64_t ro
       const void* const x = element(call.dtype, call.x, (row + r) * call.weight.k);
       for (int64_t word = begin; word < end; ++word) words[word * width + r] = word_of(x, word);
     }
+  }
+}
+
+// --- x of W8A8 ---------------------------------------------------------------------------------------------------
+
+// A run of a row of x: integers, their sum, their scale (NaN if one of them was not finite).
+struct Run {
+  alignas(64) int8_t values[kRunChannels];
+  int32_t sum;
+  float scale;
+};
+
+FASTSFT_INLINE Run quantise(const PackedLinear& call, int64_t row, int64_t begin) {
+  constexpr int kParts = kRunChannels / kLanes;
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  const void* const all = element(call.dtype, call.x, row * call.weight.k);
+  Vec x[kParts] = {};
+  VecInt most{};  // the bits of a magnitude, which order as it does; infinity and NaN above all
+  for (int i = 0; i < kParts && begin + i * kLanes < call.weight.k; ++i) {
+    x[i] = load_until(call.dtype, all, begin + i * kLanes, call.weight.k);
+    const VecInt magnitude = reinterpret_cast<VecInt>(x[i]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  Run run{};
+  int32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = larger(largest, most[lane]);
+  if (largest >= 0x7f800000) {
+    run.scale = __builtin_nanf("");
+    return run;
+  }
+  run.scale = larger(load_bits<float>(&largest) / 127, 0x1p-126f);
+  const Vec inverse = splat(1 / run.scale);
+  VecInt sum{};
+  for (int i = 0; i < kParts; ++i) {
+    // Added to 1.5 * 2^23, an integer is in the low bits: rounded to the nearest, ties to even.
+    const VecInt value = reinterpret_cast<VecInt>(x[i] * inverse + 0x1.8p23f) - 0x4b400000;
+    const Bytes bytes = __builtin_convertvector(value, Bytes);
+    std::memcpy(run.values + i * kLanes, &bytes, sizeof(bytes));
+    sum += value;
+  }
+  for (int lane = 0; lane < kLanes; ++lane) run.sum += sum[lane];
+  return run;
+}
+
+// Rows [row, row + rows) as words[run][kRunWords + words of its lines][width].
+void pack_runs(const PackedLinear& call, int64_t row, int64_t rows, int64_t width, uint32_t* words) {
+  constexpr WeightFormat kFormat = WeightFormat::kW8A8;
+  for (int64_t begin = 0; begin < call.weight.k; begin += kRunChannels) {
+    const int64_t lines = smaller(kBlockLines, panel_lines(kFormat, call.weight.k - begin));
+    const int64_t count = lines * words_of_line<kFormat, false>();
+    for (int64_t r = 0; r < rows; ++r) {
+      const Run run = quantise(call, row + r, begin);
+      words[r] = kHasDots ? static_cast<uint32_t>(-128 * run.sum) : 0;
+      words[width + r] = load_bits<uint32_t>(&run.scale);
+      uint32_t* const out = words + kRunWords * width + r;
+      for (int64_t i = 0; i < count; ++i) {
+        const float one = run.values[i];
+        out[i * width] = load_bits<uint32_t>(kHasDots ? static_cast<const void*>(run.values + 4 * i) : &one);
+      }
+    }
+    words += (kRunWords + count) * width;
   }
 }
 
@@ -306,7 +435,9 @@ void matvec_pack_input(const PackedLinear& call, uint32_t* words) {
     uint32_t* const out = words + row * count;
     std::memset(out, 0, static_cast<std::size_t>(count * width * 4));
     const auto fill = [&](int64_t n, auto&& word_of) { interleave(call, row, rows, width, n, out, word_of); };
-    if (call.dtype == DType::kFloat32) {
+    if (call.weight.format == WeightFormat::kW8A8) {
+      pack_runs(call, row, rows, width, out);
+    } else if (call.dtype == DType::kFloat32) {
       fill(k, [](const void* x, int64_t i) { return load_bits<uint32_t>(static_cast<const float*>(x) + i); });
     } else if (!in_pairs(call)) {
       fill(k, [](const void* x, int64_t i) { return uint32_t{static_cast<const uint16_t*>(x)[i]} << 16; });
@@ -327,6 +458,7 @@ void matvec_slabs(const PackedLinear& call, const uint32_t* words, int64_t begin
       case WeightFormat::kBFloat16: either_input<WeightFormat::kBFloat16>(call, words, slab); break;
       case WeightFormat::kInt8: either_input<WeightFormat::kInt8>(call, words, slab); break;
       case WeightFormat::kInt4: either_input<WeightFormat::kInt4>(call, words, slab); break;
+      case WeightFormat::kW8A8: all_rows<WeightFormat::kW8A8, false>(call, words, slab); break;
     }
   }
 }

@@ -12,8 +12,12 @@ constexpr int64_t kPanelColumns = 16;  // output channels
 constexpr int64_t kSlabPanels = 4;
 constexpr int64_t kLineBytes = 64;
 
+constexpr int64_t kRunChannels = 128;  // W8A8: input channels that share a scale of a row of x
+
 // Input channels of a line.
-constexpr int64_t line_depth(WeightFormat format) { return int64_t{1} << static_cast<int>(format); }
+constexpr int64_t line_depth(WeightFormat format) {
+  return format == WeightFormat::kW8A8 ? 4 : int64_t{1} << static_cast<int>(format);
+}
 constexpr int64_t panel_lines(WeightFormat format, int64_t k) {
   return (k + line_depth(format) - 1) / line_depth(format);
 }

@@ -14,7 +14,7 @@ using namespace fastsft;
 namespace {
 
 constexpr WeightFormat kFormats[] = {WeightFormat::kFloat32, WeightFormat::kBFloat16, WeightFormat::kInt8,
-                                     WeightFormat::kInt4};
+                                     WeightFormat::kInt4, WeightFormat::kW8A8};
 constexpr int64_t kSizes[][2] = {{1, 1}, {7, 5}, {16, 32}, {65, 130}, {130, 1030}, {5, 0}};  // n, k
 
 uint16_t bfloat16_bits(float v) {  // of a value that is exact in it
@@ -61,7 +61,7 @@ struct Weight {
     } else {
       stored = bytes_of(integers);
     }
-    if (format == WeightFormat::kInt8) {
+    if (format == WeightFormat::kInt8 || format == WeightFormat::kW8A8) {
       std::vector<float> all(slabs * 64);
       for (int64_t c = 0; c < n; ++c) {
         all[c] = scale(c);
@@ -107,7 +107,13 @@ std::vector<float> product(const Weight& w, DType dtype, int64_t rows, const std
 }
 
 void compare(const Weight& w, DType dtype, int64_t rows, bool with_bias) {
-  const std::vector<float> x = integers(rows * w.k, 3), bias = integers(w.n, 4);
+  std::vector<float> x = integers(rows * w.k, 3);
+  const std::vector<float> bias = integers(w.n, 4);
+  if (w.format == WeightFormat::kW8A8) {  // the scale of every run is 1
+    for (int64_t i = 0; i < rows * w.k; ++i) {
+      if (i % w.k % 128 == 0) x[i] = i % 2 ? 127 : -127;
+    }
+  }
   const std::vector<float> out = product(w, dtype, rows, x, with_bias ? bias.data() : nullptr);
   bool ok = true;
   for (int64_t r = 0; r < rows; ++r) {

@@ -1,7 +1,7 @@
 // Run-time choice between the copies of a kernel that were compiled for different instruction sets.
 //
 // A file `x.isa.cpp` is compiled once per instruction set with FASTSFT_ISA_NS defined as base, avx2, avx512 or
-// avx512bf16 (the same with bfloat16 dot products) and puts everything it defines in `namespace
+// avx512bf16 (the same with bfloat16 and 8-bit dot products) and puts everything it defines in `namespace
 // fastsft::FASTSFT_ISA_NS`. `x.cpp` declares the copies with FASTSFT_ISA_DECLARE (inside namespace fastsft) and picks
 // one with FASTSFT_ISA_SELECT.
 //

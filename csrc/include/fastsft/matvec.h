@@ -1,11 +1,14 @@
 // Products of a few rows with a weight that is packed once and read many times: out = x W^T + bias, the linear layers
-// of decoding. The weight is float32, bfloat16, or quantised and symmetric: 8 bits with one scale per output channel, 4
-// bits with one scale per group of input channels.
+// of decoding. The weight is float32, bfloat16, or quantised and symmetric: 8 bits with one scale per output channel
+// (int8, and W8A8, which quantises x too), 4 bits with one scale per group of input channels (int4).
 //
 // Exact in x: products and sums are float32, or bfloat16 dot products with float32 sums (subnormals flushed to zero)
-// where the CPU has them and x is bfloat16; x itself is never quantised. A row of the result is a fixed sequence of
-// sums over its row of x: its bits depend neither on the number of rows nor on the other rows nor on the number of
-// threads.
+// where the CPU has them and x is bfloat16. Except in W8A8: there a row of x is rounded to 8 bits on
+// scale = max(largest magnitude / 127, 2^-126) per run of 128 input channels, to the integer nearest x * (1 / scale),
+// ties to even, and the sum of a run is exact. A NaN or infinity makes its row NaN.
+//
+// A row of the result is a fixed sequence of sums over its row of x: its bits depend neither on the number of rows nor
+// on the other rows nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -14,25 +17,24 @@
 
 namespace fastsft {
 
-enum class WeightFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+enum class WeightFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kW8A8 = 4 };
 
 // A line is 64 bytes: 16 output channels (a panel; zero past n) times 1, 2, 4 or 8 input channels, by format. The lines
-// stand in the order a product reads them: slabs of 4 panels, in a slab blocks of 64 lines of each panel.
+// stand in the order a product reads them: slabs of 4 panels, in a slab a line of each panel in turn.
 // The layout is the same for every instruction set.
 struct PackedWeight {
   WeightFormat format;
   int64_t n, k;      // output and input channels
   int64_t group;     // int4: input channels that share a scale, 32 or 64
   const void* data;  // packed_bytes(...), aligned to 64 for speed
-  // int8: float32 [slabs, 64]; int4: bfloat16 [slabs, groups, 64]; null otherwise
+  // int8, W8A8: float32 [slabs, 64]; int4: bfloat16 [slabs, groups, 64]; null otherwise
   const void* scales;
 };
 
 int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 
 // Between row-major values [n, k] and `data`. The values are float, bfloat16 words, or int8_t; for int4 these must lie
-// in
-// [-8, 7].
+// in [-8, 7].
 void pack_weight(WeightFormat format, int64_t n, int64_t k, const void* values, void* data);
 void unpack_weight(WeightFormat format, int64_t n, int64_t k, const void* data, void* values);
 

@@ -5,7 +5,15 @@ The tests hold the kernels against these functions in float64; the benches use t
 
 from fastsft.ops.reference.attention import attention_one, paged_attention, varlen_attention, visible
 from fastsft.ops.reference.fim import fim_permute
-from fastsft.ops.reference.layers import apply_rope, linear, pack_weight, packed_linear, rms_norm, swiglu
+from fastsft.ops.reference.layers import (
+    apply_rope,
+    linear,
+    pack_weight,
+    packed_linear,
+    rms_norm,
+    round_to_int8,
+    swiglu,
+)
 from fastsft.ops.reference.loss import linear_cross_entropy, linear_logprobs, loss_gradient, loss_stats
 from fastsft.ops.reference.minhash import (
     fmix32,
@@ -45,6 +53,7 @@ __all__ = [
     "paged_attention",
     "philox",
     "rms_norm",
+    "round_to_int8",
     "sample",
     "shingles",
     "swiglu",

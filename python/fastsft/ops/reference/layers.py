@@ -16,7 +16,7 @@ def pack_weight(weight: torch.Tensor, format: str, *, group: int = 32) -> torch.
     if format in ("float32", "bfloat16"):
         return weight.to(getattr(torch, format)).float()
     w = weight.float()
-    if format == "int8":
+    if format in ("int8", "w8a8"):
         scale = w.abs().amax(1, keepdim=True) / 127
         return (w / scale).round().clamp(-127, 127).nan_to_num(0.0) * scale
     columns = []
@@ -26,6 +26,15 @@ def pack_weight(weight: torch.Tensor, format: str, *, group: int = 32) -> torch.
         scale = (extreme / -8).bfloat16().float()  # as it is stored: the values are rounded on it
         columns.append((part / scale).round().clamp(-8, 7).nan_to_num(0.0) * scale)
     return torch.cat(columns, 1)
+
+
+def round_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as ``packed_linear`` takes it in "w8a8": one scale per 128 channels; float64, where it is exact."""
+    parts = []
+    for part in torch.split(x.float(), 128, dim=-1):
+        scale = (part.abs().amax(-1, keepdim=True) / 127).clamp_min(2.0**-126)
+        parts.append((part * (1 / scale)).round().double() * scale.double())
+    return torch.cat(parts, -1)
 
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

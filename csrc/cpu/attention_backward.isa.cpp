@@ -132,7 +132,7 @@ FASTSFT_NOINLINE void score_gradients(const Block<Format>& b, int64_t row, int64
           score = t * (softcap * kLog2e);
           slope = 1.0f - t * t;
         }
-        Vec p = exp2_nonpositive<Format::kExpDegree>(score - b.lse[row + i + step]);
+        Vec p = exp2_nonpositive<kExpDegree<Format>>(score - b.lse[row + i + step]);
         const Band& band = bands[i + step];
         if (band.first > j || j + kLanes > band.last) {
           const VecInt visible = inside(band, j);

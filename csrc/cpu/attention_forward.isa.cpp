@@ -148,7 +148,7 @@ FASTSFT_NOINLINE void online_softmax(float* scores, int64_t have, int64_t begin,
     const Vec own = splat(references[i]);
     Vec sum{};
     for (int64_t j = begin; j < end; j += kLanes) {
-      const Vec p = exp2_nonpositive<Format::kExpDegree>(load(row + j) - own);
+      const Vec p = exp2_nonpositive<kExpDegree<Format>>(load(row + j) - own);
       sum += p;
       store_along_columns<Format>(p, row, j);
     }

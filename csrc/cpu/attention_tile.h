@@ -1,12 +1,11 @@
 // The mask of a tile, the packed forms of its operands and their register-blocked product.
 // Included by attention_*.isa.cpp only.
 //
-// Every product is C[i, j] += sum_k a(i, k) b(k, j) over words: a word is one float or, where the CPU multiplies
-// bfloat16 in pairs, two bfloat16 that are neighbours along k. One register tile of R x C floats costs R + C loads and
-// R C multiply-adds per word. A's words are broadcast from where they lie, so only B has to be rearranged.
+// Every product is C[i, j] += sum_k a(i, k) b(k, j) over words (register_tile.h). A's words are broadcast from where
+// they lie, so only B has to be rearranged.
 #pragma once
 
-#include "simd.h"
+#include "register_tile.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -15,52 +14,18 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
-#if defined(__AVX512F__)
-inline constexpr int kTileRows = 14;
-#elif defined(__AVX2__)
-inline constexpr int kTileRows = 6;
-#else
-inline constexpr int kTileRows = 4;
-#endif
-inline constexpr int kTileVecs = 2;
 inline constexpr int64_t kCacheLine = 64;
 // Where the rows of a product are keys: a strip that never straddles two vectors of columns.
 inline constexpr int kKeyStrip = kTileRows > 8 ? 8 : 4;
-static_assert(kTileRows <= kLanes && kTileRows % 2 == 0);  // one lane per row; pairs of rows never straddle two strips
-
-// --- words -------------------------------------------------------------------------------------------------------
-
-struct Single {
-  using Word = float;
-  static constexpr int kSteps = 1;
-  static constexpr int kExpDegree = 6;
-};
-struct Pair {
-  using Word = uint32_t;
-  static constexpr int kSteps = 2;
-  static constexpr int kExpDegree = 4;  // relative error 3e-6; the result is rounded to bfloat16 (4e-3)
-};
 
 #if defined(__AVX512BF16__)
 using Bfloat16Format = Pair;
 #else
 using Bfloat16Format = Single;  // converted to float32
 #endif
-
-FASTSFT_INLINE Vec spread(float word) { return splat(word); }
-FASTSFT_INLINE Vec spread(uint32_t word) { return reinterpret_cast<Vec>(VecBits{} + word); }
-
-// sum + a * b by lanes of one word each
+// Probabilities in pairs are rounded to bfloat16 (4e-3): there a relative error of 3e-6 is enough.
 template <typename Format>
-FASTSFT_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
-#if defined(__AVX512BF16__)
-  if constexpr (Format::kSteps == 2) {
-    return reinterpret_cast<Vec>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a)));
-  }
-#endif
-  return sum + a * b;
-}
+inline constexpr int kExpDegree = Format::kSteps == 1 ? 6 : 4;
 
 // --- masks -------------------------------------------------------------------------------------------------------
 
@@ -199,35 +164,16 @@ FASTSFT_INLINE void store_along_rows(const Vec* values, typename Format::Word* w
 
 // --- the product -------------------------------------------------------------------------------------------------
 
-enum class Left { kRows, kColumns };  // a(i, k) is a[i * kPitch + k] or a[k * kPitch + i]
 // C = factor * product, C + factor * product, or factors[i] * C + product
 enum class Into { kStore, kAdd, kRescale };
 
-// kRows rows and kVecs * kLanes columns; one fused chain per element in ascending k. Starting the chain from zero, not
-// from C, keeps the rounding error of long sums low.
+// kRows rows and kVecs * kLanes columns. Starting the chain from zero, not from C, keeps the rounding error of long
+// sums low.
 template <typename Format, Left kLeft, int64_t kPitch, Into kInto, int kVecs, int kRows, typename Word>
 FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t ldb, int64_t words, float* c, int64_t ldc,
                                const float* factors, RowQueue& queue) {
   Vec sum[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
-  }
-  for (int64_t k = 0; k < words; ++k) {
-    queue.step();
-    Vec row[kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec x = spread(a[kLeft == Left::kRows ? i * kPitch : i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<Format>(sum[i][j], x, row[j]);
-    }
-    a += kLeft == Left::kRows ? 1 : kPitch;
-    b += ldb;
-  }
+  multiply_tile<Format, kLeft, kPitch>(a, b, ldb, words, sum, [&] { queue.step(); });
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     const float factor = factors[kInto == Into::kRescale ? i : 0];

@@ -6,36 +6,14 @@
 #include <cstring>
 
 #include "gemm_kernels.h"
-#include "simd.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "register_tile.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
-// The tile's rows never exceed kLanes: pack() relies on it.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 14, kTileVecs = 2;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTileVecs = 2;
-#else
-constexpr int kTileRows = 4, kTileVecs = 3;
-#endif
 constexpr int kTileColumns = kTileVecs * kLanes;
 constexpr int64_t kTileSize = kTileRows * kTileColumns;
 constexpr int64_t kPanelBytes = 32 << 10;  // of B
-
-// An element of a packed panel: a float, or two bfloat16 that are neighbours along the depth.
-struct Single {
-  using Word = float;
-  static constexpr int kSteps = 1;
-};
-struct Pair {
-  using Word = uint32_t;
-  static constexpr int kSteps = 2;
-};
 
 bool in_pairs(const Gemm& g) {
 #if defined(__AVX512BF16__)
@@ -132,35 +110,12 @@ FASTSFT_NOINLINE void pack(const Source& s, int64_t across, int64_t along, int64
 }
 
 // --- the register tile -------------------------------------------------------------------------------------------
-FASTSFT_INLINE Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
-#if defined(__AVX512BF16__)
-FASTSFT_INLINE Vec multiply_add(Vec sum, uint32_t a, Vec b) {
-  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(b),
-                                                reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a)))));
-}
-#endif
-
 // tile[i][j] = (tile[i][j] if `add`) + sum over words of a[word][i] b[word][j]
-template <typename Word>
-FASTSFT_NOINLINE void multiply(const Word* a, const Word* b, int64_t words, bool add, float* tile) {
+template <typename Format>
+FASTSFT_NOINLINE void multiply(const typename Format::Word* a, const typename Format::Word* b, int64_t words, bool add,
+                               float* tile) {
   Vec sum[kTileRows][kTileVecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) sum[i][j] = Vec{};
-  }
-  for (int64_t w = 0; w < words; ++w) {
-    Vec row[kTileVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) sum[i][j] = multiply_add(sum[i][j], a[i], row[j]);
-    }
-    a += kTileRows;
-    b += kTileColumns;
-  }
+  multiply_tile<Format, Left::kColumns, kTileRows>(a, b, kTileColumns, words, sum, [] {});
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
@@ -248,7 +203,7 @@ void task_as(const Gemm& g, const GemmTask& t, char* scratch) {
       pack<Format, kTileColumns>(columns, j, k, steps, b);
       panel = a;
       for (int64_t i = t.row; i < t.row_end; i += kTileRows, panel += size.a_panel) {
-        multiply(panel, b, words, k > 0, tile);
+        multiply<Format>(panel, b, words, k > 0, tile);
         if (is_last) store_tile(g, tile, i, j, t.row_end, t.column_end);
         if (depth < g.k) tile += kTileSize;
       }

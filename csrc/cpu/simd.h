@@ -246,38 +246,11 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // --- elementary functions ----------------------------------------------------------------------------------------
 
-// exp(x) for x <= 0 (a rounding error above 0 is fine): 0 below 2^-126, NaN for NaN, and exactly 1 for 0. The
-// polynomial is the minimax one of degree 6 for 2^r on [-1/2, 1/2] (relative error 2e-9 before rounding).
-FASTSFT_INLINE Vec exp_nonpositive(Vec x) {
-  const VecInt underflow = x < -87.33654f;
-  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) * kLog2e - 0.5f, VecInt);  // truncates
-  const Vec r = x * kLog2e - __builtin_convertvector(whole, Vec);
-  Vec p = splat(0x1.41fbbcp-13f);
-  p = p * r + 0x1.5f3e52p-10f;
-  p = p * r + 0x1.3b2d4cp-7f;
-  p = p * r + 0x1.c6aee8p-5f;
-  p = p * r + 0x1.ebfbdcp-3f;
-  p = p * r + 0x1.62e430p-1f;
-  p = p * r + 1.0f;
-  const Vec power = reinterpret_cast<Vec>((whole + 127) << 23);
-  return select(underflow, Vec{}, p * power);
-}
-
-// 2^x for x <= 0 (a rounding error above 0 is fine): 0 below 2^-150, NaN for NaN, and exactly 1 for 0. The polynomial
-// is the minimax one with constant term 1 for 2^r on [-1/2, 1/2]: relative error 3e-6 in degree 4, 2e-9 in degree 6,
-// before rounding.
+// The minimax polynomial with constant term 1 for 2^r on [-1/2, 1/2]: relative error 3e-6 in degree 4, 2e-9 in degree
+// 6, before rounding.
 template <int kDegree>
-FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
-#if defined(__AVX512F__)
-  // The second operand where either is NaN. 2^-160 underflows to 0.
-  const __m512 bounded = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-160.0f), reinterpret_cast<__m512>(x));
-  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec r = reinterpret_cast<Vec>(bounded) - reinterpret_cast<Vec>(whole);
-#else
-  const VecInt underflow = x < -126.0f;
-  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) - 0.5f, VecInt);  // truncates
-  const Vec r = x - __builtin_convertvector(whole, Vec);
-#endif
+FASTSFT_INLINE Vec exp2_fraction(Vec r) {
+  static_assert(kDegree == 4 || kDegree == 6);
   Vec p;
   if constexpr (kDegree == 4) {
     p = splat(0x1.3a02ccp-7f);
@@ -285,7 +258,6 @@ FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
     p = p * r + 0x1.ec0378p-3f;
     p = p * r + 0x1.62e12cp-1f;
   } else {
-    static_assert(kDegree == 6);
     p = splat(0x1.41fbbcp-13f);
     p = p * r + 0x1.5f3e54p-10f;
     p = p * r + 0x1.3b2d4cp-7f;
@@ -293,11 +265,33 @@ FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
     p = p * r + 0x1.ebfbdcp-3f;
     p = p * r + 0x1.62e430p-1f;
   }
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+FASTSFT_INLINE Vec power_of_2(VecInt exponent) { return reinterpret_cast<Vec>((exponent + 127) << 23); }
+
+// exp(x) for x <= 0 (a rounding error above 0 is fine): 0 below 2^-126, NaN for NaN, and exactly 1 for 0.
+FASTSFT_INLINE Vec exp_nonpositive(Vec x) {
+  const VecInt underflow = x < -87.33654f;
+  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) * kLog2e - 0.5f, VecInt);  // truncates
+  const Vec r = x * kLog2e - __builtin_convertvector(whole, Vec);
+  return select(underflow, Vec{}, exp2_fraction<6>(r) * power_of_2(whole));
+}
+
+// 2^x for x <= 0 (a rounding error above 0 is fine): 0 below 2^-150, NaN for NaN, and exactly 1 for 0; kDegree as for
+// exp2_fraction.
+template <int kDegree>
+FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
 #if defined(__AVX512F__)
+  // The second operand where either is NaN. 2^-160 underflows to 0.
+  const __m512 bounded = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-160.0f), reinterpret_cast<__m512>(x));
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec p = exp2_fraction<kDegree>(reinterpret_cast<Vec>(bounded) - reinterpret_cast<Vec>(whole));
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), whole));
 #else
-  return select(underflow, Vec{}, p * reinterpret_cast<Vec>((whole + 127) << 23));
+  const VecInt underflow = x < -126.0f;
+  const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) - 0.5f, VecInt);  // truncates
+  const Vec p = exp2_fraction<kDegree>(x - __builtin_convertvector(whole, Vec));
+  return select(underflow, Vec{}, p * power_of_2(whole));
 #endif
 }
 
@@ -305,7 +299,7 @@ FASTSFT_INLINE Vec exp2_nonpositive(Vec x) {
 // [sqrt(1/2), sqrt(2)], to its ninth power (relative error 2e-9 before rounding).
 FASTSFT_INLINE Vec log2_of(Vec x) {
   const VecInt exponent = (reinterpret_cast<VecInt>(x) - 0x3f3504f3) >> 23;
-  const Vec m = x * reinterpret_cast<Vec>((127 - exponent) << 23);
+  const Vec m = x * power_of_2(-exponent);
   const Vec s = (m - 1.0f) / (m + 1.0f), z = s * s;
   Vec p = splat(0x1.484b14p-2f);
   p = p * z + 0x1.a61762p-2f;

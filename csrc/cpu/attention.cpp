@@ -3,11 +3,9 @@
 #include "fastsft/attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,7 +30,7 @@ namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 constexpr int64_t kForwardRows = 224;              // rows that share one packing of a key block
-constexpr int64_t kCutRows = 64;                   // at most: then the states of a segment are small beside its keys
+constexpr int64_t kDecodeRows = 64;                // of an item, at most: states and scores stay in the L2 cache
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
 
@@ -85,50 +83,91 @@ void add_tiles(const ForwardArgs& args, int64_t q_first, int64_t num_q, int64_t 
   }
 }
 
+// Few queries on many keys wait for memory and have a kernel of their own; the bits are the same.
+bool is_decoding(const ForwardArgs& args, const ForwardItem& tile) {
+  return tile.num_q * args.group <= kDecodeRows && tile.num_q * 8 <= tile.num_k;
+}
+
+// The segments of a tile are items, for there may be only one tile; an item takes several key heads, which are
+// neighbours in memory, where that leaves enough items. left: for each group of heads, its segments not yet done.
+struct DecodeWork {
+  std::vector<DecodeItem> items;
+  std::vector<int64_t> groups;  // per item, its index in left
+  std::unique_ptr<float[]> states;
+  std::unique_ptr<std::atomic<int32_t>[]> left;
+};
+
+DecodeWork cut_for_decoding(const ForwardArgs& args, const std::vector<ForwardItem>& tiles) {
+  const int64_t heads = args.shape.num_kv_heads, dim = args.shape.head_dim;
+  const auto segments_of = [&](const ForwardItem& tile) { return segments_seen(keys_seen(args.mask, tile)); };
+  int64_t all_segments = 0, num_groups = 0, room = 0;
+  for (const ForwardItem& tile : tiles) all_segments += segments_of(tile);
+  DecodeWork work;
+  std::vector<int32_t> counts;
+  std::vector<int64_t> places;
+  for (ForwardItem tile : tiles) {
+    const int64_t rows = tile.num_q * args.group, segments = segments_of(tile);
+    const int64_t at_once = all_segments >= num_threads() ? std::max<int64_t>(kDecodeRows / rows, 1) : 1;
+    for (tile.kv_head = 0; tile.kv_head < heads; tile.kv_head += tile.kv_heads, ++num_groups) {
+      tile.kv_heads = std::min(at_once, heads - tile.kv_head);
+      counts.push_back(static_cast<int32_t>(segments));
+      for (int64_t segment = 0; segment < segments; ++segment) {
+        work.items.push_back({tile, segment, nullptr});
+        work.groups.push_back(num_groups);
+        places.push_back(room);
+      }
+      room += segments * states_size(tile_rows(rows * tile.kv_heads), dim);
+    }
+  }
+  work.states = std::make_unique_for_overwrite<float[]>(room);
+  work.left = std::make_unique<std::atomic<int32_t>[]>(num_groups);
+  for (int64_t i = 0; i < num_groups; ++i) work.left[i] = counts[i];
+  for (std::size_t i = 0; i < work.items.size(); ++i) work.items[i].states = work.states.get() + places[i];
+  return work;
+}
+
 void run_forward(const ForwardArgs& args, const std::vector<ForwardItem>& tiles) {
-  const int64_t dim = args.shape.head_dim, heads = args.shape.num_kv_heads;
-  // Few queries on many keys, as in decoding, wait for memory. Such a tile is cut into segments, for there may be only
-  // one; and an item takes all key heads, since they are neighbours there, where that leaves enough items.
-  const auto segments_of = [&](const ForwardItem& tile) {
-    const int64_t segments = segments_seen(keys_seen(args.mask, tile));
-    return tile.num_q * args.group <= kCutRows && tile.num_q * 8 <= tile.num_k ? segments : 0;
-  };
-  const auto room_of = [&](const ForwardItem& tile) {
-    return segments_of(tile) * heads * states_size(tile_rows(tile.num_q, args.group), dim);
-  };
-  int64_t segments = 0, room = 0, cost = 0;
-  for (const ForwardItem& tile : tiles) segments += segments_of(tile), room += room_of(tile);
-  const auto states = std::make_unique_for_overwrite<float[]>(room);
-  float* next = states.get();
-  std::vector<ForwardItem> items, folds;
-  for (ForwardItem item : tiles) {
-    const bool is_cut = segments_of(item) > 0;
+  const int64_t dim = args.shape.head_dim;
+  const auto seen = [&](const ForwardItem& item) {
     const KeyRange keys = keys_seen(args.mask, item);
-    item.kv_heads = is_cut && segments >= num_threads() ? heads : 1;
-    item.states = is_cut ? next : nullptr;
-    next += room_of(item);
-    const int64_t seen = std::max<int64_t>(keys.end - keys.begin, 0), count = std::max<int64_t>(segments_of(item), 1);
-    item.cost = (seen / count * (tile_rows(item.num_q, args.group) + 2) + 16) * 2 * dim * item.kv_heads;
-    for (; item.kv_head < heads; item.kv_head += item.kv_heads) {
-      if (is_cut) folds.push_back(item);
-      for (item.segment = 0; item.segment < count; ++item.segment) items.push_back(item);
-      cost += item.cost * count;
+    return std::max<int64_t>(keys.end - keys.begin, 0);
+  };
+  std::vector<ForwardItem> items, few;
+  int64_t cost = 0;
+  for (ForwardItem item : tiles) {
+    if (is_decoding(args, item)) {
+      few.push_back(item);
+      cost += seen(item) * item.num_q * args.shape.num_q_heads * 2 * dim;
+      continue;
+    }
+    item.kv_heads = 1;
+    item.cost = (seen(item) * (tile_rows(item.num_q * args.group) + 2) + 16) * 2 * dim;
+    for (item.kv_head = 0; item.kv_head < args.shape.num_kv_heads; ++item.kv_head) {
+      items.push_back(item);
+      cost += item.cost;
     }
   }
   std::stable_sort(items.begin(), items.end(),
                    [](const ForwardItem& a, const ForwardItem& b) { return a.cost > b.cost; });
+  const DecodeWork decode = cut_for_decoding(args, few);
   const auto run_item = FASTSFT_ISA_SELECT(attention_forward_item);
-  const auto run_fold = FASTSFT_ISA_SELECT(attention_forward_fold);
-  const auto for_each = [&](const std::vector<ForwardItem>& work, auto&& run) {
-    const int64_t count = static_cast<int64_t>(work.size());
-    parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) run(work[i]);
-    });
+  const auto run_segment = FASTSFT_ISA_SELECT(attention_decode_item);
+  const auto run_fold = FASTSFT_ISA_SELECT(attention_decode_fold);
+  const auto run = [&](std::size_t i) {
+    if (i < items.size()) {
+      run_item(args, items[i], scratch_floats(forward_scratch(tile_rows(items[i].num_q * args.group), dim)));
+      return;
+    }
+    i -= items.size();
+    const DecodeItem& item = decode.items[i];
+    const int64_t rows = tile_rows(item.tile.num_q * args.group * item.tile.kv_heads);
+    run_segment(args, item, scratch_floats(decode_scratch(rows, dim)));
+    if (decode.left[decode.groups[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) run_fold(args, item);
   };
-  for_each(items, [&](const ForwardItem& item) {
-    run_item(args, item, scratch_floats(forward_scratch(tile_rows(item.num_q, args.group), dim, item.kv_heads)));
+  const auto count = static_cast<int64_t>(items.size() + decode.items.size());
+  parallel_for(count, cost < kSerialCost ? std::max<int64_t>(count, 1) : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
   });
-  for_each(folds, [&](const ForwardItem& item) { run_fold(args, item); });
 }
 
 // The queries before key 0's reach are in no item.
@@ -248,7 +287,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
     }
     zero_unseen_queries(args, item.q_first, item.num_q, item.num_k);
   }
-  const int64_t rows = tile_rows(args.tile_tokens, group);
+  const int64_t rows = tile_rows(args.tile_tokens * group);
   const auto dq_sums = std::make_unique_for_overwrite<float[]>(shared_tiles * rows * dim);
   const auto blocks_done = std::make_unique<std::atomic<int32_t>[]>(shared_tiles);
   args.dq_sums = dq_sums.get();

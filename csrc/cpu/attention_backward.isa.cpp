@@ -205,7 +205,7 @@ void backward_item(const BackwardArgs& args, const BackwardItem& item, float* sc
   constexpr int64_t kPitch = kRowPitch<Format, kMaxDim>, kSteps = Format::kSteps;
   const DType dtype = args.shape.dtype;
   const int64_t dim = args.shape.head_dim, group = args.group, heads = args.shape.num_q_heads;
-  const int64_t max_rows = tile_rows(args.tile_tokens, group);
+  const int64_t max_rows = tile_rows(args.tile_tokens * group);
   const Block<Format> b = carve<Format, kMaxDim>(scratch, dim, max_rows);
   const float softcap = args.shape.softcap, scale = args.shape.scale, one = 1.0f;
   const float score_factor = softcap > 0 ? scale / softcap : scale * kLog2e;

@@ -46,16 +46,20 @@ struct ForwardArgs {
 struct ForwardItem {
   int64_t q_first;  // token index into q
   int64_t num_q;
-  int64_t position;      // key position of query q_first
-  int64_t k_first;       // token index of the sequence's key 0 (not paged)
-  int64_t num_k;         // keys of the sequence
-  const int32_t* table;  // the sequence's row of the block table, or null
-  int64_t kv_head, kv_heads;
-  // Null: one key head, all segments, straight to the output. Else the states of the tile, [Hkv, segments seen], of
-  // which this item computes segment `segment`, counted from the first one seen; attention_forward_fold does the rest.
-  float* states;
+  int64_t position;           // key position of query q_first
+  int64_t k_first;            // token index of the sequence's key 0 (not paged)
+  int64_t num_k;              // keys of the sequence
+  const int32_t* table;       // the sequence's row of the block table, or null
+  int64_t kv_head, kv_heads;  // attention_forward_item: one
+  int64_t cost;               // in multiply-adds, about
+};
+
+// Few queries on many keys: one segment of those that a tile sees, counted from the first. states: one for each of the
+// tile's segments; attention_decode_fold puts them together.
+struct DecodeItem {
+  ForwardItem tile;
   int64_t segment;
-  int64_t cost;  // in multiply-adds, about
+  float* states;
 };
 
 struct KeyRange {
@@ -68,6 +72,11 @@ static inline KeyRange keys_seen(const AttentionMask& mask, const ForwardItem& i
 static inline int64_t segments_seen(const KeyRange& keys) {
   if (keys.end <= keys.begin) return 0;
   return (keys.end - 1) / kKeySegment - keys.begin / kKeySegment + 1;
+}
+
+static inline KeyRange segment_of(const KeyRange& keys, int64_t i) {
+  const int64_t begin = (keys.begin / kKeySegment + i) * kKeySegment, end = begin + kKeySegment;
+  return {begin < keys.begin ? keys.begin : begin, end < keys.end ? end : keys.end};
 }
 
 struct BackwardArgs {
@@ -99,14 +108,14 @@ struct BackwardItem {
 // What the units need of their caller. Static, like everything that an x.isa.cpp might instantiate (see the hazard in
 // isa.h).
 //
-// Rows a tile of queries occupies in scratch: the last register tile may reach up to 15 rows beyond those in use.
-static inline int64_t tile_rows(int64_t tokens, int64_t group) { return (tokens * group + 30) / 16 * 16; }
+// What `rows` rows of a tile occupy in scratch: the last register tile may reach up to 15 rows beyond those in use.
+static inline int64_t tile_rows(int64_t rows) { return (rows + 30) / 16 * 16; }
 // Bounds, for any instruction set, of the scratch memory in floats.
 static inline int64_t states_size(int64_t rows, int64_t dim) { return rows * (dim + 4); }
-static inline int64_t forward_scratch(int64_t rows, int64_t dim, int64_t kv_heads) {
-  return 2 * kKeyBlock * dim + 16 * kKeyBlock + kv_heads * rows * ((dim <= 64 ? 64 : 256) + 16) +
-         2 * states_size(rows, dim);
+static inline int64_t forward_scratch(int64_t rows, int64_t dim) {
+  return 2 * kKeyBlock * dim + 16 * kKeyBlock + rows * ((dim <= 64 ? 64 : 256) + 16) + 2 * states_size(rows, dim);
 }
+static inline int64_t decode_scratch(int64_t rows, int64_t dim) { return rows * (2 * dim + kKeyBlock + 2); }
 static inline int64_t backward_scratch(int64_t rows, int64_t dim) {
   constexpr int64_t kPitch = kGradientBlock + 16;
   return 5 * kPitch * dim + rows * (2 * ((dim <= 64 ? 64 : 256) + 16) + 2 * dim + 2 * kPitch + 2) + 32 * kPitch;
@@ -117,8 +126,10 @@ bool wait_for_turn(const std::atomic<int32_t>& done, int32_t turns, const std::a
 void finish_turn(std::atomic<int32_t>& done);
 
 FASTSFT_ISA_DECLARE(void, attention_forward_item, const ForwardArgs& args, const ForwardItem& item, float* scratch)
-// Folds the states of a tile whose segments are done and writes its output, for the item's key heads.
-FASTSFT_ISA_DECLARE(void, attention_forward_fold, const ForwardArgs& args, const ForwardItem& item)
+// The same for few rows and one segment, into the item's states.
+FASTSFT_ISA_DECLARE(void, attention_decode_item, const ForwardArgs& args, const DecodeItem& item, float* scratch)
+// Folds the states of a tile whose segments are all done and writes its output.
+FASTSFT_ISA_DECLARE(void, attention_decode_fold, const ForwardArgs& args, const DecodeItem& item)
 FASTSFT_ISA_DECLARE(void, attention_backward_item, const BackwardArgs& args, const BackwardItem& item, float* scratch)
 // delta of queries [begin, end)
 FASTSFT_ISA_DECLARE(void, attention_backward_delta, const BackwardArgs& args, int64_t begin, int64_t end)

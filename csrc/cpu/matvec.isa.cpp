@@ -345,27 +345,57 @@ FASTSFT_INLINE int64_t words_of_row(const PackedLinear& call) {
   return lines * line_depth(format) / (in_pairs(call) ? 2 : 1);
 }
 
-// words[word * width + row] = word_of(x of the row, word), in blocks that stay in L1.
-template <typename WordOf>
-FASTSFT_INLINE void interleave(const PackedLinear& call, int64_t row, int64_t rows, int64_t width, int64_t count,
-                               uint32_t* words, WordOf&& word_of) {
-  for (int64_t begin = 0; begin < count; begin += 256) {
-    const int64_t end = smaller(begin + 256, count);
-    for (int64_t r = 0; r < rows; ++r) {
-      const void* const x = element(call.dtype, call.x, (row + r) * call.weight.k);
-      for (int64_t word = begin; word < end; ++word) words[word * width + r] = word_of(x, word);
+// The first `count` lanes; the usual counts are constants, one instruction each.
+FASTSFT_INLINE void store_words(uint32_t* out, Vec v, int64_t count) {
+  if (count == kLanes) {
+    std::memcpy(out, &v, kVectorBytes);
+  } else if (count == kLanes / 2) {
+    std::memcpy(out, &v, kVectorBytes / 2);
+  } else if (count == kLanes / 4) {
+    std::memcpy(out, &v, kVectorBytes / 4);
+  } else {
+    std::memcpy(out, &v, static_cast<std::size_t>(count) * 4);
+  }
+}
+
+// out[word * width + row] = word `word` of `row` for words [0, count); 0 from row `rows` on. load(row, word) gives the
+// kLanes words from `word` on, 0 past the row's end.
+template <typename Load>
+FASTSFT_INLINE void interleave(int64_t rows, int64_t width, int64_t count, uint32_t* out, Load&& load) {
+  for (int64_t word = 0; word < count; word += kLanes) {
+    const int64_t words = smaller<int64_t>(kLanes, count - word);
+    if (width == 1) {
+      store_words(out + word, load(0, word), words);
+      continue;
+    }
+    for (int64_t first = 0; first < width; first += kLanes) {
+      Vec block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = first + i < rows ? load(first + i, word) : Vec{};
+      transpose(block);
+      for (int64_t i = 0; i < words; ++i) {
+        store_words(out + (word + i) * width + first, block[i], smaller<int64_t>(kLanes, width - first));
+      }
     }
   }
 }
 
 // --- x of W8A8 ---------------------------------------------------------------------------------------------------
 
-// A run of a row of x: integers, their sum, their scale (NaN if one of them was not finite).
+// A run of a row of x: integers as the product takes them, their sum, their scale (NaN if one of them was not finite).
 struct Run {
-  alignas(64) int8_t values[kRunChannels];
+  alignas(64) char values[kRunChannels * (kHasDots ? 1 : 4)];
   int32_t sum;
   float scale;
 };
+
+template <typename Of>
+FASTSFT_INLINE int32_t reduce_lanes(VecInt v, Of&& of) {
+  const auto moved = [](Vec other) { return reinterpret_cast<VecInt>(other); };
+  if constexpr (kLanes >= 16) v = of(v, moved(exchange<8>(reinterpret_cast<Vec>(v))));
+  if constexpr (kLanes >= 8) v = of(v, moved(exchange<4>(reinterpret_cast<Vec>(v))));
+  v = of(v, moved(exchange<2>(reinterpret_cast<Vec>(v))));
+  return of(v, moved(exchange<1>(reinterpret_cast<Vec>(v))))[0];
+}
 
 FASTSFT_INLINE Run quantise(const PackedLinear& call, int64_t row, int64_t begin) {
   constexpr int kParts = kRunChannels / kLanes;
@@ -379,8 +409,7 @@ FASTSFT_INLINE Run quantise(const PackedLinear& call, int64_t row, int64_t begin
     most = magnitude > most ? magnitude : most;
   }
   Run run{};
-  int32_t largest = 0;
-  for (int lane = 0; lane < kLanes; ++lane) largest = larger(largest, most[lane]);
+  const int32_t largest = reduce_lanes(most, [](VecInt a, VecInt b) { return a > b ? a : b; });
   if (largest >= 0x7f800000) {
     run.scale = __builtin_nanf("");
     return run;
@@ -391,30 +420,34 @@ FASTSFT_INLINE Run quantise(const PackedLinear& call, int64_t row, int64_t begin
   for (int i = 0; i < kParts; ++i) {
     // Added to 1.5 * 2^23, an integer is in the low bits: rounded to the nearest, ties to even.
     const VecInt value = reinterpret_cast<VecInt>(x[i] * inverse + 0x1.8p23f) - 0x4b400000;
-    const Bytes bytes = __builtin_convertvector(value, Bytes);
-    std::memcpy(run.values + i * kLanes, &bytes, sizeof(bytes));
+    if constexpr (kHasDots) {
+      const Bytes bytes = __builtin_convertvector(value, Bytes);
+      std::memcpy(run.values + i * kLanes, &bytes, sizeof(bytes));
+    } else {
+      const Vec floats = as_float(value);
+      std::memcpy(run.values + i * kVectorBytes, &floats, sizeof(floats));
+    }
     sum += value;
   }
-  for (int lane = 0; lane < kLanes; ++lane) run.sum += sum[lane];
+  run.sum = reduce_lanes(sum, [](VecInt a, VecInt b) { return a + b; });
   return run;
 }
 
 // Rows [row, row + rows) as words[run][kRunWords + words of its lines][width].
 void pack_runs(const PackedLinear& call, int64_t row, int64_t rows, int64_t width, uint32_t* words) {
   constexpr WeightFormat kFormat = WeightFormat::kW8A8;
+  Run runs[kMaxRows];
   for (int64_t begin = 0; begin < call.weight.k; begin += kRunChannels) {
     const int64_t lines = smaller(kBlockLines, panel_lines(kFormat, call.weight.k - begin));
     const int64_t count = lines * words_of_line<kFormat, false>();
+    std::memset(words, 0, static_cast<std::size_t>(kRunWords * width * 4));
     for (int64_t r = 0; r < rows; ++r) {
-      const Run run = quantise(call, row + r, begin);
-      words[r] = kHasDots ? static_cast<uint32_t>(-128 * run.sum) : 0;
-      words[width + r] = load_bits<uint32_t>(&run.scale);
-      uint32_t* const out = words + kRunWords * width + r;
-      for (int64_t i = 0; i < count; ++i) {
-        const float one = run.values[i];
-        out[i * width] = load_bits<uint32_t>(kHasDots ? static_cast<const void*>(run.values + 4 * i) : &one);
-      }
+      runs[r] = quantise(call, row + r, begin);
+      if (kHasDots) words[r] = static_cast<uint32_t>(-128 * runs[r].sum);
+      words[width + r] = load_bits<uint32_t>(&runs[r].scale);
     }
+    interleave(rows, width, count, words + kRunWords * width,
+               [&](int64_t r, int64_t word) { return load_bits<Vec>(runs[r].values + word * 4); });
     words += (kRunWords + count) * width;
   }
 }
@@ -433,21 +466,21 @@ void matvec_pack_input(const PackedLinear& call, uint32_t* words) {
   for (int64_t row = 0; row < call.rows; row += kMaxRows) {
     const int64_t width = pass_rows(call.rows - row), rows = smaller(width, call.rows - row);
     uint32_t* const out = words + row * count;
-    std::memset(out, 0, static_cast<std::size_t>(count * width * 4));
-    const auto fill = [&](int64_t n, auto&& word_of) { interleave(call, row, rows, width, n, out, word_of); };
     if (call.weight.format == WeightFormat::kW8A8) {
       pack_runs(call, row, rows, width, out);
-    } else if (call.dtype == DType::kFloat32) {
-      fill(k, [](const void* x, int64_t i) { return load_bits<uint32_t>(static_cast<const float*>(x) + i); });
-    } else if (!in_pairs(call)) {
-      fill(k, [](const void* x, int64_t i) { return uint32_t{static_cast<const uint16_t*>(x)[i]} << 16; });
-    } else {
-      fill(k / 2,
-           [](const void* x, int64_t i) { return load_bits<uint32_t>(static_cast<const uint16_t*>(x) + 2 * i); });
-      for (int64_t r = 0; k % 2 && r < rows; ++r) {
-        out[k / 2 * width + r] = static_cast<const uint16_t*>(call.x)[(row + r + 1) * k - 1];
-      }
+      continue;
     }
+    const bool as_it_is = call.dtype == DType::kFloat32 || in_pairs(call);
+    const int64_t bytes = static_cast<int64_t>(bytes_of(call.dtype, k));
+    interleave(rows, width, count, out, [&](int64_t r, int64_t word) {
+      const char* const x = static_cast<const char*>(call.x) + (row + r) * bytes;
+      if (!as_it_is) return word < k ? load_until(call.dtype, x, word, k) : Vec{};
+      const int64_t left = bytes - word * 4;
+      if (left >= kVectorBytes) return load_bits<Vec>(x + word * 4);
+      Vec v{};
+      if (left > 0) std::memcpy(&v, x + word * 4, static_cast<std::size_t>(left));
+      return v;
+    });
   }
 }
 

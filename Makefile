@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test test-python test-cpp lint format build bench gpu-check wheel stubs clean
+.PHONY: demo test test-python test-cpp ptxas lint format build bench gpu-check wheel stubs clean
 
 demo: build
 	$(BIN)/fastsft demo $(DEMO_ARGS)
@@ -25,6 +25,10 @@ test-cpp-%: $(VENV)/ready
 	  -DFASTSFT_SANITIZE=$* -DFASTSFT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$*
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/$* --output-on-failure
+
+# Registers and local memory of every CUDA kernel, where nvcc is at hand.
+ptxas: $(VENV)/ready
+	$(BIN)/python tests/cuda_host/ptxas.py
 
 lint: build
 	$(BIN)/ruff check .

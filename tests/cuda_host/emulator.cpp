@@ -8,78 +8,23 @@
 #include <sstream>
 #include <vector>
 
-#include "fibre.h"
+#include "block.h"
 
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_host {
+
+Run* g_run = nullptr;
+
 namespace {
 
-constexpr unsigned kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
-constexpr int kBarriers = 16;
 constexpr std::size_t kMaxShared = 227 * 1024, kSharedAlignment = 1024;
-
-struct PendingCopy {
-  unsigned group;
-  Copy copy;
-};
-
-struct Thread {
-  unsigned index = 0;
-  Fibre* fibre = nullptr;
-  bool done = false;
-  const void* waiting_at = nullptr;  // a Meeting or Barrier
-  const char* waiting_for = nullptr;
-  std::vector<PendingCopy> copies;
-  std::size_t landed = 0;   // copies before this one have
-  unsigned open_group = 0;  // number of the cp.async group that the next commit closes
-};
-
-// Where the lanes of a warp, or the threads of a warpgroup, come together.
-struct Meeting {
-  const char* name = nullptr;
-  unsigned first = 0, size = 0, arrived = 0, phase = 0;
-  void* arguments[kWarpgroup] = {};
-  uint64_t order[2] =
-      {};  // addresses for release and acquire; one per phase, so that a slow lane acquires no later one
-};
-
-struct Barrier {
-  unsigned expected = 0, arrived = 0, phase = 0;
-  std::vector<unsigned> last_arrival;  // per thread: 1 + the phase it last arrived in
-  uint64_t order[2] = {};
-};
-
-struct Block {
-  std::vector<Thread> threads;
-  std::vector<Meeting> warps, warpgroups;
-  std::vector<Barrier> barriers{kBarriers};
-  std::byte* shared = nullptr;
-  std::size_t shared_bytes = 0;
-  bool descending = false;     // order in which threads start and wake: every second block the other way round
-  std::vector<Thread*> ready;  // a ring
-  std::size_t head = 0, count = 0;
-  unsigned done = 0;
-  std::exception_ptr error;
-  uint64_t start = 0, end = 0;
-
-  void wake(Thread& thread) {
-    thread.waiting_at = nullptr;
-    ready[(head + count++) % ready.size()] = &thread;
-  }
-  Thread* next() {
-    if (count == 0) return nullptr;
-    Thread* const thread = ready[head];
-    head = (head + 1) % ready.size();
-    --count;
-    return thread;
-  }
-};
 
 // Two sets of fibres take turns, so that nothing orders a block's accesses before those of the next one.
 struct Pool {
   std::vector<std::unique_ptr<Fibre>> fibres;
-  void* owner = create_actor();  // allocates and frees the blocks' memory
+  void* owner = create_actor();  // see Run
+  void* engine = create_actor();
 
   void grow(std::size_t count) {
     while (fibres.size() < count) fibres.push_back(std::make_unique<Fibre>());
@@ -91,13 +36,6 @@ Pool& pool(unsigned turn) {
   return pools[turn % 2];
 }
 
-struct Run {
-  const std::string* kernel;
-  const std::function<void()>* body;
-  Block* block = nullptr;
-  Thread* self = nullptr;
-};
-Run* g_run = nullptr;
 uint64_t g_fences = 0;
 
 void enter(Thread& thread) {
@@ -118,6 +56,10 @@ std::exception_ptr deadlock(Block& block) {
   for (const Thread& thread : block.threads) {
     if (thread.waiting_at == nullptr) continue;
     text << "thread " << thread.index << " waits at " << thread.waiting_for;
+    if (const std::string state = mbarrier_state(block, thread.waiting_at); !state.empty()) {
+      text << state;
+      break;
+    }
     unsigned first = 0, last = static_cast<unsigned>(block.threads.size());
     for (const auto* meetings : {&block.warps, &block.warpgroups}) {
       for (const Meeting& m : *meetings) {
@@ -139,7 +81,9 @@ std::exception_ptr deadlock(Block& block) {
 // Leaves the running thread, which waits or is done, for the next one that can run; for the host if there is none.
 void leave(Thread& self) {
   Block& block = *g_run->block;
-  Thread* const next = block.error ? nullptr : block.next();
+  Thread* next = block.error ? nullptr : block.next();
+  const bool over = block.error || block.done == block.threads.size();
+  while (next == nullptr && !over && land_load(block)) next = block.next();
   if (next == nullptr) {
     Fibre::switch_to(*self.fibre, Fibre::host());  // the end of the block, or a deadlock
   } else {
@@ -148,19 +92,13 @@ void leave(Thread& self) {
   }
 }
 
-void wait_at(const void* place, const char* name) {
-  Thread& self = *g_run->self;
-  self.waiting_at = place;
-  self.waiting_for = name;
-  leave(self);
-}
-
 void thread_main(void* argument) {
   Thread& self = *static_cast<Thread*>(argument);
   Block& block = *g_run->block;
   acquire(&block.start);
   try {
     (*g_run->body)();
+    if (const std::string text = unfinished(self); !text.empty()) fail(text);
   } catch (...) {
     block.error = std::current_exception();
   }
@@ -168,14 +106,6 @@ void thread_main(void* argument) {
   self.done = true;
   ++block.done;
   leave(self);
-}
-
-// Lets go on who waits at `place`, in the order of the block. Allocates nothing: memory is the pool owner's business.
-void wake_all(Block& block, const void* place, unsigned first, unsigned count) {
-  for (unsigned i = 0; i < count; ++i) {
-    Thread& thread = block.threads[first + (block.descending ? count - 1 - i : i)];
-    if (thread.waiting_at == place) block.wake(thread);
-  }
 }
 
 void meet(Meeting& m, const char* name, void* argument, Combine combine) {
@@ -223,6 +153,8 @@ std::exception_ptr run_block(Run& run, unsigned turn, std::size_t shared_bytes, 
   Pool& fibres = pool(turn);
   const unsigned threads = blockDim.x;
   fibres.grow(threads);
+  run.owner = fibres.owner;
+  run.engine = fibres.engine;
   act_as(fibres.owner, [&] {
     acquire(begin);
     run.block = make_block(threads, shared_bytes, turn);
@@ -239,10 +171,14 @@ std::exception_ptr run_block(Run& run, unsigned turn, std::size_t shared_bytes, 
   enter(first);
   Fibre::switch_to(Fibre::host(), *first.fibre);
   const bool stuck = !block.error && block.done < threads;
-  const std::exception_ptr error = stuck ? deadlock(block) : block.error;
+  std::exception_ptr error = stuck ? deadlock(block) : block.error;
+  if (const std::string text = unfinished(block); !error && !text.empty()) {
+    error = std::make_exception_ptr(Fault(where() + ": " + text));
+  }
   for (const Thread& thread : block.threads) {
     if (!thread.done) act_as(thread.fibre->tsan, [&] { release(&block.end); });
   }
+  act_as(fibres.engine, [&] { release(&block.end); });
   act_as(fibres.owner, [&] {
     acquire(&block.end);
     std::free(block.shared);
@@ -260,6 +196,26 @@ uint64_t scrambling_stride(uint64_t count) {
 }
 
 }  // namespace
+
+void wait_at(const void* place, const char* name) {
+  Thread& self = *g_run->self;
+  self.waiting_at = place;
+  self.waiting_for = name;
+  leave(self);
+}
+
+// In the order of the block. Allocates nothing: memory is the owner's business.
+void wake_all(Block& block, const void* place, unsigned first, unsigned count) {
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = block.threads[first + (block.descending ? count - 1 - i : i)];
+    if (thread.waiting_at == place) block.wake(thread);
+  }
+}
+
+void yield() {
+  g_run->block->wake(*g_run->self);
+  leave(*g_run->self);
+}
 
 void launch(const std::string& kernel, Dim3 grid, unsigned threads, std::size_t shared_bytes,
             const std::function<void()>& body) {

@@ -7,32 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "kernel_cases.h"
 #include "launch.h"
 #include "primitives.cuh"
 
 using namespace fastsft::cuda;
 
 namespace {
-
-void run(unsigned threads, std::size_t shared_bytes, const std::function<void()>& body) {
-  cuda_host::launch("test", 1, threads, shared_bytes, body);
-}
-
-// The text of the fault that `body` ends in.
-std::string fault(unsigned threads, const std::function<void()>& body) {
-  try {
-    run(threads, 256, body);
-  } catch (const cuda_host::Fault& error) {
-    return error.what();
-  }
-  return "";
-}
-
-void expect(const std::string& text, const std::string& part) {
-  if (text.find(part) == std::string::npos) std::printf("got: %s\nexpected: %s\n", text.c_str(), part.c_str());
-  CHECK(text.find(part) != std::string::npos);
-}
 
 template <typename T>
 __global__ void write_indices(T* out, T offset) {
@@ -110,17 +91,17 @@ TEST(named_barriers_hand_over) {
 }
 
 TEST(a_barrier_that_not_all_threads_reach) {
-  const std::string text = fault(64, [] {
+  const std::string text = fault(64, 256, [] {
     if (threadIdx.x < 40) __syncthreads();
   });
   expect(text,
          "test, block (0, 0, 0): thread 0 waits at __syncthreads, which thread 40 does not reach: it has returned");
-  expect(fault(64, [] { threadIdx.x < 32 ? __syncthreads() : barrier_sync(3, 64); }),
+  expect(fault(64, 256, [] { threadIdx.x < 32 ? __syncthreads() : barrier_sync(3, 64); }),
          "thread 0 waits at __syncthreads, which thread 32 does not reach: it waits at barrier_sync");
 }
 
 TEST(a_lane_that_is_missing_from_a_warp_operation) {
-  expect(fault(64,
+  expect(fault(64, 256,
                [] {
                  if (threadIdx.x != 37) shuffle_xor(1.0f, 1);
                }),
@@ -128,15 +109,15 @@ TEST(a_lane_that_is_missing_from_a_warp_operation) {
 }
 
 TEST(lanes_at_different_operations) {
-  expect(fault(32, [] { lane_id() == 3 ? sync_warp() : static_cast<void>(warp_ballot(true)); }),
+  expect(fault(32, 256, [] { lane_id() == 3 ? sync_warp() : static_cast<void>(warp_ballot(true)); }),
          "thread 3 is at sync_warp while thread 0 of its warp is at warp_ballot");
 }
 
 TEST(barriers_used_wrongly) {
-  expect(fault(64, [] { barrier_sync(1, threadIdx.x < 32 ? 64 : 32); }), "others for 64");
-  expect(fault(64, [] { barrier_sync(16, 64); }), "16 (0 to 15)");
-  expect(fault(64, [] { barrier_sync(1, 128); }), "for 128 threads");
-  expect(fault(64,
+  expect(fault(64, 256, [] { barrier_sync(1, threadIdx.x < 32 ? 64 : 32); }), "others for 64");
+  expect(fault(64, 256, [] { barrier_sync(16, 64); }), "16 (0 to 15)");
+  expect(fault(64, 256, [] { barrier_sync(1, 128); }), "for 128 threads");
+  expect(fault(64, 256,
                [] {
                  barrier_arrive(1, 64);
                  barrier_arrive(1, 64);
@@ -145,14 +126,15 @@ TEST(barriers_used_wrongly) {
 }
 
 TEST(misaligned_and_foreign_addresses) {
-  expect(fault(32, [] { load<uint4>(shared_memory() + 8); }), "load: the address is not aligned to 16 bytes");
+  expect(fault(32, 256, [] { load<uint4>(shared_memory() + 8); }), "load: the address is not aligned to 16 bytes");
   uint32_t r[4];
-  expect(fault(32, [&] { load_matrix_x4(r, shared_memory() + 2); }), "not aligned to 16");
-  expect(fault(32, [&] { load_matrix_x4(r, shared_memory() + 256); }), "offset 256 are not in the block's 256 bytes");
+  expect(fault(32, 256, [&] { load_matrix_x4(r, shared_memory() + 2); }), "not aligned to 16");
+  expect(fault(32, 256, [&] { load_matrix_x4(r, shared_memory() + 256); }),
+         "offset 256 are not in the block's 256 bytes");
   alignas(16) float source[8] = {};
-  expect(fault(32, [&] { copy_async(shared_memory() + 4, source); }), "copy_async: the address is not aligned");
-  expect(fault(32, [&] { copy_async(shared_memory(), source + 1); }), "copy_async: the address is not aligned");
-  expect(fault(32, [&] { copy_async(source + 4, source); }), "are not in the block's 256 bytes of shared memory");
+  expect(fault(32, 256, [&] { copy_async(shared_memory() + 4, source); }), "copy_async: the address is not aligned");
+  expect(fault(32, 256, [&] { copy_async(shared_memory(), source + 1); }), "copy_async: the address is not aligned");
+  expect(fault(32, 256, [&] { copy_async(source + 4, source); }), "are not in the block's 256 bytes of shared memory");
 }
 
 TEST(launches_that_a_GPU_would_refuse) {

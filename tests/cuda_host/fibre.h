@@ -44,15 +44,15 @@ void acquire(void* object);
 
 // Runs `action` as another ThreadSanitizer fibre, on the stack in use.
 void* create_actor();
-template <typename Action>
-void act_as(void* actor, Action&& action);
 void* become(void* actor);  // returns who was running
 
 template <typename Action>
 void act_as(void* actor, Action&& action) {
-  void* const self = become(actor);
+  struct Return {
+    void* self;
+    ~Return() { become(self); }
+  } const back{become(actor)};
   action();
-  become(self);
 }
 
 // Tell ThreadSanitizer of accesses made by this library, which is not instrumented itself.

@@ -77,6 +77,26 @@ void transpose_rows(void* const* lanes) {
   }
 }
 
+void gather_rows(void* const* lanes) {
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      uint16_t* const row = lane<MatrixRow>(lanes, 8 * i + l / 4).row + l % 4 * 2;
+      row[0] = static_cast<uint16_t>(lane<MatrixRow>(lanes, l).result[i]);
+      row[1] = static_cast<uint16_t>(lane<MatrixRow>(lanes, l).result[i] >> 16);
+    }
+  }
+}
+
+void gather_columns(void* const* lanes) {
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = 8 * i + l % 4 * 2;
+      lane<MatrixRow>(lanes, row).row[l / 4] = static_cast<uint16_t>(lane<MatrixRow>(lanes, l).result[i]);
+      lane<MatrixRow>(lanes, row + 1).row[l / 4] = static_cast<uint16_t>(lane<MatrixRow>(lanes, l).result[i] >> 16);
+    }
+  }
+}
+
 void mma_bfloat16(void* const* lanes) { mma<2, bfloat16_element>(lanes); }
 void mma_half(void* const* lanes) { mma<2, half_element>(lanes); }
 void mma_tf32(void* const* lanes) { mma<1, tf32_element>(lanes); }

@@ -49,6 +49,8 @@ struct MatrixRow {
 };
 void distribute_rows(void* const* lanes);
 void transpose_rows(void* const* lanes);
+void gather_rows(void* const* lanes);  // the inverses
+void gather_columns(void* const* lanes);
 
 struct Mma {
   float* d;

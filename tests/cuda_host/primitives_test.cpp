@@ -6,40 +6,9 @@
 #include <random>
 #include <vector>
 
-#include "check.h"
-#include "launch.h"
+#include "kernel_cases.h"
 
 using namespace fastsft::cuda;
-
-namespace {
-
-// Runs `body` in one block.
-void run(int threads, std::size_t shared_bytes, const std::function<void()>& body) {
-  cuda_host::launch("test", 1, static_cast<unsigned>(threads), shared_bytes, body);
-}
-
-template <typename T>
-std::vector<uint16_t> random_words(std::size_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<uint16_t> words(count);
-  for (uint16_t& w : words) w = T::from_float(normal(random));
-  return words;
-}
-
-// C [m, n] = A [m, k] B [k, n], the element types' exact values summed in double.
-template <typename T>
-std::vector<double> product(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b, int m, int n, int k) {
-  std::vector<double> c(static_cast<std::size_t>(m * n));
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
-      for (int l = 0; l < k; ++l) c[i * n + j] += double{T::to_float(a[i * k + l])} * T::to_float(b[l * n + j]);
-    }
-  }
-  return c;
-}
-
-}  // namespace
 
 TEST(sixteen_bit_conversions_round_to_nearest_even) {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
@@ -157,7 +126,9 @@ TEST(load_matrix_distributes_rows_as_the_ISA_says) {
 template <typename T>
 void check_mma() {
   const auto a = random_words<T>(16 * 16, 1), b = random_words<T>(16 * 8, 2);
-  const auto expected = product<T>(a, b, 16, 8, 16);
+  std::vector<uint16_t> b_columns(b.size());
+  for (int i = 0; i < 128; ++i) b_columns[i % 8 * 16 + i / 8] = b[i];
+  const auto expected = product<T>(a, b_columns, 16, 8, 16);
   run(32, (16 * 16 + 2 * 16 * 8) * 2, [&] {
     auto* const a_tile = shared_memory<uint16_t>();
     uint16_t *const b_tile = a_tile + 256, *const b_transposed = b_tile + 128;

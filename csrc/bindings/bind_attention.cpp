@@ -78,7 +78,7 @@ void varlen_attention_bwd(py::handle dout_tensor, py::handle q_tensor, py::handl
 
 void paged_attention(py::handle q_tensor, py::handle k_tensor, py::handle v_tensor, py::handle table_tensor,
                      py::handle cu_q_tensor, py::handle lens_tensor, bool causal, double scale, int64_t window_left,
-                     int64_t window_right, double softcap, py::handle out_tensor) {
+                     int64_t window_right, double softcap, py::handle scratch_tensor, py::handle out_tensor) {
   Check check("paged_attention");
   const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
   const TensorView k = check.floats("k_cache", k_tensor, "N S Hkv D", Layout::kRows);
@@ -102,6 +102,20 @@ void paged_attention(py::handle q_tensor, py::handle k_tensor, py::handle v_tens
   cache.max_blocks = check.size("M");
   const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
   const int64_t batch = check.size("B"), total_q = check.size("Tq");
+#if defined(FASTSFT_WITH_CUDA)
+  if (check.on_cuda()) {
+    auto* scratch = check.in<float>("scratch", scratch_tensor, "W");
+    const int64_t needed =
+        cuda::paged_scratch(total_q * shape.num_q_heads, shape.head_dim, cache.max_blocks * cache.block_size).floats;
+    check.require(check.size("W") >= needed, "scratch", std::to_string(needed) + " floats",
+                  std::to_string(check.size("W")));
+    py::gil_scoped_release release;
+    return cuda::paged_attention_forward(shape, cu_q, batch, total_q, input(q), cache, out.data, scratch,
+                                         check.stream());
+  }
+#endif
+  FASTSFT_CHECK(!check.on_cuda(), "paged_attention: q: this build has no CUDA kernels");
+  (void)scratch_tensor;  // the CPU kernel has its own
   py::gil_scoped_release release;
   paged_attention_forward(shape, cu_q, batch, total_q, input(q), cache, out.data);
 }
@@ -118,7 +132,14 @@ void register_attention(py::module_& m) {
         py::arg("dq"), py::arg("dk"), py::arg("dv"));
   m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
         py::arg("block_table"), py::arg("cu_seqlens_q"), py::arg("context_lens"), py::arg("causal"), py::arg("scale"),
-        py::arg("window_left"), py::arg("window_right"), py::arg("softcap"), py::arg("out"));
+        py::arg("window_left"), py::arg("window_right"), py::arg("softcap"), py::arg("scratch").none(true),
+        py::arg("out"));
+  m.def(
+      "paged_attention_scratch",
+      [](int64_t query_rows, int64_t head_dim, int64_t max_keys) {
+        return cuda::paged_scratch(query_rows, head_dim, max_keys).floats;
+      },
+      py::arg("query_rows"), py::arg("head_dim"), py::arg("max_keys"), "Floats that paged_attention needs on CUDA.");
 }
 
 }  // namespace fastsft::bindings

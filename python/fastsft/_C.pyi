@@ -3,7 +3,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -76,8 +76,12 @@ def packed_bytes(format: str, n: typing.SupportsInt | typing.SupportsIndex, k: t
     ...
 def packed_linear(x: typing.Any, format: str, group: typing.SupportsInt | typing.SupportsIndex, data: typing.Any, scales: typing.Any, bias: typing.Any, out: typing.Any) -> None:
     ...
-def paged_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, block_table: typing.Any, cu_seqlens_q: typing.Any, context_lens: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any) -> None:
+def paged_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, block_table: typing.Any, cu_seqlens_q: typing.Any, context_lens: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scratch: typing.Any, out: typing.Any) -> None:
     ...
+def paged_attention_scratch(query_rows: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, max_keys: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Floats that paged_attention needs on CUDA.
+    """
 def rms_norm(x: typing.Any, weight: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any, scale: typing.Any) -> None:
     ...
 def rms_norm_backward(x: typing.Any, weight: typing.Any, scale: typing.Any, grad: typing.Any, d_x: typing.Any, d_weight: typing.Any) -> None:

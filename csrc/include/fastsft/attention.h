@@ -83,4 +83,37 @@ struct PagedCache {
 void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
                              const AttentionInput& q, const PagedCache& cache, void* out);
 
+namespace cuda {
+
+inline constexpr int64_t kPagedSegment = 256;  // keys
+inline constexpr int64_t kPagedScratchBytes = int64_t{128} << 20;
+
+// Partial results per query row (query, head) of paged_attention_forward, and the floats of scratch memory they need:
+// one per segment of keys, or, where those would need too much memory, one in all; none if there is one segment.
+struct PagedScratch {
+  int64_t splits, floats;
+};
+
+// max_keys = max_blocks * block_size
+inline PagedScratch paged_scratch(int64_t query_rows, int64_t head_dim, int64_t max_keys) {
+  const int64_t segments = (max_keys + kPagedSegment - 1) / kPagedSegment, size = head_dim + 2;
+  if (segments <= 1) return {1, 0};
+  if (query_rows * segments * size * 4 > kPagedScratchBytes) return {1, query_rows * size};
+  return {segments, query_rows * (segments * size + 1)};
+}
+
+// The same on the device `stream` (a cudaStream_t) belongs to, all pointers in its memory; bfloat16 and float16. Starts
+// kernels only: no allocation, no synchronisation, and grids that depend on the shapes alone, so that a CUDA graph may
+// replay it with other offsets, tables and lengths. Blocks of 16 keys and segments of 256 are counted from key 0, hence
+// the bits of a row depend on what they do on the CPU; they differ from the CPU's.
+// Values are not checked on the host: a row whose context is shorter than its queries or longer than its blocks, or
+// that sees a key of a block id outside [0, num_blocks), is NaN; with offsets that do not ascend from 0 to total_q the
+// output is unspecified. Nothing outside the arguments is read or written in any case. Errors: Error for float32, a
+// head size outside the contract, rows of q, k or v that do not start at multiples of 16 bytes (q: of 4), and Tq * Hq
+// >= 2^31; std::runtime_error for a launch that failed.
+void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
+                             const AttentionInput& q, const PagedCache& cache, void* out, float* scratch, void* stream);
+
+}  // namespace cuda
+
 }  // namespace fastsft

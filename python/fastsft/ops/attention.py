@@ -18,6 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _OPTIONS = "bool causal, float scale, int window_left, int window_right, float softcap"
 _PLAIN_TORCH = Implementation("torch", "plain torch, one sequence at a time: there is no CUDA kernel yet")
+_PAGED_ON_CUDA = (
+    Implementation("native", "CUDA kernels, not yet run on a GPU; float32: plain torch")
+    if _C.cuda_architectures()
+    else Implementation("torch", "plain torch: built without CUDA kernels")
+)
 
 
 def varlen_attention(
@@ -112,7 +117,8 @@ def paged_attention(
 
     Raises:
         ValueError: for a shape, dtype, offset, block id or option outside the above, or a context shorter than its
-            queries.
+            queries. On CUDA in bfloat16 and float16 the values of offsets, block ids and contexts are not looked at:
+            rows that depend on a bad block id or context are NaN.
     """
     op = "paged_attention"
     _check_heads(op, q, k_cache, v_cache, "k_cache", 4)
@@ -235,7 +241,11 @@ def _native_paged(
     softcap: float,
 ) -> Tensor:
     out = q.new_empty(q.shape)
-    _C.paged_attention(q, k_cache, v_cache, table, cu_q, lens, causal, scale, left, right, softcap, out)
+    scratch = None
+    if q.is_cuda:
+        rows, max_keys = q.shape[0] * q.shape[1], table.shape[1] * k_cache.shape[1]
+        scratch = q.new_empty(_C.paged_attention_scratch(rows, q.shape[2], max_keys), dtype=torch.float32)
+    _C.paged_attention(q, k_cache, v_cache, table, cu_q, lens, causal, scale, left, right, softcap, scratch, out)
     return out
 
 
@@ -293,6 +303,11 @@ def _torch_paged(
     return reference.paged_attention(q.float(), *caches, table, cu_q, lens, **_reference_options(*options)).to(q.dtype)
 
 
+def _cuda_paged(q: Tensor, *arguments: Any) -> Tensor:
+    native = q.dtype != torch.float32 and bool(_C.cuda_architectures())
+    return (_native_paged if native else _torch_paged)(q, *arguments)
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _forward = define(
@@ -316,8 +331,8 @@ _paged = define(
     f"Tensor context_lens, {_OPTIONS}) -> Tensor",
     fake=_fake_paged,
     cpu=_native_paged,
-    cuda=_torch_paged,
-    cuda_is=_PLAIN_TORCH,
+    cuda=_cuda_paged,
+    cuda_is=_PAGED_ON_CUDA,
 )
 
 

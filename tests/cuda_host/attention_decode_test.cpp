@@ -1,0 +1,310 @@
+// csrc/cuda/attention_decode.cu in the emulator, against the definition in float64 and against itself: a row's bits
+// must not depend on what else is in the call. Buffers have exactly their size; what no key may be read from is NaN.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "emulator.h"
+#include "fastsft/attention.h"
+#include "fastsft/rng.h"
+#include "matrix.h"
+
+using namespace fastsft;
+
+namespace {
+
+using Words = std::vector<uint16_t>;
+
+uint16_t to_word(DType dtype, float x) {
+  return dtype == DType::kBFloat16 ? cuda_host::float_to_bfloat16(x) : cuda_host::float_to_half(x);
+}
+float to_float(DType dtype, uint16_t word) {
+  return dtype == DType::kBFloat16 ? cuda_host::bfloat16_to_float(word) : cuda_host::half_to_float(word);
+}
+
+struct Options {
+  DType dtype = DType::kBFloat16;
+  int heads_q = 4, heads_k = 2, dim = 64, block_size = 16;
+  bool causal = true;
+  int64_t left = -1, right = -1;
+  float softcap = 0.0f, scale = 0.3f;
+  int64_t extra_blocks = 2;  // columns of the table past the longest context
+};
+
+struct Problem {
+  Options o;
+  std::vector<int32_t> cu_q{0}, lens, table;
+  int64_t max_blocks, num_blocks = 0;
+  Words q, k, v;
+
+  Problem(const Options& options, const std::vector<int>& queries, const std::vector<int>& contexts) : o(options) {
+    for (int n : queries) cu_q.push_back(cu_q.back() + n);
+    lens.assign(contexts.begin(), contexts.end());
+    const auto blocks_of = [&](int n) { return (n + o.block_size - 1) / o.block_size; };
+    max_blocks = blocks_of(*std::max_element(contexts.begin(), contexts.end())) + o.extra_blocks;
+    for (int n : contexts) num_blocks += blocks_of(n);
+    table.assign(lens.size() * max_blocks, -7);  // never valid
+    int next = 0;
+    for (std::size_t b = 0; b < lens.size(); ++b) {
+      for (int i = 0; i < blocks_of(contexts[b]); ++i) {
+        table[b * max_blocks + i] = static_cast<int32_t>(num_blocks - 1 - next++);
+      }
+    }
+    q = random(int64_t{cu_q.back()} * o.heads_q * o.dim, 1);
+    const uint16_t nan = to_word(o.dtype, NAN);
+    const int64_t row = int64_t{o.heads_k} * o.dim;
+    k.assign(num_blocks * o.block_size * row, nan);
+    v = k;
+    for (std::size_t b = 0; b < lens.size(); ++b) {
+      for (int j = 0; j < lens[b]; ++j) {
+        for (Words* cache : {&k, &v}) {
+          const Words values = random(row, 100 + 2 * (1000 * b + j) + (cache == &v));
+          std::copy(values.begin(), values.end(), cache->begin() + slot(b, j) * row);
+        }
+      }
+    }
+  }
+
+  int64_t slot(std::size_t b, int64_t key) const {
+    return int64_t{table[b * max_blocks + key / o.block_size]} * o.block_size + key % o.block_size;
+  }
+
+  Words random(int64_t n, uint64_t stream) const {
+    Words words(n);
+    for (int64_t i = 0; i < n; ++i) words[i] = to_word(o.dtype, 4.0f * uniform_open(philox(7, stream, i).x[0]) - 2.0f);
+    return words;
+  }
+
+  AttentionShape shape() const {
+    return {o.dtype, o.heads_q, o.heads_k, o.dim, o.scale, o.softcap, o.causal, o.left, o.right};
+  }
+
+  PagedCache cache() const {
+    const int64_t row = int64_t{o.heads_k} * o.dim;
+    return {.k = k.data(),
+            .v = v.data(),
+            .k_strides = {o.block_size * row, row, o.dim},
+            .v_strides = {o.block_size * row, row, o.dim},
+            .num_blocks = num_blocks,
+            .block_size = o.block_size,
+            .block_table = table.data(),
+            .context_lens = lens.data(),
+            .max_blocks = max_blocks};
+  }
+
+  Words run() const { return run(cache()); }
+
+  Words run(const PagedCache& cache) const {
+    const int64_t total = cu_q.back(), batch = static_cast<int64_t>(lens.size());
+    Words out(q.size(), to_word(o.dtype, NAN));
+    const int64_t max_keys = cache.max_blocks * cache.block_size;
+    std::vector<float> scratch(cuda::paged_scratch(total * o.heads_q, o.dim, max_keys).floats, NAN);
+    cuda::paged_attention_forward(shape(), cu_q.data(), batch, total, {q.data(), o.heads_q * o.dim, o.dim}, cache,
+                                  out.data(), scratch.data(), nullptr);
+    return out;
+  }
+
+  // Sequence b alone, with queries [first, last) of it and the context that ends with the last of these.
+  Problem part(std::size_t b, int first, int last, int64_t extra_blocks) const {
+    Problem p = *this;
+    const int queries = cu_q[b + 1] - cu_q[b], row = o.heads_q * o.dim;
+    p.cu_q = {0, last - first};
+    p.lens = {lens[b] - (queries - last)};
+    p.q.assign(q.begin() + (cu_q[b] + first) * row, q.begin() + (cu_q[b] + last) * row);
+    p.max_blocks = (lens[b] + o.block_size - 1) / o.block_size + extra_blocks;
+    p.table.assign(p.max_blocks, -7);
+    const auto mine = table.begin() + b * max_blocks;
+    std::copy(mine, mine + (lens[b] + o.block_size - 1) / o.block_size, p.table.begin());
+    return p;
+  }
+
+  std::vector<double> reference() const {
+    std::vector<double> out(q.size());
+    const int group = o.heads_q / o.heads_k;
+    for (std::size_t b = 0; b < lens.size(); ++b) {
+      const int queries = cu_q[b + 1] - cu_q[b];
+      for (int i = 0; i < queries * o.heads_q; ++i) {
+        const int64_t row = (int64_t{cu_q[b]} * o.heads_q + i) * o.dim, head = i % o.heads_q / group;
+        const int64_t position = lens[b] - queries + i / o.heads_q;
+        const auto at = [&](const Words& cache, int64_t key, int d) {
+          return static_cast<double>(to_float(o.dtype, cache[(slot(b, key) * o.heads_k + head) * o.dim + d]));
+        };
+        std::vector<double> scores(lens[b], -INFINITY);
+        for (int64_t j = 0; j < lens[b]; ++j) {
+          if (o.left >= 0 && j < position - o.left) continue;
+          if (o.causal ? j > position : o.right >= 0 && j > position + o.right) continue;
+          double dot = 0;
+          for (int d = 0; d < o.dim; ++d) dot += to_float(o.dtype, q[row + d]) * at(k, j, d);
+          scores[j] = dot * o.scale;
+          if (o.softcap > 0) scores[j] = o.softcap * std::tanh(scores[j] / o.softcap);
+        }
+        const double top = *std::max_element(scores.begin(), scores.end());
+        double total = 0;
+        for (double& s : scores) total += s = std::exp(s - top);
+        for (int d = 0; d < o.dim; ++d) {
+          for (int64_t j = 0; j < lens[b]; ++j) {
+            if (scores[j] > 0) out[row + d] += scores[j] / total * at(v, j, d);
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  // Probabilities and the result are rounded once each, to 8 or 11 bits; values are below 2.
+  void check_accuracy(const char* what) const {
+    const Words got = run();
+    const std::vector<double> expected = reference();
+    const double unit = o.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+    double worst = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const double error = std::fabs(to_float(o.dtype, got[i]) - expected[i]);
+      worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+    }
+    if (worst > 2 * unit) std::printf("%s: error %g, allowed %g\n", what, worst, 2 * unit);
+    CHECK(worst <= 2 * unit);
+  }
+};
+
+constexpr int64_t kManyBlocks = 2'500'000;  // partial results of all their segments would need too much memory
+const std::vector<int> kQueries{1, 1, 5, 0, 2, 1, 3}, kContexts{1, 17, 40, 9, 257, 530, 16};
+
+}  // namespace
+
+TEST(every_head_size_and_type) {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (int dim : {32, 64, 80, 96, 128, 256}) {
+      Problem({.dtype = dtype, .dim = dim, .scale = 1.0f / std::sqrt(static_cast<float>(dim))}, {1, 2, 1}, {5, 33, 300})
+          .check_accuracy("head size");
+    }
+  }
+}
+
+TEST(groups_of_query_heads) {
+  for (const auto& [heads_q, heads_k] : {std::pair{1, 1}, {3, 3}, {7, 1}, {16, 1}, {34, 2}}) {
+    Problem({.dtype = DType::kFloat16, .heads_q = heads_q, .heads_k = heads_k, .dim = 32}, {1, 3, 2}, {30, 65, 270})
+        .check_accuracy("group");
+  }
+}
+
+TEST(masks_and_options) {
+  DType dtype = DType::kFloat16;
+  for (Options o :
+       {Options{}, Options{.left = 20}, Options{.left = 0}, Options{.left = 300}, Options{.causal = false},
+        Options{.causal = false, .left = 3, .right = 2}, Options{.causal = false, .right = 0}, Options{.softcap = 2.0f},
+        Options{.scale = -0.7f}, Options{.block_size = 1}, Options{.block_size = 7, .left = 100, .extra_blocks = 0}}) {
+    o.dtype = dtype;
+    dtype = dtype == DType::kFloat16 ? DType::kBFloat16 : DType::kFloat16;
+    Problem(o, kQueries, kContexts).check_accuracy("option");
+  }
+}
+
+TEST(bits_of_a_row_are_its_own) {
+  const int before = cuda_host::multiprocessors;
+  for (const Options& o : {Options{.heads_q = 6}, Options{.dim = 256, .left = 70}, Options{.left = 259}}) {
+    const Problem all(o, kQueries, kContexts);
+    const Words expected = all.run();
+    const int row = o.heads_q * o.dim;
+    for (std::size_t b = 0; b < all.lens.size(); ++b) {
+      for (int i = all.cu_q[b]; i < all.cu_q[b + 1]; ++i) {
+        for (int64_t extra_blocks : {int64_t{0}, kManyBlocks}) {  // by segments, and all segments in turn
+          cuda_host::multiprocessors = 1 + i % 5;
+          const Words alone = all.part(b, i - all.cu_q[b], i - all.cu_q[b] + 1, extra_blocks).run();
+          CHECK(std::equal(alone.begin(), alone.end(), expected.begin() + i * row));
+        }
+      }
+    }
+  }
+  cuda_host::multiprocessors = before;
+}
+
+TEST(both_ways_of_sharing_out_segments) {
+  CHECK(cuda::paged_scratch(4, 64, 0).floats == 0 && cuda::paged_scratch(4, 64, 256).floats == 0);
+  CHECK(cuda::paged_scratch(4, 64, 257).splits == 2 && cuda::paged_scratch(4, 64, 257).floats == 4 * (2 * 66 + 1));
+  CHECK(cuda::paged_scratch(4, 64, 16 * kManyBlocks).splits == 1);
+  CHECK(cuda::paged_scratch(4, 64, 16 * kManyBlocks).floats == 4 * 66);
+}
+
+TEST(many_sequences) {  // more than a warp looks at once, some without queries
+  std::vector<int> queries, contexts;
+  for (int b = 0; b < 75; ++b) {
+    queries.push_back(b % 3 == 1 ? 0 : 1);
+    contexts.push_back(1 + b * 7 % 40);
+  }
+  Problem({.dtype = DType::kFloat16, .dim = 32}, queries, contexts).check_accuracy("many sequences");
+  const Problem none(Options{}, {0, 0}, {3, 4});
+  CHECK(none.run().empty());
+}
+
+TEST(joint_cache) {
+  const Problem p(Options{}, kQueries, kContexts);
+  const int64_t block = int64_t{p.o.block_size} * p.o.heads_k * p.o.dim;
+  Words both(p.k.size() * 2);
+  for (int64_t i = 0; i < p.num_blocks; ++i) {
+    std::copy_n(p.k.begin() + i * block, block, both.begin() + 2 * i * block);
+    std::copy_n(p.v.begin() + i * block, block, both.begin() + (2 * i + 1) * block);
+  }
+  PagedCache cache = p.cache();
+  cache.k = both.data();
+  cache.v = both.data() + block;
+  cache.k_strides[0] = cache.v_strides[0] = 2 * block;
+  CHECK(p.run(cache) == p.run());
+  cache.k_strides[1] += 4;
+  CHECK_THROWS(p.run(cache), Error);
+  cache = p.cache();
+  cache.v = p.v.data() + 1;
+  CHECK_THROWS(p.run(cache), Error);
+}
+
+TEST(broken_values_give_nan_and_touch_nothing_else) {
+  const Problem good(Options{}, kQueries, kContexts);
+  const Words expected = good.run();
+  const int row = good.o.heads_q * good.o.dim;
+  const auto check = [&](const Problem& p, std::size_t broken) {
+    const Words got = p.run();
+    for (std::size_t b = 0; b < p.lens.size(); ++b) {
+      for (int i = p.cu_q[b] * row; i < p.cu_q[b + 1] * row; ++i) {
+        CHECK(b == broken ? std::isnan(to_float(p.o.dtype, got[i])) : got[i] == expected[i]);
+      }
+    }
+  };
+  for (int id : {-1, static_cast<int>(good.num_blocks), INT32_MAX, INT32_MIN}) {
+    for (int column : {0, 20}) {
+      Problem p = good;
+      p.table[5 * p.max_blocks + column] = id;
+      check(p, 5);
+    }
+  }
+  for (int length : {-1, 0, 4, 10000, INT32_MAX, INT32_MIN}) {
+    Problem p = good;
+    p.lens[2] = length;
+    check(p, 2);
+  }
+}
+
+#if !defined(__SANITIZE_THREAD__)  // sequences that overlap write the same rows, which it would report
+TEST(broken_offsets_touch_nothing_else) {
+  for (int32_t offset : {-5, 1000, INT32_MIN, INT32_MAX}) {
+    Problem p(Options{}, kQueries, kContexts);
+    const int32_t total = p.cu_q.back();
+    p.cu_q[3] = offset;
+    Words out(p.q.size());
+    std::vector<float> scratch(cuda::paged_scratch(total * p.o.heads_q, p.o.dim, p.max_blocks * p.o.block_size).floats);
+    cuda::paged_attention_forward(p.shape(), p.cu_q.data(), 7, total, {p.q.data(), p.o.heads_q * p.o.dim, p.o.dim},
+                                  p.cache(), out.data(), scratch.data(), nullptr);
+  }
+}
+#endif
+
+TEST(errors) {
+  Problem p(Options{}, {1}, {3});
+  p.o.dim = 48;
+  CHECK_THROWS(p.run(), Error);
+  p.o = Options{.dtype = DType::kFloat32};
+  CHECK_THROWS(p.run(), Error);
+}
+
+TEST_MAIN()

@@ -176,6 +176,6 @@ __device__ __forceinline__ void store_matrix_x4_transposed(void* row, const uint
 
 }  // namespace fastsft::cuda
 
-#include "wgmma.cuh"
+#include "primitives_wgmma.cuh"
 
 #endif

@@ -36,7 +36,7 @@ void bulk_copy(Bulk kind, void* global, void* shared, int bytes, uint64_t* barri
 void bulk_commit();
 void bulk_wait(int groups_left);
 
-// Element (i, k) of a matrix operand is at byte offset `at` of shared memory; the formulas are in wgmma.cuh.
+// Element (i, k) of a matrix operand is at byte offset `at` of shared memory; the formulas are in primitives_wgmma.cuh.
 struct Descriptor {
   explicit Descriptor(uint64_t bits);
   std::size_t at(bool mn_major, int i, int k) const;

@@ -1,4 +1,4 @@
-// csrc/cuda/primitives_sm90.cuh for the host: the same names, whose contracts are there and in wgmma.cuh.
+// csrc/cuda/primitives_sm90.cuh for the host: the same names, whose contracts are there and in primitives_wgmma.cuh.
 #pragma once
 
 #include "async.h"

@@ -102,7 +102,7 @@ FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& i
       queue.add(query);
     }
   }
-  pack_rows<Format, kMaxDim>(dtype, rows, have, dim, panel + row * kRowPitch<Format, kMaxDim>);
+  pack_rows<Format, kMaxDim>(dtype, rows, have, dim, panel);
 }
 
 // One block of keys, [start, start + n), for all queries of one key head. packs: the queries are packed on the way.
@@ -116,24 +116,26 @@ FASTSFT_NOINLINE void attend(const ForwardArgs& args, const ForwardItem& item, i
   const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t have = smaller<int64_t>(kTileRows, rows - row);
-    if (packs) load_queries<Format, kMaxDim>(args, item, row, have, tile.queries, queue);
+    const int64_t strip = is_whole ? 0 : row;  // strips that nothing comes back to share the place of the first
+    auto* panel = tile.queries + strip * kPitch;
+    if (packs) load_queries<Format, kMaxDim>(args, item, row, have, panel, queue);
     Band bands[kTileRows];
     RowPlace place = place_of(row, group);
     for (int64_t i = 0; i < have; ++i, advance(place, group)) {
       bands[i] = visible_band(item.position + place.token, args.mask.left, args.mask.right, start, n);
     }
     const Band top = bands[0], bottom = bands[have - 1];
-    float* sums = states.sums + (is_whole ? 0 : row * dim);
-    const int64_t stats = is_whole ? 0 : row / kTileRows * kLanes;
+    float* sums = states.sums + strip * dim;
+    const int64_t stats = strip / kTileRows * kLanes;
     if (is_whole) {
       store(states.maxima, splat(-INFINITY));
       store(states.totals, Vec{});
     }
     if (top.first < bottom.last) {
       const int64_t begin = top.first / kLanes * kLanes, end = round_up(bottom.last, kLanes);
-      product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, tile.queries + row * kPitch,
-                                                         tile.keys + begin, kKeyBlock, dim / kSteps,
-                                                         tile.scores + begin, kKeyBlock, &score_factor, queue);
+      product<Format, Left::kRows, kPitch, Into::kStore>(have, end - begin, panel, tile.keys + begin, kKeyBlock,
+                                                         dim / kSteps, tile.scores + begin, kKeyBlock, &score_factor,
+                                                         queue);
       if (softcap > 0) cap_scores(tile.scores, have, begin, end, softcap);
       if (bottom.first > begin || top.last < end) hide(tile.scores, bands, have, begin, end);
       float factors[kLanes];

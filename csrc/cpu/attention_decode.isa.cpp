@@ -73,6 +73,23 @@ FASTSFT_NOINLINE void score(const typename Format::Word* queries, const Stream& 
   }
 }
 
+// The same for more rows than that, for which the keys are transposed once. queries: [rows, kPitch].
+template <typename Format>
+constexpr int64_t kPitch = kRowPitch<Format, 256>;
+template <typename Format>
+FASTSFT_NOINLINE void score_many(DType dtype, const typename Format::Word* queries, int64_t rows, const Stream& keys,
+                                 int64_t dim, float factor, typename Format::Word* panel, float* scores,
+                                 RowQueue& queue) {
+  const void* of_head[kLanes];
+  for (int i = 0; i < kLanes; ++i) of_head[i] = keys.row(i);
+  pack_columns<Format>(dtype, of_head, kLanes, dim, panel, kLanes);
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    product<Format, Left::kRows, kPitch<Format>, Into::kStore>(
+        smaller<int64_t>(kTileRows, rows - row), kLanes, queries + row * kPitch<Format>, panel, kLanes,
+        dim / Format::kSteps, scores + row * kKeyBlock, kKeyBlock, &factor, queue);
+  }
+}
+
 // --- values ------------------------------------------------------------------------------------------------------
 
 // Word vectors of step `step` from element d on: of one row, or of two neighbours zipped. Rows from `count` on count
@@ -161,7 +178,8 @@ FASTSFT_INLINE void accumulate_row(const typename Format::Word* probs, const Str
 
 template <typename Format>
 struct Scratch {
-  typename Format::Word* queries;  // [key heads, strips of rows, words, rows of the strip]
+  typename Format::Word* queries;  // [key heads, words, rows], or [rows, kPitch] for more than kStripRows
+  typename Format::Word* panel;    // [words, kLanes]: a unit of keys, transposed
   float* scores;                   // [rows, kKeyBlock]
   float* sums;                     // [rows, D]: of the values of one block
   float* factors;                  // [strips, kLanes]
@@ -169,20 +187,19 @@ struct Scratch {
 
 template <typename Format>
 FASTSFT_NOINLINE void load_queries(const ForwardArgs& args, const ForwardItem& tile, typename Format::Word* queries) {
-  using Word = typename Format::Word;
   const DType dtype = args.shape.dtype;
-  const int64_t words = args.shape.head_dim / Format::kSteps, rows = tile.num_q * args.group;
-  Word row[256];
+  const int64_t dim = args.shape.head_dim, rows = tile.num_q * args.group;
+  typename Format::Word row[256];
   for (int64_t head = tile.kv_head; head < tile.kv_head + tile.kv_heads; ++head) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t strip = r / kStripRows * kStripRows, have = smaller<int64_t>(kStripRows, rows - strip);
-      const void* query = element(dtype, args.q.data,
-                                  (tile.q_first + r / args.group) * args.q.token_stride +
-                                      (head * args.group + r % args.group) * args.q.head_stride);
-      pack_rows<Format, 256>(dtype, &query, 1, args.shape.head_dim, row);
-      for (int64_t w = 0; w < words; ++w) queries[strip * words + w * have + r - strip] = row[w];
+    RowPlace place{0, 0};
+    for (int64_t r = 0; r < rows; ++r, advance(place, args.group)) {
+      const int64_t token = tile.q_first + place.token, query_head = head * args.group + place.head;
+      const void* query = element(dtype, args.q.data, token * args.q.token_stride + query_head * args.q.head_stride);
+      const bool is_one_strip = rows <= kStripRows;
+      pack_rows<Format, 256>(dtype, &query, 1, dim, is_one_strip ? row : queries + r * kPitch<Format>);
+      for (int64_t w = 0; is_one_strip && w < dim / Format::kSteps; ++w) queries[w * rows + r] = row[w];
     }
-    queries += rows * words;
+    queries += rows * (rows <= kStripRows ? dim / Format::kSteps : kPitch<Format>);
   }
 }
 
@@ -199,21 +216,14 @@ FASTSFT_NOINLINE void find_block(const ForwardArgs& args, const ForwardItem& til
   block->first = larger<int64_t>(keys.begin - start, 0);
   find_rows(args, tile, args.k, start, block->n, block->keys);
   find_rows(args, tile, args.v, start, block->n, block->values);
+  // The translation of an address takes longer than the line: it is sought a block ahead.
+  for (int64_t j = 0; j < block->n; j += kLanes / 2) {
+    __builtin_prefetch(block->keys[j]);
+    __builtin_prefetch(block->values[j]);
+  }
   for (int64_t j = block->n; j < kKeyBlock; ++j) {  // any row that may be read
     block->keys[j] = block->keys[block->n - 1];
     block->values[j] = block->values[block->n - 1];
-  }
-}
-
-// Visits strips of one unit of kLanes keys or values after the other, all key heads: run(stream, head, strip, rows).
-template <typename Run>
-FASTSFT_INLINE void for_each_strip(const ForwardItem& tile, int64_t rows, const void* const* data, int64_t head_bytes,
-                                   Run run) {
-  for (int64_t head = 0; head < tile.kv_heads; ++head) {
-    const Stream stream{data, head * head_bytes};
-    for (int64_t strip = 0; strip < rows; strip += kStripRows) {
-      with_rows(smaller<int64_t>(kStripRows, rows - strip), [&](auto have) { run(stream, head * rows + strip, have); });
-    }
   }
 }
 
@@ -260,8 +270,12 @@ void decode_item(const ForwardArgs& args, const DecodeItem& item, float* memory)
   const float score_factor = softcap > 0 ? args.shape.scale / softcap : args.shape.scale * kLog2e;
   const auto element_bytes = static_cast<int64_t>(dtype_size(kDType));
   const int64_t key_bytes = args.k.stride[2] * element_bytes, value_bytes = args.v.stride[2] * element_bytes;
-  const Scratch<Format> scratch{reinterpret_cast<Word*>(memory), memory + max_rows * dim,
-                                memory + max_rows * (dim + kKeyBlock), memory + max_rows * (2 * dim + kKeyBlock)};
+  Scratch<Format> scratch;
+  scratch.panel = reinterpret_cast<Word*>(memory);
+  scratch.scores = memory + kLanes * dim;
+  scratch.sums = scratch.scores + max_rows * kKeyBlock;
+  scratch.factors = scratch.sums + max_rows * dim;
+  scratch.queries = reinterpret_cast<Word*>(scratch.factors + 2 * max_rows);
   const States states = states_at(item.states + item.segment * states_size(max_rows, dim), dim, max_rows);
   load_queries<Format>(args, tile, scratch.queries);
   clear(states, total, dim);
@@ -294,10 +308,19 @@ void decode_item(const ForwardArgs& args, const DecodeItem& item, float* memory)
       } else {
         ask_for(now->values, begin + then - end, now->n, value_bytes);
       }
-      for_each_strip(tile, rows, now->keys + j, key_bytes, [&](const Stream& stream, int64_t row, auto have) {
-        score<Format, kDType, decltype(have)::value>(scratch.queries + row * words, stream, words, score_factor,
-                                                     scratch.scores + row * kKeyBlock + j, queue);
-      });
+      for (int64_t head = 0; head < tile.kv_heads; ++head) {
+        const Stream stream{now->keys + j, head * key_bytes};
+        float* scores = scratch.scores + head * rows * kKeyBlock + j;
+        if (rows > kStripRows) {
+          score_many<Format>(kDType, scratch.queries + head * rows * kPitch<Format>, rows, stream, dim, score_factor,
+                             scratch.panel, scores, queue);
+        } else {
+          with_rows(rows, [&](auto count) {
+            score<Format, kDType, decltype(count)::value>(scratch.queries + head * rows * words, stream, words,
+                                                          score_factor, scores, queue);
+          });
+        }
+      }
     }
     mask_and_normalise(args, tile, *now, scratch, states);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -309,11 +332,17 @@ void decode_item(const ForwardArgs& args, const DecodeItem& item, float* memory)
       }
       const int64_t first = larger<int64_t>(now->first - j, 0) / kSteps;
       const int64_t last = smaller(kUnitSteps, (now->n - j + kSteps - 1) / kSteps);
-      for_each_strip(tile, rows, now->values + j, value_bytes, [&](const Stream& stream, int64_t row, auto have) {
-        const auto* probs = reinterpret_cast<const Word*>(scratch.scores + row * kKeyBlock);
-        accumulate_row<Format, kDType, decltype(have)::value>(probs + j / kSteps, stream, first, last, now->n - j, dim,
-                                                              scratch.sums + row * dim, queue);
-      });
+      for (int64_t head = 0; head < tile.kv_heads; ++head) {
+        const Stream stream{now->values + j, head * value_bytes};
+        for (int64_t r = 0; r < rows; r += kStripRows) {
+          const int64_t row = head * rows + r;
+          const auto* probs = reinterpret_cast<const Word*>(scratch.scores + row * kKeyBlock) + j / kSteps;
+          with_rows(smaller<int64_t>(kStripRows, rows - r), [&](auto count) {
+            accumulate_row<Format, kDType, decltype(count)::value>(probs, stream, first, last, now->n - j, dim,
+                                                                   scratch.sums + row * dim, queue);
+          });
+        }
+      }
     }
     add_block(scratch.sums, scratch.factors, total, dim, states.sums);
     if (is_last) return;

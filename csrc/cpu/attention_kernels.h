@@ -115,7 +115,9 @@ static inline int64_t states_size(int64_t rows, int64_t dim) { return rows * (di
 static inline int64_t forward_scratch(int64_t rows, int64_t dim) {
   return 2 * kKeyBlock * dim + 16 * kKeyBlock + rows * ((dim <= 64 ? 64 : 256) + 16) + 2 * states_size(rows, dim);
 }
-static inline int64_t decode_scratch(int64_t rows, int64_t dim) { return rows * (2 * dim + kKeyBlock + 2); }
+static inline int64_t decode_scratch(int64_t rows, int64_t dim) {
+  return 16 * dim + rows * (256 + 16 + dim + kKeyBlock + 2);
+}
 static inline int64_t backward_scratch(int64_t rows, int64_t dim) {
   constexpr int64_t kPitch = kGradientBlock + 16;
   return 5 * kPitch * dim + rows * (2 * ((dim <= 64 ? 64 : 256) + 16) + 2 * dim + 2 * kPitch + 2) + 32 * kPitch;

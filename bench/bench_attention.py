@@ -4,7 +4,8 @@ Rivals: ``sdpa each`` (scaled_dot_product_attention one sequence at a time), ``s
 copies in and out included) and ``sdpa mask`` (one call with a dense block-diagonal mask). Every contestant passes a
 correctness gate before it is timed. ``extra_info`` holds the rate in GFLOP/s of visible work and the rate of a large
 torch matrix product in the same dtype as the machine's limit; for decoding, whose limit is memory, the rate at which
-the cache is read and its share of the rate of a plain copy.
+the cache is read, and its share of the rates at which the same number of threads sums a large array (reading only, as
+decoding does, but front to back) and copies one (read and written bytes both count).
 """
 
 from __future__ import annotations
@@ -136,17 +137,19 @@ def gathered_sdpa(q, k_cache, v_cache, table, cu_seqlens, context_lens):
 
 
 @pytest.fixture(scope="session")
-def copy_rate():
-    """Bytes per second, read and written, of a copy beyond every cache."""
+def memory_rates():
+    """Bytes per second of a sum and, read and written, of a copy beyond every cache."""
     torch.set_num_threads(_C.num_threads())
     source = torch.ones(2**25)
     target = torch.empty_like(source)
-    seconds = []
+    seconds: dict[str, list[float]] = {"read": [], "copy": []}
     for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(seconds)
+        for name, run in (("read", source.sum), ("copy", lambda: target.copy_(source))):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    moved = {"read": source.nbytes, "copy": 2 * source.nbytes}
+    return {name: moved[name] / statistics.median(times) for name, times in seconds.items()}
 
 
 # A decoder's layers take turns, so that a call finds none of its keys and values in a processor's cache.
@@ -157,7 +160,7 @@ COLD_BYTES = 96 * 2**20
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [QWEN_05B, LLAMA_8B], ids=lambda heads: heads.name)
 @pytest.mark.parametrize(("sequences", "context"), [(1, 1024), (16, 512), (64, 512), (8, 4096), (1, 32768)])
-def test_decode(benchmark, copy_rate, sequences, context, heads, dtype, contestant):
+def test_decode(benchmark, memory_rates, sequences, context, heads, dtype, contestant):
     benchmark.group = f"paged_attention {heads.name} decode {sequences}x{context} {dtype}"
     block_size, element = 16, DTYPES[dtype]
     read = 2 * sequences * context * heads.key * heads.dim * element.itemsize
@@ -183,7 +186,8 @@ def test_decode(benchmark, copy_rate, sequences, context, heads, dtype, contesta
     if benchmark.stats:
         rate = read / benchmark.stats["median"]
         benchmark.extra_info["cache GB/s"] = round(rate / 1e9, 2)
-        benchmark.extra_info["share of copy bandwidth"] = round(rate / copy_rate, 3)
+        for name, limit in memory_rates.items():
+            benchmark.extra_info[f"share of {name} bandwidth"] = round(rate / limit, 3)
 
 
 def uniform_offsets(sequences: int) -> torch.Tensor:

@@ -104,6 +104,26 @@ def test_long_contexts_are_shared_out_without_a_trace(dtype, isa):
         _C.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (70, -1), "softcap": 3.0}], ids=["plain", "window and softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_decoding_and_verification_have_the_bits_of_prefill(isa, dtype, options):
+    """Few queries on many keys go through a kernel of their own; rounding must not tell."""
+    before = _C.active_isa()
+    _C.set_isa(isa)
+    try:
+        for dim, heads in [(32, (7, 1)), (64, (14, 2)), (80, (5, 5)), (96, (6, 3)), (128, (8, 1)), (256, (3, 1))]:
+            contexts = [130, 577]
+            q, k, v, table, cu, lens = paged_case(contexts, contexts, heads, dim, dtype, block_size=24)
+            prefill = paged_attention(q, k, v, table, cu, lens, **options)
+            for count in (1, 3, 8, 16):
+                rows = torch.cat([torch.arange(end - count, end) for end in cu[1:].tolist()])
+                few = paged_attention(q[rows], k, v, table, offsets([count] * 2), lens, **options)
+                assert torch.equal(few, prefill[rows]), (dim, heads, count)
+    finally:
+        _C.set_isa(before)
+
+
 def test_same_bits_as_varlen_attention():
     contexts = [40, 129, 1100]
     q, k_cache, v_cache, table, cu, lens = paged_case(contexts, contexts, (6, 2), 64)
@@ -120,6 +140,8 @@ def test_caches_may_be_strided_views():
     assert torch.equal(
         paged_attention(q, both[:, 0], both[:, 1], table, cu, lens), paged_attention(q, k, v, table, cu, lens)
     )
+    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]  # [blocks, heads, slots, head size]
+    assert torch.equal(paged_attention(q, *by_head, table, cu, lens), paged_attention(q, k, v, table, cu, lens))
 
 
 def test_no_queries():

@@ -3,22 +3,14 @@
 #include "fastsft/fim.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "fastsft/common.h"
 #include "fastsft/parallel.h"
-#include "fastsft/rng.h"
 
 namespace fastsft {
 namespace {
 
 constexpr int64_t kDocsPerTask = 64;
-
-// x < threshold has probability `rate` for a uniform 32-bit x: never for 0, always for 1.
-uint64_t threshold_of(double rate, const char* name) {
-  FASTSFT_CHECK(rate >= 0.0 && rate <= 1.0, "fim_permute: ", name, ": expected a number in [0, 1], got ", rate);
-  return static_cast<uint64_t>(std::llround(rate * 4294967296.0));
-}
 
 // One document's output, written front to back.
 template <typename Token>
@@ -42,8 +34,8 @@ struct Writer {
 
 int64_t fim_plan(const int64_t* cu_seqlens, int64_t num_docs, int64_t num_tokens, const FimOptions& options,
                  const int64_t* doc_ids, const int64_t* spans, FimMode* mode, int64_t* cuts, int64_t* out_cu_seqlens) {
-  const uint64_t fim_below = threshold_of(options.rate, "rate");
-  const uint64_t spm_below = threshold_of(options.spm_rate, "spm_rate");
+  const uint64_t fim_below = fim_threshold(options.rate, "rate");
+  const uint64_t spm_below = fim_threshold(options.spm_rate, "spm_rate");
   FASTSFT_CHECK(cu_seqlens[0] == 0, "fim_permute: cu_seqlens: expected to start with 0, got ", cu_seqlens[0]);
   FASTSFT_CHECK(cu_seqlens[num_docs] == num_tokens, "fim_permute: cu_seqlens: expected to end with the ", num_tokens,
                 " tokens given, got ", cu_seqlens[num_docs]);
@@ -54,23 +46,18 @@ int64_t fim_plan(const int64_t* cu_seqlens, int64_t num_docs, int64_t num_tokens
                     cu_seqlens[b + 1], " at document ", b);
       FASTSFT_CHECK(length < 0xFFFFFFFF, "fim_permute: cu_seqlens: expected documents of fewer than 2^32 - 1 tokens, ",
                     "got ", length, " at document ", b);
-      const Philox4 random = philox(options.seed, static_cast<uint64_t>(doc_ids ? doc_ids[b] : b), kFimIndex);
-      const uint32_t positions = static_cast<uint32_t>(length + 1);
-      int64_t begin = uniform_below(random.x[2], positions);
-      int64_t end = uniform_below(random.x[3], positions);
-      if (begin > end) std::swap(begin, end);
+      FimDraw draw = fim_draw(options.seed, static_cast<uint64_t>(doc_ids ? doc_ids[b] : b), length, fim_below,
+                              spm_below, options.max_len);
       if (spans != nullptr) {
-        begin = spans[2 * b];
-        end = spans[2 * b + 1];
-        FASTSFT_CHECK(0 <= begin && begin <= end && end <= length,
+        draw.begin = spans[2 * b];
+        draw.end = spans[2 * b + 1];
+        FASTSFT_CHECK(0 <= draw.begin && draw.begin <= draw.end && draw.end <= length,
                       "fim_permute: spans: expected 0 <= begin <= end <= ", length, " at document ", b, ", got [",
-                      begin, ", ", end, ")");
+                      draw.begin, ", ", draw.end, ")");
       }
-      const bool fits = options.max_len < 0 || length + 3 <= options.max_len;
-      const bool rearranged = length > 0 && fits && random.x[0] < fim_below;
-      mode[b] = !rearranged ? FimMode::kNone : random.x[1] < spm_below ? FimMode::kSpm : FimMode::kPsm;
-      cuts[2 * b] = begin;
-      cuts[2 * b + 1] = end;
+      mode[b] = draw.mode;
+      cuts[2 * b] = draw.begin;
+      cuts[2 * b + 1] = draw.end;
     }
   });
   out_cu_seqlens[0] = 0;

@@ -108,6 +108,8 @@ __device__ __forceinline__ float tanh_approx(float x) {
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 __device__ __forceinline__ uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
+__device__ __forceinline__ uint32_t minimum(uint32_t a, uint32_t b, uint32_t c) { return __vimin3_u32(a, b, c); }
+
 __device__ __forceinline__ int popcount(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ int popcount(uint64_t bits) { return __popcll(bits); }
 __device__ __forceinline__ int leading_zeros(uint32_t bits) { return __clz(static_cast<int>(bits)); }  // of 0: 32
@@ -187,6 +189,10 @@ __device__ __forceinline__ auto atomic_word(T* p) {
   } else {
     return p;
   }
+}
+template <typename T>
+__device__ __forceinline__ T atomic_load(const T* p) {
+  return *static_cast<const volatile T*>(p);
 }
 template <typename T>
 __device__ __forceinline__ T atomic_add(T* p, T value) {

@@ -61,6 +61,7 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint3
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline uint32_t minimum(uint32_t a, uint32_t b, uint32_t c) { return std::min(std::min(a, b), c); }
 inline int popcount(uint32_t bits) { return std::popcount(bits); }
 inline int popcount(uint64_t bits) { return std::popcount(bits); }
 inline int leading_zeros(uint32_t bits) { return std::countl_zero(bits); }
@@ -140,6 +141,10 @@ T atomic_change(T* p, Change&& change) {
     wanted = change(old);
   } while (!__atomic_compare_exchange(p, &old, &wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return old;
+}
+template <typename T>
+T atomic_load(const T* p) {
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 template <typename T>
 T atomic_add(T* p, T value) {

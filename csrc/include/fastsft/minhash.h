@@ -54,4 +54,23 @@ extern template void minhash_token_signatures(const int32_t*, int64_t, const int
 extern template void minhash_token_signatures(const int64_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,
                                               uint32_t*);
 
+namespace cuda {
+
+inline constexpr int64_t kMaxNgram = 4096;
+
+// The same on the device `stream` (a cudaStream_t) belongs to, all pointers in its memory: starts kernels only, and the
+// bits are the CPU's. cu_seqlens are not checked: where they are broken, the signatures are unspecified, but nothing
+// outside the arguments is read or written. Throws Error for num_perm < 1, an ngram outside [1, kMaxNgram] and
+// num_tokens of 2^42 or more, and std::runtime_error for a launch that failed.
+template <typename Token>
+void minhash_token_signatures(const Token* tokens, int64_t num_tokens, const int64_t* cu_seqlens, int64_t n,
+                              const MinHashOptions& options, uint32_t* signatures, void* stream);
+
+extern template void minhash_token_signatures(const int32_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,
+                                              uint32_t*, void*);
+extern template void minhash_token_signatures(const int64_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,
+                                              uint32_t*, void*);
+
+}  // namespace cuda
+
 }  // namespace fastsft

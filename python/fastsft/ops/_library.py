@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsft import _C
+
 _LIBRARY = torch.library.Library("fastsft", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -23,6 +25,13 @@ class Implementation:
     kind: str  # "native" (C++ or CUDA C++), "torch" (plain torch) or "none"
     reason: str  # one sentence: why this one
 
+
+# For ops whose CUDA kernels are native.
+ON_CUDA = (
+    Implementation("native", "CUDA kernels, not yet run on a GPU")
+    if _C.cuda_architectures()
+    else Implementation("none", "built without CUDA kernels")
+)
 
 REGISTRY: dict[str, dict[str, Implementation]] = {}
 

@@ -24,7 +24,10 @@ class FimResult(NamedTuple):
     mode: Any  # int8 [B]: 0 untouched, 1 PSM, 2 SPM
 
 
-def _native(
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _fim(
     tokens: torch.Tensor,
     cu_seqlens: torch.Tensor,
     doc_ids: torch.Tensor | None,
@@ -34,7 +37,7 @@ def _native(
     rate: float,
     spm_rate: float,
     max_len: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Outputs:
     if tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"fim_permute: tokens: expected int32 or int64, got {tokens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -51,34 +54,32 @@ def _native(
     tokens = tokens.contiguous()
     cu = cu_seqlens.to(torch.int64).contiguous()
     num_docs = cu.numel() - 1
-    mode = torch.empty(num_docs, dtype=torch.int8)
-    cuts = torch.empty(num_docs, 2, dtype=torch.int64)
-    out_cu = torch.empty_like(cu)
-    total = _C.fim_plan(
-        cu,
-        tokens.numel(),
-        None if doc_ids is None else doc_ids.to(torch.int64).contiguous(),
-        None if spans is None else spans.to(torch.int64).contiguous(),
-        seed,
-        rate,
-        spm_rate,
-        -1 if max_len is None else max_len,
-        mode,
-        cuts,
-        out_cu,
-    )
+    mode = tokens.new_empty(num_docs, dtype=torch.int8)
+    cuts = cu.new_empty(num_docs, 2)
+    out_cu = torch.zeros_like(cu)
+    ids, middles = (None if x is None else x.to(torch.int64).contiguous() for x in (doc_ids, spans))
+    options = (seed, rate, spm_rate, -1 if max_len is None else max_len)
+    if tokens.is_cuda:
+        lengths, broken = cu.new_empty(num_docs), tokens.new_zeros(1, dtype=torch.int32)
+        _C.fim_plan_on_cuda(cu, tokens.numel(), ids, middles, *options, mode, cuts, lengths, broken)
+        torch.cumsum(lengths, 0, out=out_cu[1:])
+        total, is_broken = torch.cat([out_cu[-1:], broken]).tolist()  # waits for the device
+        if is_broken or num_docs == 0:  # the CPU's first pass says what is wrong
+            host = (None if x is None else x.cpu() for x in (tokens, cu_seqlens, doc_ids, spans))
+            done = _fim(*host, sentinels, seed, rate, spm_rate, max_len)  # type: ignore[arg-type]
+            return tuple(x.to(tokens.device) for x in done)  # type: ignore[return-value]
+    else:
+        total = _C.fim_plan(cu, tokens.numel(), ids, middles, *options, mode, cuts, out_cu)
     if cu_seqlens.dtype == torch.int32 and total > torch.iinfo(torch.int32).max:
         raise ValueError(f"fim_permute: cu_seqlens: expected int64 for {total} output tokens, got int32")
     out_tokens = tokens.new_empty(total)
-    source_index = torch.empty(total, dtype=torch.int64)
+    source_index = cu.new_empty(total)
     copy = _C.fim_copy_int32 if tokens.dtype == torch.int32 else _C.fim_copy_int64
-    copy(tokens, cu, mode, cuts, out_cu, tokens.new_tensor(list(sentinels)), out_tokens, source_index)
+    copy(tokens, cu, mode, cuts, out_cu, list(sentinels), out_tokens, source_index)
     return out_tokens, out_cu.to(cu_seqlens.dtype, copy=True), source_index, mode
 
 
-def _fake(
-    tokens: torch.Tensor, cu_seqlens: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake(tokens: torch.Tensor, cu_seqlens: torch.Tensor, *_: Any) -> Outputs:
     size = torch.library.get_ctx().new_dynamic_size()
     return (
         tokens.new_empty(size),
@@ -92,7 +93,9 @@ _op = _library.define(
     "fim_permute(Tensor tokens, Tensor cu_seqlens, Tensor? doc_ids, Tensor? spans, int[] sentinels, SymInt seed, "
     "float rate, float spm_rate, SymInt? max_len) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    cpu=_native,
+    cpu=_fim,
+    cuda=_fim,
+    cuda_is=_library.ON_CUDA,
 )
 
 
@@ -112,10 +115,11 @@ def fim_permute(
 
     A chosen document is cut at two points, each uniform on 0..length inclusive, into prefix P, middle M, suffix S and
     becomes ``PRE P SUF S MID M`` (PSM) or ``PRE SUF S MID P M`` (SPM, the paper's second variant). Draws come from
-    Philox keyed by (seed, document id): the result depends neither on the order of the documents nor on threads.
+    Philox keyed by (seed, document id): the result depends neither on the order of the documents nor on threads, and is
+    the same on CUDA. There the number of output tokens has to be read back: the call waits for the device once.
 
     Args:
-        tokens: [T] int32 or int64, documents one after the other; torch (CPU) or numpy.
+        tokens: [T] int32 or int64, documents one after the other; torch or numpy.
         cu_seqlens: [B + 1] int32 or int64, document b is ``tokens[cu_seqlens[b] : cu_seqlens[b + 1]]``.
         sentinels: token ids (prefix, suffix, middle).
         seed: 0 <= seed < 2^63.

@@ -75,6 +75,8 @@ _token_signatures = _library.define(
     "minhash_token_signatures(Tensor tokens, Tensor cu_seqlens, SymInt num_perm, SymInt ngram, SymInt seed) -> Tensor",
     fake=_fake_token_signatures,
     cpu=_native_token_signatures,
+    cuda=_native_token_signatures,
+    cuda_is=_library.ON_CUDA,
 )
 
 
@@ -90,14 +92,15 @@ def minhash_token_signatures(
         tokens: [T] int32 or int64, documents one after the other, torch or numpy; the low 32 bits of an id count.
         cu_seqlens: [N + 1] int32 or int64, document i is ``tokens[cu_seqlens[i] : cu_seqlens[i + 1]]``.
         num_perm: columns, i.e. hash functions.
-        ngram: tokens per n-gram.
+        ngram: tokens per n-gram; at most 4096 on CUDA.
         seed: 0 <= seed < 2^63; signatures are comparable only within one (seed, num_perm, ngram) and one tokenizer.
 
     Returns:
         uint32 [N, num_perm], numpy where ``tokens`` is; the same bits on every machine.
 
     Raises:
-        ValueError: a wrong dtype or shape, broken ``cu_seqlens``, a bad option.
+        ValueError: a wrong dtype or shape, broken ``cu_seqlens`` (not looked at on CUDA: the signatures are then
+            unspecified), a bad option.
     """
     as_numpy = isinstance(tokens, np.ndarray)
     ids, cu = (

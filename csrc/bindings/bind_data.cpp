@@ -14,13 +14,9 @@
 namespace fastsft::bindings {
 namespace {
 
-// For functions that run on CUDA only, and for the CUDA side of others.
-void require_cuda(const Check& check, const char* op) {
-#if defined(FASTSFT_WITH_CUDA)
-  FASTSFT_CHECK(check.on_cuda(), op, ": expected CUDA tensors");
-#else
-  FASTSFT_CHECK(false, op, ": this build has no CUDA kernels (tensors on ", check.on_cuda() ? "cuda" : "cpu", ")");
-#endif
+// Where a call has come past the CUDA kernels.
+void require_kernels(const Check& check, const char* op) {
+  FASTSFT_CHECK(!check.on_cuda(), op, ": this build has no CUDA kernels");
 }
 
 int64_t pack(py::handle lengths, int64_t capacity, py::handle order, py::handle offsets) {
@@ -33,9 +29,10 @@ int64_t pack(py::handle lengths, int64_t capacity, py::handle order, py::handle 
   return pack_best_fit(in, n, capacity, out_order, out_offsets);
 }
 
+// On CUDA: the running sums of out_cu_seqlens are left to the caller, who finds lengths there; returns 0.
 int64_t plan_fim(py::handle cu_seqlens, int64_t num_tokens, py::handle doc_ids, py::handle spans, uint64_t seed,
                  double rate, double spm_rate, int64_t max_len, py::handle mode, py::handle cuts,
-                 py::handle out_cu_seqlens) {
+                 py::handle out_cu_seqlens, py::handle broken) {
   Check check("fim_permute");
   const auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "B+1");
   const auto* ids = check.optional<int64_t>("doc_ids", doc_ids, "B");
@@ -43,34 +40,24 @@ int64_t plan_fim(py::handle cu_seqlens, int64_t num_tokens, py::handle doc_ids, 
   auto* modes = reinterpret_cast<FimMode*>(check.in<int8_t>("mode", mode, "B"));
   auto* out_cuts = check.in<int64_t>("cuts", cuts, "B 2");
   auto* out_cu = check.in<int64_t>("out_cu_seqlens", out_cu_seqlens, "B+1");
+  [[maybe_unused]] auto* flag = check.optional<int32_t>("broken", broken, "1");
   const FimOptions options{seed, rate, spm_rate, max_len};
+  const int64_t docs = check.size("B");
   py::gil_scoped_release release;
-  return fim_plan(cu, check.size("B"), num_tokens, options, ids, middles, modes, out_cuts, out_cu);
-}
-
-void plan_fim_on_cuda(py::handle cu_seqlens, int64_t num_tokens, py::handle doc_ids, py::handle spans, uint64_t seed,
-                      double rate, double spm_rate, int64_t max_len, py::handle mode, py::handle cuts,
-                      py::handle out_lengths, py::handle broken) {
-  Check check("fim_permute");
-  const auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "B+1");
-  const auto* ids = check.optional<int64_t>("doc_ids", doc_ids, "B");
-  const auto* middles = check.optional<int64_t>("spans", spans, "B 2");
-  auto* modes = reinterpret_cast<FimMode*>(check.in<int8_t>("mode", mode, "B"));
-  auto* out_cuts = check.in<int64_t>("cuts", cuts, "B 2");
-  auto* lengths = check.in<int64_t>("out_lengths", out_lengths, "B");
-  auto* flag = check.in<int32_t>("broken", broken, "1");
-  const FimOptions options{seed, rate, spm_rate, max_len};
-  require_cuda(check, "fim_permute");
 #if defined(FASTSFT_WITH_CUDA)
-  py::gil_scoped_release release;
-  cuda::fim_plan(cu, check.size("B"), num_tokens, options, ids, middles, modes, out_cuts, lengths, flag,
-                 check.stream());
+  if (check.on_cuda()) {
+    FASTSFT_CHECK(flag != nullptr, "fim_permute: broken: expected int32[1] on CUDA, got None");
+    cuda::fim_plan(cu, docs, num_tokens, options, ids, middles, modes, out_cuts, out_cu + 1, flag, check.stream());
+    return 0;
+  }
 #endif
+  require_kernels(check, "fim_permute");
+  return fim_plan(cu, docs, num_tokens, options, ids, middles, modes, out_cuts, out_cu);
 }
 
 template <typename Token>
 void copy_fim(py::handle tokens, py::handle cu_seqlens, py::handle mode, py::handle cuts, py::handle out_cu_seqlens,
-              const std::array<Token, 3>& sentinels, py::handle out_tokens, py::handle source_index) {
+              const std::array<int64_t, 3>& sentinels, py::handle out_tokens, py::handle source_index) {
   Check check("fim_permute");
   const auto* in = check.in<Token>("tokens", tokens, "T");
   const auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "B+1");
@@ -80,16 +67,18 @@ void copy_fim(py::handle tokens, py::handle cu_seqlens, py::handle mode, py::han
   auto* out = check.in<Token>("out_tokens", out_tokens, "U");
   auto* source = check.in<int64_t>("source_index", source_index, "U");
   const int64_t b = check.size("B"), size = check.size("U");
-  if (check.on_cuda()) {
-    require_cuda(check, "fim_permute");
+  const Token marks[3] = {static_cast<Token>(sentinels[0]), static_cast<Token>(sentinels[1]),
+                          static_cast<Token>(sentinels[2])};
 #if defined(FASTSFT_WITH_CUDA)
+  if (check.on_cuda()) {
     py::gil_scoped_release release;
-    return cuda::fim_copy(in, cu, b, modes, in_cuts, out_cu, size, sentinels.data(), out, source, check.stream());
-#endif
+    return cuda::fim_copy(in, cu, b, modes, in_cuts, out_cu, size, marks, out, source, check.stream());
   }
+#endif
+  require_kernels(check, "fim_permute");
   check.require(out_cu[b] == size, "out_tokens", std::to_string(out_cu[b]) + " tokens", std::to_string(size));
   py::gil_scoped_release release;
-  fim_copy(in, cu, b, modes, in_cuts, out_cu, sentinels.data(), out, source);
+  fim_copy(in, cu, b, modes, in_cuts, out_cu, marks, out, source);
 }
 
 // The views stay valid while `texts` (a tuple, so that nobody can change it) lives: CPython keeps a str's UTF-8 form.
@@ -130,14 +119,13 @@ void minhash_tokens(py::handle tokens, py::handle cu_seqlens, int64_t ngram, uin
   const MinHashOptions options{.num_perm = check.size("P"), .ngram = ngram, .seed = seed};
   const auto sign = [&](const auto* in) {
     const int64_t num_tokens = check.size("T"), n = check.size("N");
-    if (check.on_cuda()) {
-      require_cuda(check, "minhash_token_signatures");
-#if defined(FASTSFT_WITH_CUDA)
-      py::gil_scoped_release release;
-      return cuda::minhash_token_signatures(in, num_tokens, cu, n, options, out, check.stream());
-#endif
-    }
     py::gil_scoped_release release;
+#if defined(FASTSFT_WITH_CUDA)
+    if (check.on_cuda()) {
+      return cuda::minhash_token_signatures(in, num_tokens, cu, n, options, out, check.stream());
+    }
+#endif
+    require_kernels(check, "minhash_token_signatures");
     minhash_token_signatures(in, num_tokens, cu, n, options, out);
   };
   if (view_of(tokens).dtype.bits == 32) return sign(check.in<int32_t>("tokens", tokens, "T"));
@@ -160,11 +148,10 @@ void register_data(py::module_& m) {
         "Fills order and offsets; returns the number of bins.");
   m.def("fim_plan", &plan_fim, py::arg("cu_seqlens"), py::arg("num_tokens"), py::arg("doc_ids"), py::arg("spans"),
         py::arg("seed"), py::arg("rate"), py::arg("spm_rate"), py::arg("max_len"), py::arg("mode"), py::arg("cuts"),
-        py::arg("out_cu_seqlens"), "Decides modes and cuts; returns the number of output tokens.");
-  m.def("fim_plan_on_cuda", &plan_fim_on_cuda, py::arg("cu_seqlens"), py::arg("num_tokens"), py::arg("doc_ids"),
-        py::arg("spans"), py::arg("seed"), py::arg("rate"), py::arg("spm_rate"), py::arg("max_len"), py::arg("mode"),
-        py::arg("cuts"), py::arg("out_lengths"), py::arg("broken"),
-        "Decides modes, cuts and output lengths; sets broken where fim_plan would raise.");
+        py::arg("out_cu_seqlens"), py::arg("broken") = py::none(),
+        "Decides modes and cuts; returns the number of output tokens. On CUDA: writes lengths to out_cu_seqlens[1:], "
+        "sets "
+        "broken where it would raise, returns 0.");
   for (const char* name : {"fim_copy_int32", "fim_copy_int64"}) {
     m.def(name, std::string(name) == "fim_copy_int32" ? &copy_fim<int32_t> : &copy_fim<int64_t>, py::arg("tokens"),
           py::arg("cu_seqlens"), py::arg("mode"), py::arg("cuts"), py::arg("out_cu_seqlens"), py::arg("sentinels"),

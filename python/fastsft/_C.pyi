@@ -2,6 +2,7 @@
 Native kernels of fastsft. Private: call fastsft.ops, which checks devices and registers autograd.
 """
 from __future__ import annotations
+import collections.abc
 import typing
 __all__: list[str] = ['active_isa', 'advise_huge_pages', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
@@ -26,17 +27,17 @@ def describe(tensor: typing.Any) -> str:
     """
     How the bindings see a tensor: dtype, shape, device.
     """
-def fim_copy_int32(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Any, out_tokens: typing.Any, source_index: typing.Any) -> None:
+def fim_copy_int32(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], out_tokens: typing.Any, source_index: typing.Any) -> None:
     """
     Second pass, after fim_plan.
     """
-def fim_copy_int64(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Any, out_tokens: typing.Any, source_index: typing.Any) -> None:
+def fim_copy_int64(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], out_tokens: typing.Any, source_index: typing.Any) -> None:
     """
     Second pass, after fim_plan.
     """
-def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.SupportsIndex, doc_ids: typing.Any, spans: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any) -> int:
+def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.SupportsIndex, doc_ids: typing.Any, spans: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, broken: typing.Any = None) -> int:
     """
-    Decides modes and cuts; returns the number of output tokens.
+    Decides modes and cuts; returns the number of output tokens. On CUDA: writes lengths to out_cu_seqlens[1:], sets broken where it would raise, returns 0.
     """
 def gemm(a: typing.Any, b: typing.Any, c: typing.Any, accumulate: bool) -> None:
     ...

@@ -59,17 +59,15 @@ def _fim(
     out_cu = torch.zeros_like(cu)
     ids, middles = (None if x is None else x.to(torch.int64).contiguous() for x in (doc_ids, spans))
     options = (seed, rate, spm_rate, -1 if max_len is None else max_len)
-    if tokens.is_cuda:
-        lengths, broken = cu.new_empty(num_docs), tokens.new_zeros(1, dtype=torch.int32)
-        _C.fim_plan_on_cuda(cu, tokens.numel(), ids, middles, *options, mode, cuts, lengths, broken)
-        torch.cumsum(lengths, 0, out=out_cu[1:])
+    broken = tokens.new_zeros(1, dtype=torch.int32) if tokens.is_cuda else None
+    total = _C.fim_plan(cu, tokens.numel(), ids, middles, *options, mode, cuts, out_cu, broken)
+    if broken is not None:
+        out_cu.cumsum_(0)
         total, is_broken = torch.cat([out_cu[-1:], broken]).tolist()  # waits for the device
         if is_broken or num_docs == 0:  # the CPU's first pass says what is wrong
-            host = (None if x is None else x.cpu() for x in (tokens, cu_seqlens, doc_ids, spans))
-            done = _fim(*host, sentinels, seed, rate, spm_rate, max_len)  # type: ignore[arg-type]
-            return tuple(x.to(tokens.device) for x in done)  # type: ignore[return-value]
-    else:
-        total = _C.fim_plan(cu, tokens.numel(), ids, middles, *options, mode, cuts, out_cu)
+            host = [None if x is None else x.cpu() for x in (tokens, cu_seqlens, doc_ids, spans)]
+            outputs = _op(*host, sentinels, seed, rate, spm_rate, max_len)
+            return tuple(x.to(tokens.device) for x in outputs)
     if cu_seqlens.dtype == torch.int32 and total > torch.iinfo(torch.int32).max:
         raise ValueError(f"fim_permute: cu_seqlens: expected int64 for {total} output tokens, got int32")
     out_tokens = tokens.new_empty(total)

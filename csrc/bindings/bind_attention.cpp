@@ -25,9 +25,47 @@ AttentionShape shape_of(const Check& check, DType dtype, const Options& options)
 
 AttentionInput input(const TensorView& view) { return {view.data, view.strides[0], view.strides[1]}; }
 
+void require_kernels(const Check& check, const char* op) {
+#if !defined(FASTSFT_WITH_CUDA)
+  FASTSFT_CHECK(!check.on_cuda(), op, ": q: this build has no CUDA kernels");
+#else
+  (void)check, (void)op;
+#endif
+}
+
+#if defined(FASTSFT_WITH_CUDA)
+cuda::AttentionPlan plan_of(Check& check, const AttentionBatch& batch, py::handle plan) {
+  int32_t* memory = check.in<int32_t>("plan", plan, "P");
+  const int64_t size = cuda::attention_plan_size(batch.total_q, batch.total_k);
+  check.require(check.size("P") == size, "plan", std::to_string(size) + " words", std::to_string(check.size("P")));
+  return cuda::attention_plan_at(memory, batch.total_q, batch.total_k);
+}
+#endif
+
+void attention_plan(py::handle cu_q_tensor, py::handle cu_k_tensor, int64_t total_q, int64_t total_k, bool causal,
+                    int64_t window_left, int64_t window_right, py::handle plan_tensor) {
+  Check check("attention_plan");
+  const auto* cu_q = check.in<int32_t>("cu_seqlens_q", cu_q_tensor, "B+1");
+  const auto* cu_k = check.in<int32_t>("cu_seqlens_k", cu_k_tensor, "B+1");
+  check.require(check.on_cuda(), "cu_seqlens_q", "a CUDA tensor", view_of(cu_q_tensor).describe());
+  require_kernels(check, "attention_plan");
+#if defined(FASTSFT_WITH_CUDA)
+  AttentionShape mask{};
+  mask.causal = causal, mask.window_left = window_left, mask.window_right = window_right;
+  const AttentionBatch batch{cu_q, cu_k, check.size("B"), total_q, total_k};
+  const cuda::AttentionPlan plan = plan_of(check, batch, plan_tensor);
+  py::gil_scoped_release release;
+  cuda::make_attention_plan(mask, batch, plan, check.stream());
+#else
+  (void)cu_q, (void)cu_k, (void)total_q, (void)total_k, (void)causal, (void)window_left, (void)window_right;
+  (void)plan_tensor;
+#endif
+}
+
 void varlen_attention_fwd(py::handle q_tensor, py::handle k_tensor, py::handle v_tensor, py::handle cu_q_tensor,
-                          py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
-                          double softcap, py::handle out_tensor, py::handle lse_tensor) {
+                          py::handle cu_k_tensor, py::handle plan_tensor, bool causal, double scale,
+                          int64_t window_left, int64_t window_right, double softcap, py::handle out_tensor,
+                          py::handle lse_tensor) {
   Check check("varlen_attention");
   const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
   const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", Layout::kRows);
@@ -41,14 +79,25 @@ void varlen_attention_fwd(py::handle q_tensor, py::handle k_tensor, py::handle v
   auto* lse = check.in<float>("lse", lse_tensor, "Hq Tq");
   const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
   const AttentionBatch batch{cu_q, cu_k, check.size("B"), check.size("Tq"), check.size("Tk")};
+  require_kernels(check, "varlen_attention");
+#if defined(FASTSFT_WITH_CUDA)
+  if (check.on_cuda()) {
+    const cuda::AttentionPlan plan = plan_of(check, batch, plan_tensor);
+    py::gil_scoped_release release;
+    return cuda::varlen_attention_forward(shape, batch, plan, input(q), input(k), input(v), out.data, lse,
+                                          check.stream());
+  }
+#endif
+  (void)plan_tensor;  // CPU kernels need none
   py::gil_scoped_release release;
   varlen_attention_forward(shape, batch, input(q), input(k), input(v), out.data, lse);
 }
 
 void varlen_attention_bwd(py::handle dout_tensor, py::handle q_tensor, py::handle k_tensor, py::handle v_tensor,
                           py::handle out_tensor, py::handle lse_tensor, py::handle dlse_tensor, py::handle cu_q_tensor,
-                          py::handle cu_k_tensor, bool causal, double scale, int64_t window_left, int64_t window_right,
-                          double softcap, py::handle dq_tensor, py::handle dk_tensor, py::handle dv_tensor) {
+                          py::handle cu_k_tensor, py::handle plan_tensor, bool causal, double scale,
+                          int64_t window_left, int64_t window_right, double softcap, py::handle delta_tensor,
+                          py::handle dq_tensor, py::handle dk_tensor, py::handle dv_tensor) {
   Check check("varlen_attention_bwd");
   const TensorView q = check.floats("q", q_tensor, "Tq Hq D", Layout::kRows);
   const TensorView k = check.floats("k", k_tensor, "Tk Hkv D", Layout::kRows);
@@ -71,6 +120,17 @@ void varlen_attention_bwd(py::handle dout_tensor, py::handle q_tensor, py::handl
   const auto* dlse = check.optional<float>("dlse", dlse_tensor, "Hq Tq");
   const AttentionShape shape = shape_of(check, Check::dtype_of(q), {causal, scale, window_left, window_right, softcap});
   const AttentionBatch batch{cu_q, cu_k, check.size("B"), check.size("Tq"), check.size("Tk")};
+  require_kernels(check, "varlen_attention_bwd");
+#if defined(FASTSFT_WITH_CUDA)
+  if (check.on_cuda()) {
+    auto* delta = check.in<float>("delta", delta_tensor, "Hq Tq");
+    const cuda::AttentionPlan plan = plan_of(check, batch, plan_tensor);
+    py::gil_scoped_release release;
+    return cuda::varlen_attention_backward(shape, batch, plan, input(dout), input(q), input(k), input(v), input(out),
+                                           lse, dlse, delta, dq.data, dk.data, dv.data, check.stream());
+  }
+#endif
+  (void)plan_tensor, (void)delta_tensor;  // CPU kernels need neither
   py::gil_scoped_release release;
   varlen_attention_backward(shape, batch, input(dout), input(q), input(k), input(v), input(out), lse, dlse, dq.data,
                             dk.data, dv.data);
@@ -123,13 +183,17 @@ void paged_attention(py::handle q_tensor, py::handle k_tensor, py::handle v_tens
 }  // namespace
 
 void register_attention(py::module_& m) {
+  m.def("attention_plan", &attention_plan, py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("total_q"),
+        py::arg("total_k"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("plan"));
   m.def("varlen_attention_fwd", &varlen_attention_fwd, py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("causal"), py::arg("scale"), py::arg("window_left"),
-        py::arg("window_right"), py::arg("softcap"), py::arg("out"), py::arg("lse"));
+        py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("plan").none(true), py::arg("causal"),
+        py::arg("scale"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"), py::arg("out"),
+        py::arg("lse"));
   m.def("varlen_attention_bwd", &varlen_attention_bwd, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("lse"), py::arg("dlse").none(true), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
-        py::arg("causal"), py::arg("scale"), py::arg("window_left"), py::arg("window_right"), py::arg("softcap"),
-        py::arg("dq"), py::arg("dk"), py::arg("dv"));
+        py::arg("plan").none(true), py::arg("causal"), py::arg("scale"), py::arg("window_left"),
+        py::arg("window_right"), py::arg("softcap"), py::arg("delta").none(true), py::arg("dq"), py::arg("dk"),
+        py::arg("dv"));
   m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
         py::arg("block_table"), py::arg("cu_seqlens_q"), py::arg("context_lens"), py::arg("causal"), py::arg("scale"),
         py::arg("window_left"), py::arg("window_right"), py::arg("softcap"), py::arg("scratch").none(true),

@@ -8,7 +8,7 @@ from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft.ops import attention, reference, varlen_attention
+from fastsft.ops import attention, attention_plan, reference, varlen_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = {
@@ -291,7 +291,7 @@ def test_a_second_backward_is_refused():
 
 
 def options_of(**changes):
-    options = {"causal": True, "scale": 0.125, "window_left": -1, "window_right": -1, "softcap": 0.0}
+    options = {"plan": None, "causal": True, "scale": 0.125, "window_left": -1, "window_right": -1, "softcap": 0.0}
     return tuple((options | changes).values())
 
 
@@ -303,6 +303,7 @@ def test_opcheck():
     out, lse = varlen_attention(q, k, v, cu, return_lse=True)
     arguments = (torch.ones_like(out), q, k, v, out, lse, None, cu, cu, *options_of())
     torch.library.opcheck(torch.ops.fastsft.varlen_attention_bwd, arguments, test_utils=utils)
+    torch.library.opcheck(torch.ops.fastsft.attention_plan, (cu, cu, 100, 100, True, -1, -1), test_utils=utils)
 
 
 def test_compiles_without_graph_breaks():
@@ -378,3 +379,28 @@ def test_info_tells_what_serves_each_device():
         assert ops[name]["cpu"]["kind"] == "native"
         assert ops[name]["cuda"]["kind"] == "torch"
         assert ops[name]["cuda"]["reason"]
+
+
+def test_plan_on_a_cpu_is_empty_and_changes_nothing():
+    q, k, v = qkv(LENGTHS, LENGTHS, (4, 2), 64)
+    plan = attention_plan(offsets(LENGTHS), total_q=sum(LENGTHS), window=(37, -1))
+    assert plan.memory.numel() == 0
+    with_plan = varlen_attention(q, k, v, offsets(LENGTHS), window=(37, -1), plan=plan)
+    assert torch.equal(with_plan, varlen_attention(q, k, v, offsets(LENGTHS), window=(37, -1)))
+
+
+@pytest.mark.parametrize(
+    "other", [{"causal": False}, {"window": (3, 0)}, {"total_q": 7}, {"total_k": 9}], ids=lambda x: str(*x)
+)
+def test_a_plan_for_another_batch_or_mask_is_refused(other):
+    q, k, v = qkv([8], [8], (2, 1), 64)
+    plan = attention_plan(offsets([8]), **{"total_q": 8, **other})
+    with pytest.raises(ValueError, match="plan: expected one for"):
+        varlen_attention(q, k, v, offsets([8]), plan=plan)
+
+
+def test_reference_plan_is_the_mask():
+    lengths_q, lengths_k = [3, 0, 2], [4, 1, 0]
+    rows, columns = reference.attention_plan(offsets(lengths_q), offsets(lengths_k), window=(1, 0))
+    assert rows.tolist() == [[0, 2], [1, 3], [2, 4], [0, 0], [0, 0]]
+    assert columns.tolist() == [[0, 1], [0, 2], [1, 3], [2, 3], [0, 0]]

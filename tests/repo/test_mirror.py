@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # public function -> stem of its files
 STEMS = {
+    "attention_plan": "attention",
     "varlen_attention": "attention",
     "paged_attention": "attention",
     "linear": "gemm",

@@ -28,7 +28,8 @@ def test_names() -> None:
 
 
 PARAMETERS = {
-    "varlen_attention": "q k v cu_seqlens_q cu_seqlens_k * causal scale window softcap deterministic return_lse",
+    "varlen_attention": "q k v cu_seqlens_q cu_seqlens_k * causal scale window softcap deterministic return_lse plan",
+    "attention_plan": "cu_seqlens_q cu_seqlens_k * total_q total_k causal window",
     "paged_attention": "q k_cache v_cache block_table cu_seqlens_q context_lens * causal scale window softcap",
     "linear": "x weight bias *",
     "pack_weight": "weight format * group",

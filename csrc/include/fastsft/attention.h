@@ -114,6 +114,58 @@ inline PagedScratch paged_scratch(int64_t query_rows, int64_t head_dim, int64_t 
 void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, int64_t batch, int64_t total_q,
                              const AttentionInput& q, const PagedCache& cache, void* out, float* scratch, void* stream);
 
+// varlen_attention_* on the device, all pointers in its memory; bfloat16 and float16, head sizes 64, 80, 96, 128, 256.
+// The contract above with these differences:
+//   Probabilities and score gradients are rounded to the element type before they are multiplied.
+//   A row's bits are the same on every run, but depend on where its sequence lies in the packed buffer.
+//   Offsets are device data that nothing on the host reads: ones outside the contract give wrong results, but no access
+//   outside the tensors.
+//   A NaN or infinity also reaches rows of neighbouring sequences that share a block of 16 rows with its sequence.
+//   q, k, v, out and dout are read 16 bytes at a time: data and strides (in bytes) are multiples of 16.
+//   Kernels are started on `stream` (a cudaStream_t) and nothing else: no allocation, no synchronisation, and grids
+//   that depend on the shapes alone, so that a CUDA graph may replay them with other offsets.
+
+// Every query row sees an interval lo .. hi - 1 of packed key rows, every key row is seen by an interval of query rows,
+// whatever the documents, the windows and the alignment. hi < 0 stands for ~hi and marks rows of sequences that the
+// backward pass handles whole (at most kShortSequence queries and keys).
+struct AttentionInterval {
+  int32_t lo, hi;
+};
+
+inline constexpr int kPlanTile = 128;  // packed rows whose cost the plan counts together
+inline constexpr int kShortSequence = 64;
+
+// What the kernels know of a batch and its mask. One plan serves every layer, forward and backward. An order lists
+// tiles of kPlanTile rows, the costliest first; ~tile where every row belongs to a short sequence.
+struct AttentionPlan {
+  AttentionInterval* rows;     // [total_q]
+  AttentionInterval* columns;  // [total_k]
+  int32_t* forward_order;      // [tiles of total_q]
+  int32_t* dq_order;           // [tiles of total_q], short sequences cost nothing
+  int32_t* dkv_order;          // [tiles of total_k], likewise
+  int32_t* costs;              // of the tiles of the three orders, by number: rows seen; -1: all in short sequences
+};
+
+int64_t attention_plan_size(int64_t total_q, int64_t total_k);  // int32 words of a plan's memory
+AttentionPlan attention_plan_at(int32_t* memory, int64_t total_q, int64_t total_k);
+
+// Reads the mask (causal, windows) of `shape` alone. cu_q and cu_k are device pointers.
+void make_attention_plan(const AttentionShape& shape, const AttentionBatch& batch, const AttentionPlan& plan,
+                         void* stream);
+
+// Whether these kernels serve the element type and head size.
+bool has_varlen_attention(DType dtype, int64_t head_dim);
+
+void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionPlan& plan,
+                              const AttentionInput& q, const AttentionInput& k, const AttentionInput& v, void* out,
+                              float* lse, void* stream);
+
+// delta [Hq, Tq] is scratch memory.
+void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch& batch, const AttentionPlan& plan,
+                               const AttentionInput& dout, const AttentionInput& q, const AttentionInput& k,
+                               const AttentionInput& v, const AttentionInput& out, const float* lse, const float* dlse,
+                               float* delta, void* dq, void* dk, void* dv, void* stream);
+
 }  // namespace cuda
 
 }  // namespace fastsft

@@ -4,7 +4,7 @@
 """
 
 from fastsft.ops.activation import swiglu
-from fastsft.ops.attention import paged_attention, varlen_attention
+from fastsft.ops.attention import attention_plan, paged_attention, varlen_attention
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
@@ -17,6 +17,7 @@ from fastsft.ops.sampling import sample
 
 __all__ = [
     "apply_rope",
+    "attention_plan",
     "fim_permute",
     "linear",
     "linear_cross_entropy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,60 @@ from fastsft.ops._library import Implementation, define
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+
 _OPTIONS = "bool causal, float scale, int window_left, int window_right, float softcap"
-_PLAIN_TORCH = Implementation("torch", "plain torch, one sequence at a time: there is no CUDA kernel yet")
-_PAGED_ON_CUDA = (
-    Implementation("native", "CUDA kernels, not yet run on a GPU; float32: plain torch")
-    if _C.cuda_architectures()
-    else Implementation("torch", "plain torch: built without CUDA kernels")
+_HAS_CUDA = bool(_C.cuda_architectures())
+_PLAN_TILE = 128  # rows of a tile of the plan; kPlanTile in attention.h
+_NO_CUDA = Implementation("torch", "one sequence at a time: this build has no CUDA kernels")
+_VARLEN_ON_CUDA = Implementation(
+    "native",
+    "CUDA kernels for bfloat16 and float16, head sizes 64, 80, 96, 128, 256, not yet run on a GPU; "
+    "plain torch for float32 and head size 32",
 )
+_PAGED_ON_CUDA = Implementation("native", "CUDA kernels, not yet run on a GPU; float32: plain torch")
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which keys every packed row sees and the order of the tiles, for the CUDA kernels; see :func:`attention_plan`."""
+
+    memory: Tensor
+    total_q: int
+    total_k: int
+    causal: bool
+    window: tuple[int, int]
+
+
+def attention_plan(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    total_q: int,
+    total_k: int | None = None,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    """What :func:`varlen_attention` needs to know of a batch and its mask, computed once on the device.
+
+    One plan serves every layer with the same mask, forward and backward. It is made without waiting for the device and
+    its size follows from the shapes, so that it can be part of a CUDA graph. Kernels on a CPU need none: there it is
+    empty.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k, causal, window: as for :func:`varlen_attention`.
+        total_q, total_k: packed queries and keys; ``total_q`` keys when not given.
+
+    Raises:
+        ValueError: for a dtype or window outside the contract.
+    """
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    _check_int32("attention_plan", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
+    left, right = _window("attention_plan", window)
+    total_k = total_q if total_k is None else total_k
+    memory = _plan(cu_seqlens_q, cu_k, total_q, total_k, causal, left, right)
+    return AttentionPlan(memory, total_q, total_k, causal, (left, right))
 
 
 def varlen_attention(
@@ -38,6 +86,7 @@ def varlen_attention(
     softcap: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
+    plan: AttentionPlan | None = None,
 ) -> Any:
     """Exact attention within each of B packed sequences, with gradients for q, k and v.
 
@@ -61,6 +110,10 @@ def varlen_attention(
         deterministic: accepted for interfaces that pass it. The result never depends on timing or the number of
             threads, so it changes nothing.
         return_lse: also return the log-sum-exp of each query's scores.
+        plan: what :func:`attention_plan` made of the same offsets and mask, to spare making it anew in every layer. It
+            matters to the CUDA kernels only.
+
+    On a CUDA device the offsets are not checked (that would wait for the device): wrong ones give wrong results.
 
     Returns:
         ``out``, contiguous, of q's shape and dtype; with ``return_lse`` the pair ``(out, lse)``, lse float32
@@ -77,10 +130,15 @@ def varlen_attention(
     _check_heads(op, q, k, v, "k", 3)
     _check_int32(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
     options = _options(op, q, causal, scale, window, softcap)
+    if plan is None and q.is_cuda:
+        plan = attention_plan(
+            cu_seqlens_q, cu_seqlens_k, total_q=q.shape[0], total_k=k.shape[0], causal=causal, window=window
+        )
+    memory = None if plan is None else _plan_memory(op, plan, q, k, causal, options[2:4])
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[no-untyped-call]
+        out, lse = _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, memory, *options)  # type: ignore[no-untyped-call]
     else:
-        out, lse = _forward(q, k, v, cu_seqlens_q, cu_k, *options)
+        out, lse = _forward(q, k, v, cu_seqlens_q, cu_k, memory, *options)
     return (out, lse) if return_lse else out
 
 
@@ -163,9 +221,25 @@ def _options(
 ) -> tuple[bool, float, int, int, float]:
     """The schema's trailing arguments; an absent window is (-1, -1)."""
     _require(softcap >= 0 and math.isfinite(softcap), op, "softcap", "a finite number >= 0", softcap)
+    left, right = _window(op, window)
+    return causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), left, right, float(softcap)
+
+
+def _window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
     left, right = (-1, -1) if window is None else window
     _require(left >= -1 and right >= -1, op, "window", "(left, right), each >= -1", window)
-    return causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), left, right, float(softcap)
+    return left, right
+
+
+def _plan_memory(
+    op: str, plan: AttentionPlan, q: Tensor, k: Tensor, causal: bool, window: tuple[int, ...]
+) -> Tensor | None:
+    made_for = (plan.total_q, plan.total_k, plan.causal, plan.window)
+    wanted = (q.shape[0], k.shape[0], causal, window)
+    names = "(total_q, total_k, causal, window)"
+    _require(made_for == wanted, op, "plan", f"one for {names} = {wanted}", made_for)
+    _require(plan.memory.device == q.device, op, "plan", f"one on {q.device}", plan.memory.device)
+    return plan.memory if q.is_cuda else None
 
 
 # --- native -----------------------------------------------------------------------------------------------------------
@@ -181,6 +255,7 @@ def _native_forward(
     v: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
+    plan: Tensor | None,
     causal: bool,
     scale: float,
     left: int,
@@ -188,7 +263,7 @@ def _native_forward(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fake_forward(q, k, v, cu_q, cu_k)
-    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, causal, scale, left, right, softcap, out, lse)
+    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, plan, causal, scale, left, right, softcap, out, lse)
     return out, lse
 
 
@@ -206,6 +281,7 @@ def _native_backward(
     dlse: Tensor | None,
     cu_q: Tensor,
     cu_k: Tensor,
+    plan: Tensor | None,
     causal: bool,
     scale: float,
     left: int,
@@ -213,14 +289,66 @@ def _native_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _fake_backward(dout, q, k, v)
+    delta = lse.new_empty(lse.shape) if q.is_cuda else None
     if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
     _C.varlen_attention_bwd(
-        dout, q, k, v, out, lse, dlse, cu_q, cu_k, causal, scale, left, right, softcap, dq, dk, dv
+        dout, q, k, v, out, lse, dlse, cu_q, cu_k, plan, causal, scale, left, right, softcap, delta, dq, dk, dv
     )  # fmt: skip
     return dq, dk, dv
+
+
+# --- CUDA: native for 16-bit types, plain torch for the rest ---------------------------------------------------------
+
+
+def _fake_plan(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, *_: Any) -> Tensor:
+    if not cu_q.is_cuda:
+        return cu_q.new_empty(0)
+    tiles_q, tiles_k = -(-total_q // _PLAN_TILE), -(-total_k // _PLAN_TILE)
+    return cu_q.new_empty(2 * (total_q + total_k) + 2 * (2 * tiles_q + tiles_k))
+
+
+def _cuda_plan(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, left: int, right: int) -> Tensor:
+    plan = _fake_plan(cu_q, cu_k, total_q, total_k)
+    if _HAS_CUDA:
+        _C.attention_plan(cu_q, cu_k, total_q, total_k, causal, left, right, plan)
+    return plan
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return _HAS_CUDA and q.dtype in CUDA_DTYPES and q.shape[-1] in CUDA_HEAD_DIMS
+
+
+def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where they cannot be read 16 bytes at a time."""
+    return tuple(
+        x
+        if x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(stride % 8 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+        else x.clone(memory_format=torch.contiguous_format)
+        for x in tensors
+    )
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    if not _has_kernel(q):
+        return _torch_forward(q, k, v, cu_q, cu_k, plan, *options)
+    q, k, v = _aligned(q, k, v)
+    return _native_forward(q, k, v, cu_q, cu_k, plan, *options)
+
+
+def _cuda_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_kernel(q):
+        return _torch_backward(dout, q, k, v, out, *rest)
+    dout, q, k, v, out = _aligned(dout, q, k, v, out)
+    return _native_backward(dout, q, k, v, out, *rest)
 
 
 def _fake_paged(q: Tensor, *_: Any) -> Tensor:
@@ -264,7 +392,10 @@ def _reference_options(causal: bool, scale: float, left: int, right: int, softca
     return {"causal": causal, "scale": scale, "window": (left, right), "softcap": softcap}
 
 
-def _torch_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _torch_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    del plan
     _check_offsets("varlen_attention", "cu_seqlens_q", cu_q, q.shape[0])
     _check_offsets("varlen_attention", "cu_seqlens_k", cu_k, k.shape[0])
     q32, k32, v32 = q.float(), k.float(), v.float()
@@ -282,8 +413,10 @@ def _torch_backward(
     dlse: Tensor | None,
     cu_q: Tensor,
     cu_k: Tensor,
+    plan: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    del plan
     if cu_q.numel() == 1:  # no sequence, hence no graph to differentiate
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.enable_grad():
@@ -304,27 +437,36 @@ def _torch_paged(
 
 
 def _cuda_paged(q: Tensor, *arguments: Any) -> Tensor:
-    native = q.dtype != torch.float32 and bool(_C.cuda_architectures())
+    native = _HAS_CUDA and q.dtype in CUDA_DTYPES
     return (_native_paged if native else _torch_paged)(q, *arguments)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
+_plan = define(
+    "attention_plan(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt total_q, SymInt total_k, bool causal, "
+    "int window_left, int window_right) -> Tensor",
+    fake=_fake_plan,
+    cpu=_fake_plan,
+    cuda=_cuda_plan,
+    cpu_is=Implementation("none", "kernels on a CPU need no plan"),
+    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else Implementation("none", "this build has no CUDA kernels"),
+)
 _forward = define(
-    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu=_native_forward,
-    cuda=_torch_forward,
-    cuda_is=_PLAIN_TORCH,
+    cuda=_cuda_forward,
+    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else _NO_CUDA,
 )
 _backward = define(
     "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_native_backward,
-    cuda=_torch_backward,
-    cuda_is=_PLAIN_TORCH,
+    cuda=_cuda_backward,
+    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else _NO_CUDA,
 )
 _paged = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens_q, "
@@ -332,22 +474,24 @@ _paged = define(
     fake=_fake_paged,
     cpu=_native_paged,
     cuda=_cuda_paged,
-    cuda_is=_PAGED_ON_CUDA,
+    cuda_is=_PAGED_ON_CUDA if _HAS_CUDA else _NO_CUDA,
 )
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, *options: Any) -> Any:
-        out, lse = _forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, *options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, plan: Tensor | None, *options: Any
+    ) -> Any:
+        out, lse = _forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, plan, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, plan)
         ctx.options = options
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
-        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, plan = ctx.saved_tensors
         cu_k = cu_q if cu_k is None else cu_k
-        gradients = _backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.options)
-        return (*gradients, None, None, *(None for _ in ctx.options))
+        gradients = _backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, plan, *ctx.options)
+        return (*gradients, None, None, None, *(None for _ in ctx.options))

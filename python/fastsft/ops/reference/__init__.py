@@ -3,7 +3,13 @@
 The tests hold the kernels against these functions in float64; the benches use them as one baseline.
 """
 
-from fastsft.ops.reference.attention import attention_one, paged_attention, varlen_attention, visible
+from fastsft.ops.reference.attention import (
+    attention_one,
+    attention_plan,
+    paged_attention,
+    varlen_attention,
+    visible,
+)
 from fastsft.ops.reference.fim import fim_permute
 from fastsft.ops.reference.layers import (
     apply_rope,
@@ -33,6 +39,7 @@ from fastsft.ops.reference.sampling import gumbel_noise, kept_tokens, sample
 __all__ = [
     "apply_rope",
     "attention_one",
+    "attention_plan",
     "fim_permute",
     "fmix32",
     "gumbel_noise",

@@ -28,6 +28,30 @@ def visible(len_q: int, len_k: int, causal: bool, window: tuple[int, int] | None
     return mask
 
 
+def attention_plan(
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The packed keys each query sees and the packed queries that see each key: ``[Tq, 2]`` and ``[Tk, 2]``.
+
+    A row is ``(first, last + 1)``, or ``(0, 0)`` where there are none.
+    """
+    cu_q = cu_seqlens_q.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    mask = torch.zeros(cu_q[-1], cu_k[-1], dtype=torch.bool)
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
+        mask[q0:q1, k0:k1] = visible(q1 - q0, k1 - k0, causal, window, mask.device)
+    return _first_and_end(mask), _first_and_end(mask.T)
+
+
+def _first_and_end(mask: torch.Tensor) -> torch.Tensor:
+    rows = [row.nonzero().flatten().tolist() for row in mask]
+    return torch.tensor([(row[0], row[-1] + 1) if row else (0, 0) for row in rows], dtype=torch.int32).reshape(-1, 2)
+
+
 def attention_one(
     q: torch.Tensor,
     k: torch.Tensor,

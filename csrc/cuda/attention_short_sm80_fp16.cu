@@ -1,0 +1,5 @@
+#include "attention_short_sm80.cuh"
+
+namespace fastsft::cuda {
+template void launch_attention_short<Float16>(const BackwardArguments&, const AttentionBatch&, int64_t, void*);
+}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from accuracy import assert_as_good_as_torch
 
 from fastsft import ops
-from fastsft.ops import objectives, reference
+from fastsft.ops import _loss_gradients, _loss_plan, objectives, reference
 
 SHAPES = [(0, 8, 33), (1, 7, 5), (31, 24, 257), (257, 19, 131)]
 
@@ -66,6 +67,9 @@ class Case:
         self.cu_seqlens = torch.tensor([0, *cuts, cuts[-1], tokens], dtype=torch.int32)
         self.ref_head = (torch.randn(tokens, 5, generator=g).to(dtype), torch.randn(vocab, 5, generator=g).to(dtype))
 
+    def kept(self) -> torch.Tensor:
+        return (self.targets != -100) & (self.weights != 0)
+
     def inputs(self, objective: str, args: dict[str, Any]) -> dict[str, Any]:
         """What this objective needs besides the arguments that all take."""
         needs = objectives.OBJECTIVES[objective].needs
@@ -112,3 +116,32 @@ def check(
     """Ours against autograd on the plain formula in float64."""
     results = [plain(case, dtype, objective, args, **kw) for dtype in (case.hidden.dtype, torch.float64)]
     assert_as_good_as_torch(ours(case, objective, args, lean=lean, **kw), *results)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, case: Case, columns: int, tiles: int, heads: int = 1) -> None:
+    """In lean mode blocks of that many columns; the rows in that many tiles."""
+    rows = -(-int(case.kept().sum()) // tiles)
+    monkeypatch.setattr(_loss_plan, "_LEAN_COLUMNS", columns)
+    size = _loss_plan.padded(columns) * case.hidden.element_size() * heads
+    monkeypatch.setattr(_loss_plan, "LEAN_BYTES", max(1, size * rows))
+
+
+def record_gradients(monkeypatch: pytest.MonkeyPatch, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, the sums over the rounded gradients of the logits: for hidden (by rows, not tokens), for weight."""
+    hidden, weight = (torch.zeros(t.shape, dtype=torch.float64) for t in (case.hidden, case.weight))
+    original = _loss_gradients.Gradients.add
+
+    def add(self: Any, d_logits: torch.Tensor, rows: slice, columns: slice) -> None:
+        hidden[rows] += d_logits.double() @ self.rows.weight[columns].double()
+        weight[columns] += d_logits.double().T @ self.rows.hidden[rows].double()
+        original(self, d_logits, rows, columns)
+
+    monkeypatch.setattr(_loss_gradients.Gradients, "add", add)
+    return hidden, weight
+
+
+def assert_rounded_once(case: Case, got: tuple[torch.Tensor, ...], hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """bfloat16: within half a unit in the last place."""
+    kept = case.kept()
+    for gradient, exact in ((got[1][kept], hidden[: int(kept.sum())]), (got[2], weight)):
+        assert ((gradient.double() - exact).abs() <= 2**-8 * 1.01 * exact.abs() + 1e-7).all()

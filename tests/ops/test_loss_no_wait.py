@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_good_as_torch
-from loss_cases import CASES, IDS, SHAPES, Case, ours, plain, positive
+from loss_cases import CASES, IDS, SHAPES, Case, assert_rounded_once, ours, plain, positive, record_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsft import ops
@@ -64,10 +64,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, vocab: int, rows: int, itemsize
     monkeypatch.setattr(_loss_plan, "_LEAN_COLUMNS", 64)
 
 
-def left_out(case: Case) -> torch.Tensor:
-    return (case.targets == -100) | (case.weights == 0)
-
-
 @pytest.mark.parametrize(
     "wait",
     [
@@ -99,9 +95,10 @@ def test_every_objective(
 ) -> None:
     """All in one tile, and sequences that end in other tiles than they begin in. What is left out is NaN."""
     case = Case(*shape, positive=positive(objective, args))
+    case.targets[-1:] = -100  # what empty rows are made of
     results = [plain(case, dtype, objective, args) for dtype in (torch.float32, torch.float64)]
     small_tiles(monkeypatch, shape[2], rows)
-    out = left_out(case)
+    out = ~case.kept()
     case.hidden[out] = case.ref[out] = case.ref_head[0][out] = torch.nan
     kept = int((~out).sum())
     for bound in (None, kept, kept + 1):
@@ -120,6 +117,30 @@ def test_low_precision(rows: int, lean: bool, dtype: torch.dtype, monkeypatch: p
     with device_rules():
         got = ours(case, lean=lean)
     assert_as_good_as_torch(got, *results)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_gradients_are_rounded_once(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, 131, 60, 2)
+    case = Case(257, 19, 131, torch.bfloat16)
+    recorded = record_gradients(monkeypatch, case)
+    with device_rules():
+        got = ours(case, lean=lean)
+    assert_rounded_once(case, got, *recorded)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_products_without_wide_results(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.8: each tile's share of a sum is rounded."""
+    small_tiles(monkeypatch, 131, 60, 2)
+    monkeypatch.setattr(_loss_products, "HAS_WIDE_RESULTS", False)
+    case = Case(257, 19, 131, torch.bfloat16)
+    hidden, weight = record_gradients(monkeypatch, case)
+    with device_rules():
+        got = ours(case, lean=lean)
+    count = int(case.kept().sum())
+    assert (got[1][case.kept()].double() - hidden[:count]).norm() <= 2**-7 * hidden.norm()
+    assert (got[2].double() - weight).norm() <= 2**-7 * weight.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -166,7 +187,7 @@ def test_logprobs_and_entropy(lean: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_more_tokens_than_the_bound_are_seen() -> None:
     case = Case(31, 24, 257)
-    kept = int((~left_out(case)).sum())
+    kept = int(case.kept().sum())
     with device_rules():
         loss_, d_hidden, *_ = ours(case, max_kept=kept - 1)
     assert loss_.isnan()
@@ -197,6 +218,17 @@ def test_an_empty_row_adds_nothing_where_its_stand_in_is_impossible() -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["pear_token", "iw_sequence"])
+def test_empty_rows_are_no_part_of_what_lies_behind_the_last_sequence(objective: str) -> None:
+    case = Case(31, 24, 257)
+    case.cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32)
+    expected = ours(case, objective, {"delta_min": -5.0} if objective == "pear_token" else {})
+    with device_rules():
+        got = ours(case, objective, {"delta_min": -5.0} if objective == "pear_token" else {})
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +249,7 @@ def test_gpu_every_objective(
     small_tiles(monkeypatch, 1031, rows, dtype.itemsize)
     case = moved(Case(257, 64, 1031, dtype, positive=positive(objective, args)))
     results = [plain(case, kind, objective, args) for kind in (dtype, torch.float64)]
-    kept = int((~left_out(case)).sum())
+    kept = int(case.kept().sum())
     assert_as_good_as_torch(ours(case, objective, args, lean=lean), *results)
     torch.cuda.set_sync_debug_mode("error")
     try:

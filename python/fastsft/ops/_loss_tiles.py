@@ -203,11 +203,15 @@ def _merged(a: Tensor, a_columns: int, b: Tensor, b_columns: int, direction: str
         in_a, in_b = parts[0] * of_a, parts[1] * of_b
         return torch.where(parts[0] == 0, 0.0, in_a) + torch.where(parts[1] == 0, 0.0, in_b)
 
+    def logit(stats: Tensor, member: int) -> Tensor:
+        """Of a log-probability, which is NaN where the bias excludes the whole block."""
+        return torch.where(stats[2] == -torch.inf, -torch.inf, stats[member] + stats[2])
+
     parts = (a[2] - lse).exp(), (b[2] - lse).exp()
-    out[0] = torch.maximum(a[0] + a[2], b[0] + b[2]) - lse  # -inf in the block that the target is not in
+    out[0] = torch.maximum(logit(a, 0), logit(b, 0)) - lse  # -inf in the block that the target is not in
     out[1] = lse - mean(parts, a[2] - a[1], b[2] - b[1])
     out[2] = lse
-    out[3] = ((a[3] + a[2]) * a_columns + (b[3] + b[2]) * b_columns) / (a_columns + b_columns) - lse
+    out[3] = (logit(a, 3) * a_columns + logit(b, 3) * b_columns) / (a_columns + b_columns) - lse
     if direction is not None:
         out[5] = other = torch.logaddexp(a[5], b[5])
         if direction == "forward":

@@ -78,11 +78,18 @@ def render(result: dict[str, Any]) -> str:
         ]
         for r in (r for r in result["rows"] if r["group"] == group):
             ratio = f"{r['times_ours']:.2f}" if "times_ours" in r else ""
-            notes = ", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in r["extra"].items())
+            notes = ", ".join(_note(key, value) for key, value in r["extra"].items())
             spread = _time(r["iqr"])
             lines.append(f"| {r['contestant']} | {_time(r['median'])} | {spread} | {ratio} | {notes} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _note(key: str, value: Any) -> str:
+    if isinstance(value, dict):  # one figure per contestant
+        value = ", ".join(_note(*item) for item in value.items())
+        return f"{key.replace('_', ' ')}: {value}"
+    return f"{key.replace('_', ' ')} {value:,.4g}"
 
 
 def _time(seconds: float) -> str:

@@ -187,6 +187,15 @@ TEST(windows) {
   check_problem(p);
 }
 
+TEST(what_all_rows_see_ends_one_short_of_a_tile) {
+  Problem p = make_problem({127, 129}, {127, 129}, 2, 1, 64);
+  p.shape.causal = false;
+  check_problem(p);
+  p = make_problem({200}, {200}, 2, 1, 64);
+  p.shape.causal = false, p.shape.window_left = 62;  // query 127 is the first that does not see key 64
+  check_problem(p);
+}
+
 TEST(scales_and_softcap) {
   Problem p = make_problem({5, 90}, {70, 90}, 2, 1, 64);
   p.shape.softcap = 1.5f;

@@ -12,7 +12,7 @@
 
 #include "fastsft/common.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -87,14 +87,20 @@ FASTSFT_INLINE Vec widen_bfloat16(VecHalf h) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
 }
 
-// Exponent and mantissa move up 13 bits; the product with 2^112 rebiases the exponent and normalises subnormals.
 FASTSFT_INLINE Vec widen_float16(VecHalf h) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+#else
+  // Exponent and mantissa move up 13 bits; the product with 2^112 rebiases the exponent and normalises subnormals.
   const VecBits bits = __builtin_convertvector(h, VecBits);
   const VecBits sign = (bits & 0x8000u) << 16;
   const VecBits magnitude = (bits & 0x7fffu) << 13;
   const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
   const VecBits special = reinterpret_cast<VecBits>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;  // inf, NaN
   return reinterpret_cast<Vec>(reinterpret_cast<VecBits>(scaled) | special | sign);
+#endif
 }
 
 FASTSFT_INLINE VecHalf round_bfloat16(Vec v) {

@@ -124,6 +124,19 @@ def test_decoding_and_verification_have_the_bits_of_prefill(isa, dtype, options)
         _C.set_isa(before)
 
 
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_an_infinite_value_is_the_last_of_an_odd_number(isa):
+    """Where values are multiplied in pairs, the last one's partner counts as zero and not as anything times zero."""
+    before = _C.active_isa()
+    _C.set_isa(isa)
+    try:
+        q, k, v, table, cu, lens = paged_case([1], [77], (7, 1), 64, torch.bfloat16)
+        v[table[0, 76 // 16], 76 % 16] = float("inf")
+        assert (paged_attention(q, k, v, table, cu, lens) == float("inf")).all()
+    finally:
+        _C.set_isa(before)
+
+
 def test_same_bits_as_varlen_attention():
     contexts = [40, 129, 1100]
     q, k_cache, v_cache, table, cu, lens = paged_case(contexts, contexts, (6, 2), 64)

@@ -141,6 +141,40 @@ void cluster(py::handle signatures, double threshold, int64_t bands, int64_t row
   lsh_clusters(in, n, num_perm, threshold, {bands, rows}, out);
 }
 
+// One step of the clustering on CUDA; the order of the steps is in lsh.h. Columns [first, first + count) are the
+// band's.
+void lsh_step(const std::string& step, py::handle signatures, py::handle parent, py::handle duplicate, py::handle keys,
+              py::handle order, py::handle labels, int64_t first, int64_t count, double threshold) {
+  Check check("lsh_clusters");
+  cuda::LshRows rows{};
+  rows.signatures = check.in<uint32_t>("signatures", signatures, "N P");
+  rows.parent = check.in<int32_t>("parent", parent, "N");
+  rows.duplicate = check.in<bool>("duplicate", duplicate, "N");
+  rows.n = check.size("N");
+  rows.num_perm = check.size("P");
+  auto* out_keys = check.in<int64_t>("keys", keys, "N");
+  auto* out_labels = check.in<int64_t>("labels", labels, "N");
+  [[maybe_unused]] const cuda::LshOrder sorted{out_keys, check.in<int64_t>("order", order, "N"), out_labels};
+  [[maybe_unused]] const cuda::LshColumns band{first, count};
+  FASTSFT_CHECK(first >= 0 && count >= 1 && count <= rows.num_perm - first,
+                "lsh_clusters: bands, rows: expected "
+                "columns within [0, ",
+                rows.num_perm, "), got ", first, " to ", first + count);
+  FASTSFT_CHECK(threshold >= 0.0 && threshold <= 1.0, "lsh_clusters: threshold: expected a number in [0, 1], got ",
+                threshold);
+#if defined(FASTSFT_WITH_CUDA)
+  if (check.on_cuda()) {
+    py::gil_scoped_release release;
+    if (step == "keys") return cuda::lsh_keys(rows, band, out_keys, check.stream());
+    if (step == "duplicates") return cuda::lsh_merge_duplicates(rows, sorted, check.stream());
+    if (step == "neighbours") return cuda::lsh_link_neighbours(rows, band, sorted, threshold, check.stream());
+    if (step == "groups") return cuda::lsh_link_groups(rows, band, sorted, threshold, check.stream());
+    if (step == "labels") return cuda::lsh_labels(rows, out_labels, check.stream());
+  }
+#endif
+  FASTSFT_CHECK(false, "lsh_clusters: internal: no step ", step, " on this device in this build");
+}
+
 }  // namespace
 
 void register_data(py::module_& m) {
@@ -168,6 +202,9 @@ void register_data(py::module_& m) {
         return py::make_tuple(shape.bands, shape.rows);
       },
       py::arg("num_perm"), py::arg("threshold"), "(bands, rows) with the least weighted error.");
+  m.def("lsh_step", &lsh_step, py::arg("step"), py::arg("signatures"), py::arg("parent"), py::arg("duplicate"),
+        py::arg("keys"), py::arg("order"), py::arg("labels"), py::arg("first"), py::arg("count"), py::arg("threshold"),
+        "A step of lsh_clusters on CUDA: keys, duplicates, neighbours, groups or labels.");
   m.def("lsh_clusters", &cluster, py::arg("signatures"), py::arg("threshold"), py::arg("bands"), py::arg("rows"),
         py::arg("labels"), "Fills labels, int64 [N].");
 }

@@ -182,8 +182,7 @@ void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, doubl
   FASTSFT_CHECK(n < 0xFFFFFFFF, "lsh_clusters: signatures: expected fewer than 2^32 - 1 rows, got ", n);
   const auto equal = FASTSFT_ISA_SELECT(count_equal);
   const auto row = [&](Row i) { return signatures + static_cast<int64_t>(i) * num_perm; };
-  int64_t needed = static_cast<int64_t>(threshold * static_cast<double>(num_perm));
-  while (static_cast<double>(needed) / static_cast<double>(num_perm) < threshold) ++needed;
+  const int64_t needed = lsh_needed(num_perm, threshold);
   const auto similar = [&](Row i, Row j) { return equal(row(i), row(j), num_perm) >= needed; };
 
   Components components(n);

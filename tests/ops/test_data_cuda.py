@@ -1,12 +1,14 @@
-"""Fill-in-the-middle and MinHash on a GPU: bit for bit what the CPU gives."""
+"""Fill-in-the-middle, MinHash and clusters on a GPU: bit for bit what the CPU gives."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_minhash import noisy_copies
 
 from fastsft import ops
 
@@ -50,3 +52,21 @@ def test_token_signatures(dtype: torch.dtype, count: int, longest: int, num_perm
     got = ops.minhash_token_signatures(tokens.cuda(), cu.cuda(), num_perm=num_perm, ngram=ngram, seed=3)
     assert got.is_cuda
     assert torch.equal(got.cpu().view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [None, (16, 8), (1, 128), (128, 1)])
+def test_clusters(seed: int, shape: tuple[int, int] | None) -> None:
+    signatures = torch.from_numpy(noisy_copies(np.random.default_rng(seed), 60, 20, 128))
+    bands, rows = shape or (None, None)
+    for threshold in (0.0, 0.6, 0.8, 1.0):
+        expected = ops.lsh_clusters(signatures, threshold=threshold, bands=bands, rows=rows)
+        got = ops.lsh_clusters(signatures.cuda(), threshold=threshold, bands=bands, rows=rows)
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_large_clusters_cost_linear_time() -> None:
+    rng = np.random.default_rng(1)
+    rows = np.repeat(rng.integers(0, 2**32, (1, 128), np.uint32), 200_000, 0)
+    rows[np.arange(100_000), rng.integers(0, 128, 100_000)] = np.arange(100_000, dtype=np.uint32)
+    assert not ops.lsh_clusters(torch.from_numpy(rows).cuda()).any()

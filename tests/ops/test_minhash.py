@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft import _C, ops
-from fastsft.ops import reference
+from fastsft.ops import minhash, reference
 from fastsft.ops.minhash import lsh_shape
 
 SOURCES = [inspect.getsource(m) for m in (inspect, random, pytest.raises, st.text, np.pad, datasketch.MinHash)]
@@ -215,6 +215,65 @@ def test_clusters_equal_all_pairs(seed: int, shape: tuple[int, int] | None) -> N
         assert np.array_equal(got, expected)
 
 
+def test_clusters_of_a_tensor() -> None:
+    signatures = noisy_copies(np.random.default_rng(3), 5, 5, 64)
+    got = ops.lsh_clusters(torch.from_numpy(signatures))
+    assert isinstance(got, torch.Tensor)
+    assert np.array_equal(got.numpy(), ops.lsh_clusters(signatures))
+
+
+class PlainSteps:
+    """What the CUDA kernels behind ``_C.lsh_step`` do, one row at a time: the order of the steps is tested without a
+    GPU (the kernels are in tests/cuda_host/lsh_test.cpp)."""
+
+    def __call__(self, step, signatures, parent, duplicate, keys, order, labels, first, count, threshold):  # type: ignore[no-untyped-def]
+        rows = signatures.view(torch.int32)
+        band = rows[:, first : first + count]
+
+        def root(i: int) -> int:
+            while int(parent[i]) != i:
+                i = int(parent[i])
+            return i
+
+        def link(i: int, j: int) -> bool:
+            equal = rows[i] == rows[j]
+            if not bool((band[i] == band[j]).all()) or float(equal.float().mean()) < threshold:
+                return False
+            low, high = sorted((root(i), root(j)))
+            parent[high] = low
+            return True
+
+        if step == "keys":
+            hashes = torch.tensor([hash(tuple(x)) % 7 for x in band.tolist()])
+            keys.copy_(torch.where(duplicate, 2**63 - 1, hashes))
+        elif step == "labels":
+            labels.copy_(torch.tensor([root(i) for i in range(len(rows))]))
+        for at in range(len(rows) if step in ("duplicates", "neighbours", "groups") else 0):
+            others = range(at) if step == "groups" else range(max(at - 1, 0), at)
+            for before in others:
+                i, j = int(order[before]), int(order[at])
+                together = keys[before] == keys[at] != 2**63 - 1
+                assert keys[before] <= keys[at]
+                if step == "groups":
+                    assert keys[before] != keys[at] or labels[before] <= labels[at]
+                    together = together and labels[before] != labels[at]
+                if together and step == "duplicates":
+                    duplicate[j] = duplicate[j] | (torch.equal(rows[i], rows[j]) and link(i, j))
+                elif together:
+                    link(i, j)
+
+
+@pytest.mark.parametrize("shape", [(16, 2), (5, 6), (32, 1)])
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
+def test_order_of_the_steps_on_cuda(shape: tuple[int, int], threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    signatures = noisy_copies(np.random.default_rng(5), 4, 4, 32)
+    signatures = np.concatenate([signatures, signatures[:5]])
+    expected = ops.lsh_clusters(signatures, threshold=threshold, bands=shape[0], rows=shape[1])
+    monkeypatch.setattr(_C, "lsh_step", PlainSteps())
+    got = minhash._cuda_clusters(torch.from_numpy(signatures), threshold, *shape)
+    assert np.array_equal(got.numpy(), expected)
+
+
 def test_candidates_are_verified() -> None:
     """One equal band in rows that otherwise differ is no duplicate; chains of links are."""
     rng = np.random.default_rng(0)
@@ -291,7 +350,7 @@ def test_signature_errors(texts: list[str], options: dict[str, object], message:
 @pytest.mark.parametrize(
     ("signatures", "options", "message"),
     [
-        (np.zeros((2, 8)), {}, r"expected a numpy uint32 \[N, num_perm\], got float64\[2, 8\]"),
+        (np.zeros((2, 8)), {}, r"expected uint32 \[N, num_perm\], got float64\[2, 8\]"),
         (np.zeros(8, np.uint32), {}, r"got uint32\[8\]"),
         (np.zeros((2, 8), np.uint32), {"bands": 2}, "expected both or neither, got 2 and None"),
         (np.zeros((2, 8), np.uint32), {"bands": 3, "rows": 3}, r"bands \* rows <= num_perm = 8, got 3 and 3"),

@@ -26,4 +26,50 @@ LshShape lsh_shape(int64_t num_perm, double threshold);
 void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, double threshold, LshShape shape,
                   int64_t* labels);
 
+// The steps of lsh_clusters on the device `stream` (a cudaStream_t) belongs to, all pointers in its memory. The caller
+// sorts between them; the labels come out the same whatever the sort does with equal keys:
+//   1. parent = 0..n-1, duplicate = 0; sort rows by the keys of all columns; lsh_merge_duplicates
+//   2. for each band: sort rows by its keys; lsh_link_neighbours
+//   3. lsh_labels; for each band: sort rows by its keys and, among equal ones, by label; lsh_link_groups
+//   4. lsh_labels
+// Step 2 costs linear time and leaves few components in a band's bucket where rows are near-duplicates; step 3 compares
+// every pair of a bucket whose rows have different labels, and so makes the result exact. Keys are 62 bits of a hash;
+// what they bring together is compared column by column. Starts kernels only. Throws std::runtime_error for a launch
+// that failed.
+namespace cuda {
+
+struct LshRows {
+  const uint32_t* signatures;  // [n, num_perm]
+  int64_t n, num_perm;         // n < 2^31
+  int32_t* parent;             // [n]: union-find forest, each root the smallest of its component
+  bool* duplicate;             // [n]: equal to another row, and left out of the bands
+};
+
+struct LshColumns {
+  int64_t first, count;
+};
+
+// Rows in sorted order: keys [n] ascending, order [n] the rows they belong to, labels [n] (for lsh_link_groups)
+// likewise.
+struct LshOrder {
+  const int64_t* keys;
+  const int64_t* order;
+  const int64_t* labels;
+};
+
+void lsh_keys(const LshRows& rows, LshColumns columns, int64_t* keys, void* stream);
+void lsh_merge_duplicates(const LshRows& rows, const LshOrder& sorted, void* stream);
+void lsh_link_neighbours(const LshRows& rows, LshColumns band, const LshOrder& sorted, double threshold, void* stream);
+void lsh_link_groups(const LshRows& rows, LshColumns band, const LshOrder& sorted, double threshold, void* stream);
+void lsh_labels(const LshRows& rows, int64_t* labels, void* stream);
+
+}  // namespace cuda
+
+// Columns of num_perm that have to be equal for a share of at least `threshold`.
+inline int64_t lsh_needed(int64_t num_perm, double threshold) {
+  int64_t needed = static_cast<int64_t>(threshold * static_cast<double>(num_perm));
+  while (static_cast<double>(needed) / static_cast<double>(num_perm) < threshold) ++needed;
+  return needed;
+}
+
 }  // namespace fastsft

@@ -4,7 +4,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -58,6 +58,10 @@ def lsh_clusters(signatures: typing.Any, threshold: typing.SupportsFloat | typin
 def lsh_shape(num_perm: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex) -> tuple[int, int]:
     """
     (bands, rows) with the least weighted error.
+    """
+def lsh_step(step: str, signatures: typing.Any, parent: typing.Any, duplicate: typing.Any, keys: typing.Any, order: typing.Any, labels: typing.Any, first: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    A step of lsh_clusters on CUDA: keys, duplicates, neighbours, groups or labels.
     """
 def minhash_signatures(texts: tuple, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
     """

@@ -1,13 +1,16 @@
 // Checks and launches of the attention kernels; contract in fastsft/attention.h.
 #include "attention_bwd_sm80.cuh"
 #include "attention_fwd_sm80.cuh"
+#include "attention_fwd_sm90.cuh"
 #include "attention_short_sm80.cuh"
 
 namespace fastsft::cuda {
 
-// Instantiated in attention_<family>_sm80_<type>.cu.
+// Instantiated in attention_<family>_<architecture>_<type>.cu.
 extern template void launch_attention_forward<BFloat16>(const ForwardArguments&, int64_t, void*);
 extern template void launch_attention_forward<Float16>(const ForwardArguments&, int64_t, void*);
+extern template void launch_attention_forward_sm90<BFloat16>(const ForwardArguments&, const AttentionShape&, void*);
+extern template void launch_attention_forward_sm90<Float16>(const ForwardArguments&, const AttentionShape&, void*);
 extern template void launch_attention_delta<BFloat16>(const BackwardArguments&, int64_t, void*);
 extern template void launch_attention_delta<Float16>(const BackwardArguments&, int64_t, void*);
 extern template void launch_attention_dkv<BFloat16>(const BackwardArguments&, int64_t, void*);
@@ -74,10 +77,17 @@ void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch&
                                    .group = group,
                                    .section = section_heads(shape, batch.total_k) * group,
                                    .scale = ScoreScale(shape)};
+  const auto launch_as = [&]<typename Element>(Element) {
+    if (runs_sm90a() && has_hopper_forward(arguments, shape)) {
+      launch_attention_forward_sm90<Element>(arguments, shape, stream);
+    } else {
+      launch_attention_forward<Element>(arguments, shape.head_dim, stream);
+    }
+  };
   if (shape.dtype == DType::kBFloat16) {
-    launch_attention_forward<BFloat16>(arguments, shape.head_dim, stream);
+    launch_as(BFloat16{});
   } else {
-    launch_attention_forward<Float16>(arguments, shape.head_dim, stream);
+    launch_as(Float16{});
   }
 }
 

@@ -69,6 +69,21 @@ inline void fill_bytes(void* data, int value, std::size_t bytes, void* stream) {
 #endif
 }
 
+// Whether the current device is a Hopper and kernels for it (sm_90a, whose code runs nowhere else) were compiled.
+inline bool runs_sm90a() {
+#if defined(FASTSFT_CUDA_HOST)
+  return cuda_host::compute_capability == 90;
+#else
+  if (std::string_view(FASTSFT_CUDA_ARCHITECTURES).find("90a") == std::string_view::npos) return false;
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("current device: ") + cudaGetErrorString(error));
+  return major == 9 && minor == 0;
+#endif
+}
+
 // Of the current device: the size of a persistent grid.
 inline int multiprocessor_count() {
 #if defined(FASTSFT_CUDA_HOST)

@@ -30,11 +30,16 @@ __device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kCount>
+__device__ __forceinline__ void pin_registers(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
 
-// Before the first product, and again after accumulators or A's registers were touched.
-template <int... kCounts>
-__device__ __forceinline__ void wgmma_fence(float (&... accumulators)[kCounts]) {
-  (pin_registers(accumulators), ...);
+// Before the first product, and again after accumulators or A's registers, both given here, were touched.
+template <typename... Registers>
+__device__ __forceinline__ void wgmma_fence(Registers&... registers) {
+  (pin_registers(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 // Closes the group of the products issued since the last commit.

@@ -29,6 +29,9 @@ void launch(const std::string& kernel, Dim3 grid, unsigned threads, std::size_t 
 // What multiprocessor_count() of launch.h says: few, so that persistent kernels go round their loop.
 inline int multiprocessors = 3;
 
+// What runs_sm90a() of launch.h asks for.
+inline int compute_capability = 80;
+
 // What shared_per_multiprocessor() of attention_launch.cuh says: launch code trades stages of copies for blocks by it.
 inline std::size_t shared_per_multiprocessor = 228 * 1024;
 

@@ -95,8 +95,8 @@ inline uint64_t descriptor_advance(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes >> 4);
 }
 
-template <int... kCounts>
-void wgmma_fence([[maybe_unused]] float (&... accumulators)[kCounts]) {
+template <typename... Registers>
+void wgmma_fence([[maybe_unused]] Registers&... registers) {
   cuda_host::wgmma_fence();
 }
 inline void wgmma_commit() { cuda_host::wgmma_commit(); }

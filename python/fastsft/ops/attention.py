@@ -29,6 +29,15 @@ _VARLEN_ON_CUDA = Implementation(
     "CUDA kernels for bfloat16 and float16, head sizes 64, 80, 96, 128, 256, not yet run on a GPU; "
     "plain torch for float32 and head size 32",
 )
+_FORWARD_ON_CUDA = Implementation(
+    "native",
+    f"{_VARLEN_ON_CUDA.reason}; on compute capability 9.0 "
+    + (
+        "the sm_90a kernel for head sizes 64, 128 and 256"
+        if "90a" in _C.cuda_architectures()
+        else "the sm_80 kernel, as this build has no sm_90a code"
+    ),
+)
 _PAGED_ON_CUDA = Implementation("native", "CUDA kernels, not yet run on a GPU; float32: plain torch")
 
 
@@ -458,7 +467,7 @@ _forward = define(
     fake=_fake_forward,
     cpu=_native_forward,
     cuda=_cuda_forward,
-    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else _NO_CUDA,
+    cuda_is=_FORWARD_ON_CUDA if _HAS_CUDA else _NO_CUDA,
 )
 _backward = define(
     "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "

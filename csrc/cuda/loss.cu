@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kThreads) loss_gradient_kernel(LossTile t, Los
   const float reference_lse = kReference ? s.reference_lse[i] * kLog2e : 0.0f;
   const float on_plogq = kReference ? c.on_plogq[i] * slope * kLn2 : 0.0f, on_q = kReference ? c.on_q[i] * slope : 0.0f;
   for_each_pack<kPack<T>, kFlight>(t.vocab, [&]<int packs, int n>(int64_t j) {
-    float x[packs][n], v[kReference ? packs : 1][n];
+    float x[packs][n];
+    [[maybe_unused]] float v[kReference ? packs : 1][n];
 #pragma unroll
     for (int f = 0; f < packs; ++f) {
       p_row.read(j + f * kThreads * n, x[f]);

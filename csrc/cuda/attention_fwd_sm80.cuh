@@ -2,7 +2,7 @@
 // two (one) times 16 rows each, and walks the keys that any of its rows sees, 64 (32) at a time, with an online
 // softmax.
 //
-// Per token and query head, n visible keys: 4 n D multiply-adds on the tensor cores, n exp2; q read and out written
+// Per token and query head, n visible keys: 2 n D multiply-adds on the tensor cores, n exp2; q read and out written
 // once (4 D bytes), k and v read once per block: 4 D n / 128 bytes, which the L2 serves. Per pair of key and value tile
 // a warp with 32 rows and D = 128 issues 256 mma for 80 ldmatrix.
 //
@@ -13,18 +13,6 @@
 #include "attention_launch.cuh"
 
 namespace fastsft::cuda {
-
-struct ForwardArguments {
-  AttentionInput q, k, v;
-  uint16_t* out;
-  float* lse;
-  const AttentionInterval* rows;
-  const int32_t* order;
-  int64_t total_q;
-  int total_k, num_q_heads, group;  // group: query heads per key head
-  int section;                      // query heads whose blocks are neighbours in the grid
-  ScoreScale scale;
-};
 
 template <int kDim_>
 struct ForwardTile {

@@ -1,25 +1,25 @@
 // Forward attention on Hopper (sm_90a): wgmma, the bulk copy engine (TMA), warps with roles of their own. Head sizes
 // 64, 128 and 256; same plan, same results up to rounding as attention_fwd_sm80.cuh.
 //
-// Per token and query head, n visible keys: 4 n D multiply-adds on the tensor cores, n exp2; q read and out written
+// Per token and query head, n visible keys: 2 n D multiply-adds on the tensor cores, n exp2; q read and out written
 // once (4 D bytes), k and v read once per 128 query rows: 4 D n / 128 bytes, which the L2 serves. On an H100 the
 // products of 64 rows with 128 keys (D = 128) take 1024 cycles of a quarter's tensor core and the exponentials 512 of
 // its special unit: they must run side by side.
 //
-// A block is one per multiprocessor and walks items (128 packed query rows of one head) by a schedule that is known
-// beforehand. Its first warpgroup copies: warp 0 writes down what the item is, loads queries, keys and values; warp 1
-// stores the results. Two more warpgroups own 64 rows each: scores = Q K^T from shared memory, softmax in registers,
-// P V with P from registers. The scores of the next tile are under way before the values of this one are multiplied,
-// and softmax runs under that product. Turns (see Turns) keep one warpgroup's softmax under the other's products.
+// One block per multiprocessor walks items (128 packed query rows of one head) by a schedule that is known beforehand.
+// Its first warpgroup copies: warp 0 writes down what the item is and loads queries, keys and values, warp 1 stores the
+// results. The two others own 64 rows each: scores = Q K^T from shared memory, softmax in registers, P V with P from
+// registers. The scores of a tile of keys are started before the values of the tile before it, and softmax runs under
+// that product; turns keep one warpgroup's softmax under the other's products.
 //
-//   D    keys per tile  stages of K and V  slots of Q  shared memory  accumulators and P per thread
+//   D    keys per tile  stages of K and V  slots of Q  shared memory  out, scores, P: registers per thread
 //   64   128            4                  2           162 KB         32 + 64 + 32
-//   128  128            2                  2           195 KB         64 + 64 + 32
-//   256  80             2                  1           226 KB         128 + 40 + 20
-// of 232 registers (40 for those that copy).
+//   128  128            2                  2           194 KB         64 + 64 + 32
+//   256  64             2                  1           193 KB         128 + 32 + 16
+// of 232 registers (40 in the warpgroup that copies).
 #pragma once
 
-#include "attention_fwd_sm80.cuh"
+#include "attention_launch.cuh"
 #include "primitives_sm90.cuh"
 #include "tensor_map.h"
 
@@ -44,7 +44,7 @@ template <int kDim_>
 struct HopperForwardTile {
   static constexpr int kDim = kDim_;
   static constexpr int kRows = kPlanTile;
-  static constexpr int kKeys = kDim <= 128 ? 128 : 80;
+  static constexpr int kKeys = kDim <= 128 ? 128 : 64;
   static constexpr int kStages = kDim == 64 ? 4 : 2;
   static constexpr int kSlots = kDim <= 128 ? 2 : 1;
 
@@ -189,7 +189,6 @@ struct ForwardState {
   float out[kDim / 2];
   uint32_t p[kKeys / 16][4];
   float max[2], sum[2];  // of rows lane / 4 and 8 further; max before scaling, sum of this lane's columns
-  AttentionInterval seen[2];
 };
 
 template <typename Element, typename Tile>
@@ -214,11 +213,12 @@ __device__ __forceinline__ void start_values(float (&out)[Tile::kDim / 2], const
 }
 
 template <int kKeys>
-__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const AttentionInterval (&seen)[2], int first) {
+__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const AttentionInterval* rows, int first) {
   const int column = first + lane_id() % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int lo = seen[half].lo - column, hi = seen[half].hi - column;
+    const AttentionInterval seen = rows[half * 8 + lane_id() / 4];
+    const int lo = seen.lo - column, hi = seen.hi - column;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -286,11 +286,31 @@ __device__ __forceinline__ void release(uint64_t* barrier) {
   if (lane_id() == 0) mbarrier_arrive(barrier);
 }
 
+// The two warpgroups start their products in turns, one turn per tile of keys (also where one sees nothing of it), so
+// that the softmax of one runs under the products of the other. Warpgroup 0 begins.
+class Turns {
+ public:
+  __device__ __forceinline__ explicit Turns(int group) : group_(group) {
+    if (group == 1) pass();
+  }
+  __device__ __forceinline__ void await() const { barrier_sync(kFirst + group_, 2 * kWarpgroup); }
+  __device__ __forceinline__ void pass() const { barrier_arrive(kFirst + (group_ ^ 1), 2 * kWarpgroup); }
+  // Takes the turn that the other passed after its last one.
+  __device__ __forceinline__ void finish() const {
+    if (group_ == 0) await();
+  }
+
+ private:
+  static constexpr int kFirst = 1;  // named barrier
+  int group_;
+};
+
 template <typename Element, typename Tile>
 __device__ __forceinline__ void consume_items(Tile& tile, const HopperForwardArguments& a) {
   constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys;
   const int group = warp_id() / 4 - 1, warp_row = group * 64 + warp_id() % 4 * 16, lane = lane_id();
   const ScoreScale scale = a.base.scale;
+  const Turns turns(group);
   Cursor<Tile::kSlots> slot;
   Cursor<Tile::kStages> k, v;
   unsigned number;
@@ -305,6 +325,8 @@ __device__ __forceinline__ void consume_items(Tile& tile, const HopperForwardArg
     const int end = sees ? (outer.hi - range.lo + kKeys - 1) / kKeys : tiles;
     const auto skip = [&](int count) {
       for (int i = 0; i < count; ++i) {
+        turns.await();
+        turns.pass();
         mbarrier_wait(&tile.k_full[k.at], k.parity);
         release(&tile.k_empty[k.at]);
         k.advance();
@@ -320,7 +342,6 @@ __device__ __forceinline__ void consume_items(Tile& tile, const HopperForwardArg
     for (int half = 0; half < 2; ++half) {
       state.max[half] = -INFINITY;
       state.sum[half] = 0.0f;
-      state.seen[half] = item.rows[warp_row + half * 8 + lane / 4];
     }
     const uint64_t q = matrix_descriptor<Swizzle::k128Bytes>(tile.q[slot.at] + group * 64 * kSlabColumns, 16, kPattern);
     const auto k_tile = [&] { return matrix_descriptor<Swizzle::k128Bytes>(tile.k[k.at], 16, kPattern); };
@@ -328,43 +349,54 @@ __device__ __forceinline__ void consume_items(Tile& tile, const HopperForwardArg
     float s[kKeys / 2], shrink[2];
     const auto soften = [&](int number_of_tile) {
       const int first = range.lo + number_of_tile * kKeys;
-      if (scale.is_transformed) {
+      if (scale.is_capped) {
 #pragma unroll
-        for (float& x : s) x = scale.is_capped ? tanh_of(x * scale.inner) : -x;
+        for (float& x : s) x = tanh_of(x * scale.inner);
+      } else if (scale.is_transformed) {
+#pragma unroll
+        for (float& x : s) x = -x;
       }
-      if (first < inner.lo || first + kKeys > inner.hi) mask_scores<kKeys>(s, state.seen, first);
+      if (first < inner.lo || first + kKeys > inner.hi) mask_scores<kKeys>(s, item.rows + warp_row, first);
       softmax_step(s, state, shrink, scale.multiplier);
     };
 
     skip(begin);
     if (begin < end) {
       mbarrier_wait(&tile.k_full[k.at], k.parity);
+      turns.await();
       wgmma_fence(s);
       start_scores<Element, Tile>(s, q, k_tile());
+      turns.pass();
       wgmma_wait<0>(s);
       release(&tile.k_empty[k.at]);
       k.advance();
       soften(begin);
       pack_probabilities<Element, kKeys>(state.p, s);
+      mbarrier_wait(&tile.v_full[v.at], v.parity);
       for (int i = begin + 1; i < end; ++i) {
         mbarrier_wait(&tile.k_full[k.at], k.parity);
-        wgmma_fence(s);
+        turns.await();
+        wgmma_fence(s, state.out, state.p);
         start_scores<Element, Tile>(s, q, k_tile());
-        mbarrier_wait(&tile.v_full[v.at], v.parity);
-        wgmma_fence(state.out, state.p);
         start_values<Element, Tile>(state.out, state.p, v_tile());
+        turns.pass();
         wgmma_wait<1>(s);
         release(&tile.k_empty[k.at]);
         k.advance();
         soften(i);
-        wgmma_wait<0>(state.out);
-        release(&tile.v_empty[v.at]);
+        // The next values are waited for here, since ptxas does not move the wait for the products before this loop; in
+        // front of softmax it would end what softmax is to run under.
+        uint64_t* const read = &tile.v_empty[v.at];
         v.advance();
+        mbarrier_wait(&tile.v_full[v.at], v.parity);
+        wgmma_wait<0>(state.out);
+        release(read);
+        if (warp_any(shrink[0] != 1.0f || shrink[1] != 1.0f)) {  // after a few tiles maxima seldom grow
 #pragma unroll
-        for (int j = 0; j < kDim / 2; ++j) state.out[j] *= shrink[j / 2 % 2];
+          for (int j = 0; j < kDim / 2; ++j) state.out[j] *= shrink[j / 2 % 2];
+        }
         pack_probabilities<Element, kKeys>(state.p, s);
       }
-      mbarrier_wait(&tile.v_full[v.at], v.parity);
       wgmma_fence(state.out, state.p);
       start_values<Element, Tile>(state.out, state.p, v_tile());
       wgmma_wait<0>(state.out);
@@ -390,6 +422,7 @@ __device__ __forceinline__ void consume_items(Tile& tile, const HopperForwardArg
     release(&tile.slot_done[slot.at]);
     slot.advance();
   }
+  turns.finish();
 }
 
 #endif
@@ -456,6 +489,7 @@ void launch_attention_forward_sm90(const ForwardArguments& a, const AttentionSha
   if (a.total_q == 0) return;
   const auto launch_dim = [&](auto dim) {
     using Tile = HopperForwardTile<decltype(dim)::value>;
+    static_assert(sizeof(Tile) <= 227 * 1024);
     const int64_t heads = a.num_q_heads;
     const AttentionInput out{a.out, heads * Tile::kDim, Tile::kDim};
     HopperForwardArguments arguments{.q = head_map(shape.dtype, a.q, a.total_q, heads, Tile::kDim, Tile::kRows),
@@ -471,7 +505,7 @@ void launch_attention_forward_sm90(const ForwardArguments& a, const AttentionSha
     const unsigned grid = std::min(arguments.items, static_cast<unsigned>(multiprocessor_count()));
     launch<attention_forward_sm90_kernel<Element, Tile::kDim>>(grid, kHopperThreads, sizeof(Tile), stream, arguments);
   };
-  switch (shape.head_dim) {
+  switch (shape.head_dim) {  // has_hopper_forward
     case 64: return launch_dim(std::integral_constant<int, 64>{});
     case 128: return launch_dim(std::integral_constant<int, 128>{});
     default: return launch_dim(std::integral_constant<int, 256>{});

@@ -9,6 +9,18 @@
 
 namespace fastsft::cuda {
 
+struct ForwardArguments {
+  AttentionInput q, k, v;
+  uint16_t* out;
+  float* lse;
+  const AttentionInterval* rows;
+  const int32_t* order;
+  int64_t total_q;
+  int total_k, num_q_heads, group;  // group: query heads per key head
+  int section;                      // query heads whose blocks are neighbours in the grid
+  ScoreScale scale;
+};
+
 // Calls launch(std::integral_constant<int, D>) with the head size.
 template <typename Launch>
 void with_head_dim(int64_t head_dim, Launch&& launch) {

@@ -1,9 +1,19 @@
-"""Two torch threads unless the environment says otherwise: the suite is sized for a two-core machine."""
+"""Two torch threads unless the environment says otherwise: the suite is sized for a two-core machine. Tests marked gpu
+are skipped without a CUDA device."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

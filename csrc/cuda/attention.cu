@@ -41,12 +41,16 @@ void check_shape(const AttentionShape& shape) {
                 shape.num_kv_heads, "), got ", shape.num_q_heads);
 }
 
-// A stride over a single row says nothing.
-void check_rows(const char* name, const AttentionInput& x, int64_t tokens, int64_t heads) {
-  FASTSFT_CHECK(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (tokens <= 1 || x.token_stride % 8 == 0) &&
-                    (heads <= 1 || x.head_stride % 8 == 0),
+// The rows of a tensor whose strides are fit for 16-byte reads. A stride over a single token or head says nothing: any
+// will do that keeps addresses aligned.
+AttentionInput checked_rows(const char* name, AttentionInput x, int64_t tokens, int64_t heads,
+                            const AttentionShape& shape) {
+  if (tokens <= 1) x.token_stride = heads * shape.head_dim;
+  if (heads <= 1) x.head_stride = shape.head_dim;
+  FASTSFT_CHECK(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.token_stride % 8 == 0 && x.head_stride % 8 == 0,
                 "varlen_attention: ", name, ": expected data and strides that are multiples of 16 bytes, got strides ",
                 x.token_stride, " and ", x.head_stride, " elements");
+  return x;
 }
 
 }  // namespace
@@ -60,13 +64,10 @@ void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch&
                               const AttentionInput& q, const AttentionInput& k, const AttentionInput& v, void* out,
                               float* lse, void* stream) {
   check_shape(shape);
-  check_rows("q", q, batch.total_q, shape.num_q_heads);
-  check_rows("k", k, batch.total_k, shape.num_kv_heads);
-  check_rows("v", v, batch.total_k, shape.num_kv_heads);
   const int group = static_cast<int>(shape.num_q_heads / shape.num_kv_heads);
-  const ForwardArguments arguments{.q = q,
-                                   .k = k,
-                                   .v = v,
+  const ForwardArguments arguments{.q = checked_rows("q", q, batch.total_q, shape.num_q_heads, shape),
+                                   .k = checked_rows("k", k, batch.total_k, shape.num_kv_heads, shape),
+                                   .v = checked_rows("v", v, batch.total_k, shape.num_kv_heads, shape),
                                    .out = static_cast<uint16_t*>(out),
                                    .lse = lse,
                                    .rows = plan.rows,
@@ -96,16 +97,11 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
                                const AttentionInput& v, const AttentionInput& out, const float* lse, const float* dlse,
                                float* delta, void* dq, void* dk, void* dv, void* stream) {
   check_shape(shape);
-  check_rows("q", q, batch.total_q, shape.num_q_heads);
-  check_rows("k", k, batch.total_k, shape.num_kv_heads);
-  check_rows("v", v, batch.total_k, shape.num_kv_heads);
-  check_rows("out", out, batch.total_q, shape.num_q_heads);
-  check_rows("dout", dout, batch.total_q, shape.num_q_heads);
-  const BackwardArguments arguments{.dout = dout,
-                                    .q = q,
-                                    .k = k,
-                                    .v = v,
-                                    .out = out,
+  const BackwardArguments arguments{.dout = checked_rows("dout", dout, batch.total_q, shape.num_q_heads, shape),
+                                    .q = checked_rows("q", q, batch.total_q, shape.num_q_heads, shape),
+                                    .k = checked_rows("k", k, batch.total_k, shape.num_kv_heads, shape),
+                                    .v = checked_rows("v", v, batch.total_k, shape.num_kv_heads, shape),
+                                    .out = checked_rows("out", out, batch.total_q, shape.num_q_heads, shape),
                                     .lse = lse,
                                     .dlse = dlse,
                                     .delta = delta,

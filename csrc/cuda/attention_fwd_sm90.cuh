@@ -464,14 +464,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
 // --- launch ---------------------------------------------------------------------------------------------------------
 
-// A box of 64 columns and `rows` tokens of one head. The stride over a single token or head says nothing.
+// A box of 64 columns and `rows` tokens of one head.
 inline TensorMap head_map(DType dtype, const AttentionInput& x, int64_t tokens, int64_t heads, int64_t head_dim,
                           int rows) {
-  const int64_t any = 2 * head_dim;
   return make_tensor_map({.dtype = dtype,
                           .data = x.data,
                           .size = {head_dim, heads, tokens},
-                          .stride = {heads == 1 ? any : 2 * x.head_stride, tokens == 1 ? any : 2 * x.token_stride},
+                          .stride = {2 * x.head_stride, 2 * x.token_stride},
                           .box = {kSlabColumns, 1, rows},
                           .swizzle = Swizzle::k128Bytes});
 }

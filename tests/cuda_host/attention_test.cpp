@@ -213,6 +213,36 @@ TEST(scales_and_softcap) {
   }
 }
 
+TEST(one_token_and_no_keys) {
+  check_problem(make_problem({1}, {1}, 1, 1, 64));
+  check_problem(make_problem({5}, {0}, 2, 1, 128));
+}
+
+// Key heads that are one head in memory: the copy engine of sm_90a takes no stride of 0.
+TEST(expanded_heads) {
+  Problem p = make_problem({70}, {70}, 2, 2, 64);
+  p.shape.dtype = DType::kBFloat16;
+  Floats one_head;
+  for (Floats* x : {&p.q, &p.k, &p.v}) *x = widen(p.shape.dtype, narrow(p.shape.dtype, *x));
+  for (std::size_t i = 0; i < p.k.size(); ++i) {
+    if (i / 64 % 2 == 1) p.k[i] = p.k[i - 64];
+    if (i / 64 % 2 == 0) one_head.push_back(p.k[i]);
+  }
+  const Tensor q(narrow(p.shape.dtype, p.q), 70, 2, 64, 0), v(narrow(p.shape.dtype, p.v), 70, 2, 64, 0);
+  const Tensor k(narrow(p.shape.dtype, one_head), 70, 1, 64, 0);
+  std::vector<int32_t> memory(cuda::attention_plan_size(70, 70));
+  const cuda::AttentionPlan plan = cuda::attention_plan_at(memory.data(), 70, 70);
+  cuda::make_attention_plan(p.shape, p.batch(), plan, nullptr);
+  Words out(p.q.size(), 0xffff);
+  Floats lse(p.dlse.size());
+  AttentionInput keys = k.input();
+  keys.head_stride = 0;
+  cuda_host::compute_capability = 90;
+  cuda::varlen_attention_forward(p.shape, p.batch(), plan, q.input(), keys, v.input(), out.data(), lse.data(), nullptr);
+  cuda_host::compute_capability = 80;
+  CHECK(close_in(p.shape.dtype, "out", out, reference(p).out, 1.5));
+}
+
 // On sm_90a: 64 rows of a tile see nothing of some tiles of keys, at either end; the rings of buffers go round.
 TEST(rows_that_skip_tiles_of_keys) {
   Problem p = make_problem({192, 190}, {192, 300}, 2, 1, 64);
@@ -221,6 +251,7 @@ TEST(rows_that_skip_tiles_of_keys) {
   check_problem(p);
   check_problem(make_problem({192, 70}, {192, 330}, 1, 1, 128));
   check_problem(make_problem({130}, {700}, 2, 2, 64));
+  check_problem(make_problem({140, 60}, {140, 60}, 4, 1, 256));
 }
 
 TEST(the_costliest_tiles_come_first) {

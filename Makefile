@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+PYTHON_ENV ?= .venv
+GPU_ARGS ?=
 
 .PHONY: demo test test-python test-cpp ptxas lint format build bench gpu-check wheel stubs clean
 
@@ -51,9 +53,22 @@ stubs: build
 bench: build
 	$(BIN)/pytest bench --benchmark-only $(BENCH_ARGS)
 
-gpu-check: build
-	$(BIN)/python -c "import fastsft, sys; d = fastsft.info()['cuda']; sys.exit(0 if d['devices'] else f'no usable GPU: {d}')"
-	$(BIN)/pytest -m gpu
+# For the GPU present: build, the GPU tests, the benches; GPU_ARGS="--quick" or "--only attention" cuts the last short.
+# PYTHON_ENV=system: with the packages that PYTHON has; nothing is downloaded, no virtual environment is made.
+ifeq ($(PYTHON_ENV),system)
+GPU_PYTHON := $(PYTHON)
+GPU_INSTALL := --no-deps .
+else
+GPU_PYTHON := $(BIN)/python
+GPU_INSTALL := --editable ".[dev]"
+gpu-check: $(VENV)/ready
+endif
+
+gpu-check:
+	@arch=$$($(GPU_PYTHON) bench/gpu_present.py) && set -x && $(GPU_PYTHON) -m pip install --quiet --no-build-isolation \
+	  -C cmake.define.FASTSFT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$$arch $(GPU_INSTALL)
+	$(GPU_PYTHON) -m pytest -m gpu tests/ops; tests=$$?; \
+	  $(GPU_PYTHON) bench/gpu_check.py $(GPU_ARGS) && exit $$tests
 
 wheel: $(VENV)/ready
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

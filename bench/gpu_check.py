@@ -42,9 +42,11 @@ def run_case(entry: Entry, setting: Setting, watch: Stopwatch, limits: Limits) -
     for name, contestant in case.contestants.items():
         row = rows[name] = {"contestant": name}
         try:
-            row["extra_mib"] = watch.peak_mib(contestant.run)[1]
+            result = contestant.run()
             if contestant.judge:
-                row["error"] = contestant.judge(contestant.run())
+                row["error"] = contestant.judge(result)
+            del result
+            row["extra_mib"] = watch.peak_mib(contestant.run)
         except Exception as error:
             row["problem"] = describe(error)
         if name.startswith("fastsft") and not row.get("error", 0.0) <= 1:  # NaN is wrong too

@@ -45,9 +45,24 @@ def against_cpu(op: Callable[..., Any], inputs: Sequence[torch.Tensor], moved: f
     )
 
 
+def multiply_adds(ids: torch.Tensor, count: int) -> Callable[[], torch.Tensor]:
+    """``count`` integer multiply-adds per token and nothing else: what the signatures cannot do without."""
+    factor, summand = (torch.tensor(x, dtype=torch.int32, device=ids.device) for x in (0x5BD1E995, 0x1B873593))
+
+    def chain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        for _ in range(count):
+            x = x * a + b
+        return x
+
+    run = torch.compile(chain) if ids.is_cuda else chain  # one kernel, not two per step
+    return lambda: run(ids, factor, summand)
+
+
 def signatures(setting: Setting) -> Case:
     inputs = documents(setting, 2000 if setting.small else 1 << 24)
-    return against_cpu(lambda ids, cu: ops.minhash_token_signatures(ids, cu, num_perm=PERMUTATIONS), inputs)
+    case = against_cpu(lambda ids, cu: ops.minhash_token_signatures(ids, cu, num_perm=PERMUTATIONS), inputs)
+    case.contestants["the multiply-adds alone"] = Contestant(multiply_adds(inputs[0], PERMUTATIONS))
+    return case
 
 
 def clusters(setting: Setting) -> Case:

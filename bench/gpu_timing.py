@@ -69,16 +69,16 @@ class Stopwatch:
         end.record()
         return begin, end
 
-    def peak_mib(self, run: Run) -> tuple[Any, float]:
-        """The result of a call and the MiB it takes at its peak beyond what is there before; 0 on a CPU."""
+    def peak_mib(self, run: Run) -> float:
+        """What a call takes at its peak beyond what is there before; 0 on a CPU. Not of a first call: that compiles."""
         if not self.cuda:
-            return run(), 0.0
+            return 0.0
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = run()
+        run()
         torch.cuda.synchronize()
-        return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def limits(self) -> Limits:
         """Measured on random data: zeros would run faster."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_minhash import noisy_copies
+from samples import noisy_copies
 
 from fastsft import ops
 

@@ -7,17 +7,19 @@ import itertools
 import random
 import time
 
-import datasketch
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import noisy_copies
 
 from fastsft import _C, ops
 from fastsft.ops import minhash, reference
 from fastsft.ops.minhash import lsh_shape
+
+datasketch = pytest.importorskip("datasketch")
 
 SOURCES = [inspect.getsource(m) for m in (inspect, random, pytest.raises, st.text, np.pad, datasketch.MinHash)]
 TEXTS = [
@@ -194,14 +196,6 @@ def test_shape_at_the_ends() -> None:
     assert lsh_shape(1, 0.5) == (1, 1)
     assert lsh_shape(64, 1.0) == (1, 64)
     assert lsh_shape(64, 0.0) == (64, 1)
-
-
-def noisy_copies(rng: np.random.Generator, families: int, copies: int, num_perm: int) -> npt.NDArray[np.uint32]:
-    base = rng.integers(0, 2**32, (families, 1, num_perm), np.uint32)
-    noise = rng.integers(0, 2**32, (families, copies, num_perm), np.uint32)
-    flip = rng.random((families, copies, num_perm)) < rng.random((families, copies, 1)) * 0.4
-    rows = np.where(flip, noise, base).reshape(-1, num_perm)
-    return rows[rng.permutation(len(rows))]
 
 
 @pytest.mark.parametrize("seed", range(6))

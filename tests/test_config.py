@@ -37,7 +37,7 @@ def test_defaults_and_round_trip(tmp_path: Path) -> None:
     [
         ({"sed": 1}, "unknown key 'sed'; did you mean 'seed'"),
         ({"train": {"epoch": 1}}, "unknown key 'train.epoch'; did you mean 'epochs'"),
-        ({"data": {"fim": {"zzz": 1}}}, "unknown key 'data.fim.zzz'; known keys: rate, spm_rate, prefix"),
+        ({"data": {"fim": {"zzz": 1}}}, "unknown key 'data.fim.zzz'; known keys: rate, spm_rate, format"),
         ({"optim": {"lr": "fast"}}, "optim.lr: .* got 'fast'"),
         ({"optim": {"lr": "3e-3"}}, "optim.lr: expected a number, got '3e-3'"),
         ({"train": {"epochs": True}}, "train.epochs: expected a number, got True"),

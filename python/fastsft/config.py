@@ -57,10 +57,14 @@ class FimOptions:
     rate: float = 0.0
     """Probability that a ``text`` record is rearranged into prefix/suffix/middle (arXiv 2207.14255)."""
     spm_rate: float = 0.5
-    """Among those, the probability of suffix-prefix-middle order."""
-    prefix: str = "<|fim_prefix|>"
-    suffix: str = "<|fim_suffix|>"
-    middle: str = "<|fim_middle|>"
+    """Among those, the probability of suffix-prefix-middle order, in a format that has both."""
+    format: Literal[
+        "auto", "qwen", "starcoder", "starcoder2", "santacoder", "codellama", "deepseek", "codegemma", "codestral",
+        "granite", "granite4",
+    ] = "auto"  # fmt: skip
+    """How a sample is written; "auto": the format whose tokens the vocabulary has."""
+    markers: list[str] = field(default_factory=list)
+    """Instead of a format: the tokens before prefix, suffix and middle."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,10 @@ def _check_ranges(config: Config, where: str) -> None:
     check(d.dedup.num_perm >= 1, "data.dedup.num_perm", "at least 1", d.dedup.num_perm)
     check(0 <= d.fim.rate <= 1, "data.fim.rate", "a probability", d.fim.rate)
     check(0 <= d.fim.spm_rate <= 1, "data.fim.spm_rate", "a probability", d.fim.spm_rate)
+    check(len(set(d.fim.markers)) in (0, 3) and len(d.fim.markers) in (0, 3), "data.fim.markers",
+          "three different tokens, or none", d.fim.markers)  # fmt: skip
+    check(not d.fim.markers or d.fim.format == "auto", "data.fim.format", '"auto" beside data.fim.markers',
+          d.fim.format)  # fmt: skip
     check(o.lr > 0, "optim.lr", "more than 0", o.lr)
     check(0 <= o.beta1 < 1, "optim.beta1", "a value in [0, 1)", o.beta1)
     check(0 <= o.beta2 < 1, "optim.beta2", "a value in [0, 1)", o.beta2)

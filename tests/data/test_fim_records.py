@@ -9,21 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft.data.fim import Sentinels, cut, draft_fim, draft_record
+from fastsft.data.fim import cut, draft_fim, draft_record
 from fastsft.data.records import Record
 from fastsft.data.tokenise import encode, join
+from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 END = "<|endoftext|>"
 TOKENIZER = Tokenizer.train(["def f(x): return x"], 300, MARKS)
 TOKENIZER.backend.normalizer = None  # so that any text comes back as it was
-SENTINELS = Sentinels.find(TOKENIZER, *MARKS)
-PRE, SUF, MID = SENTINELS.prefix, SENTINELS.suffix, SENTINELS.middle
+FIM = Fim.find(TOKENIZER)
+PRE, SUF, MID = (TOKENIZER.token_id(m) for m in MARKS)
 
 
 def sample(parts: tuple[str, str, str], *, spm: bool, train_context: bool = True) -> tuple[list[int], list[float]]:
-    (found,) = encode([draft_fim(parts, TOKENIZER, SENTINELS, spm=spm, train_context=train_context)], TOKENIZER)
+    (found,) = encode([draft_fim(parts, TOKENIZER, FIM, spm=spm, train_context=train_context)], TOKENIZER)
     return join(found)
 
 
@@ -61,7 +62,7 @@ def test_order_of_the_parts() -> None:
 
 def test_infilling_rows_train_the_middle_only() -> None:
     record = Record("fim", "x:1", parts=("before", "after", "inside"), weight=2.0)
-    (parts,) = encode([draft_record(record, TOKENIZER, SENTINELS)], TOKENIZER)
+    (parts,) = encode([draft_record(record, TOKENIZER, FIM)], TOKENIZER)
     ids, weights = join(parts)
     trained = [i for i, w in zip(ids, weights, strict=True) if w]
     assert TOKENIZER.decode(trained, False) == "inside" + END
@@ -94,8 +95,3 @@ def test_cut_is_a_function_of_seed_and_index() -> None:
     more = [cut(text, seed=1, index=i, rate=0.9, spm_rate=0.5) for i in range(50)]
     assert all(a == b for a, b in zip(once, more, strict=True) if a is not None)
     assert all(cut(text, seed=1, index=i, rate=0.0, spm_rate=0.5) is None for i in range(50))
-
-
-def test_missing_sentinel_is_named() -> None:
-    with pytest.raises(ValueError, match=r"data\.fim\.suffix: '<SUF>' is not a token"):
-        Sentinels.find(TOKENIZER, MARKS[0], "<SUF>", MARKS[2])

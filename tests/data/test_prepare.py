@@ -253,8 +253,10 @@ def test_infilling_rate_and_samples(tmp_path: Path) -> None:
     assert ids(prepared) == ids(prepare(config_of(tmp_path, path, fim={"rate": 0.5})))
     weights = np.concatenate([prepared.train[i].weights for i in range(200)])
     assert (weights == 1).all()
-    with pytest.raises(ValueError, match=r"data\.fim\.prefix"):
-        prepare(config_of(tmp_path, path, fim={"rate": 0.5, "prefix": "<PRE>"}))
+    with pytest.raises(ValueError, match=r"data\.fim\.markers: '<PRE>' is not a token of this vocabulary"):
+        prepare(config_of(tmp_path, path, fim={"rate": 0.5, "markers": ["<PRE>", "<SUF>", "<MID>"]}))
+    with pytest.raises(ValueError, match=r"data\.fim\.format 'deepseek': .* is not a token of this vocabulary"):
+        prepare(config_of(tmp_path, path, fim={"rate": 0.5, "format": "deepseek"}))
 
 
 def test_tokenizer_trained_on_the_texts(tmp_path: Path) -> None:

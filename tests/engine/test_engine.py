@@ -19,10 +19,11 @@ from engine_cases import (
     write_model,
 )
 
-from fastsft.data.fim import Sentinels, draft_fim
+from fastsft.data.fim import draft_fim
 from fastsft.data.tokenise import encode, join
-from fastsft.engine.llm import FIM_MARKERS, LLM
+from fastsft.engine.llm import LLM
 from fastsft.engine.request import Detokenizer, SamplingParams
+from fastsft.models.fim import Fim
 from fastsft.models.weights import load_model
 
 pytest.importorskip("transformers")
@@ -268,6 +269,8 @@ def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:
     for nothing in ([], "cat"):
         with pytest.raises(ValueError, match="chat: messages: expected a list of at least one message"):
             llm.chat(nothing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"infill: format: expected 'auto' or one of qwen, .*, got 'gpt'"):
+        llm.infill("a", "b", format="gpt")
     with pytest.raises(ValueError, match="infill: markers: '<PRE>' is not a token"):
         llm.infill("a", "b", markers=("<PRE>", "<SUF>", "<MID>"))
 
@@ -275,7 +278,7 @@ def test_chat_and_infill_prompts(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_infill_asks_as_training_lays_out(order: Any, folders: dict[str, Path]) -> None:
     llm, given = engine(folders["qwen3"]), tokenizer()
-    layout = draft_fim(("the ", "cat", " mat"), given, Sentinels.find(given, *FIM_MARKERS), spm=order == "spm",
+    layout = draft_fim(("the ", "cat", " mat"), given, Fim.find(given), spm=order == "spm",
                        train_context=True)  # fmt: skip
     (parts,) = encode([layout], given)
     prompt = llm.infill("the ", " mat", SamplingParams(max_tokens=1), order=order).prompt_token_ids

@@ -1,48 +1,34 @@
 """Fill in the middle (arXiv 2207.14255): documents rearranged so that a left-to-right model learns to infill.
 
-PSM order is ``PRE prefix SUF suffix MID middle EOS``; SPM (the second variant, where the middle continues the prefix)
-is ``PRE SUF suffix MID prefix middle EOS``.
+How a family of models writes the pieces is in :mod:`fastsft.models.fim`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from fastsft.data.chat import Draft, Piece, end_id
+from fastsft.config import FimOptions
+from fastsft.data.chat import Draft, Piece
 from fastsft.data.records import Record
+from fastsft.models.fim import MIDDLE, PREFIX, SUFFIX, Fim
 from fastsft.models.tokenizer import Tokenizer
 
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text
 Part = tuple[list[int], list[float]]  # a piece's ids and weights
 
 
-@dataclass(frozen=True)
-class Sentinels:
-    """Token ids of the three markers."""
+def find_format(tokenizer: Tokenizer, options: FimOptions) -> Fim:
+    """The format that ``data.fim`` asks for.
 
-    prefix: int
-    suffix: int
-    middle: int
-
-    @classmethod
-    def find(cls, tokenizer: Tokenizer, prefix: str, suffix: str, middle: str) -> Sentinels:
-        """Look the markers up.
-
-        Raises:
-            ValueError: one of them is not a token of this vocabulary, or one that the text of a file could hold.
-        """
-        ids = []
-        for name, token in (("prefix", prefix), ("suffix", suffix), ("middle", middle)):
-            found = tokenizer.token_id(token)
-            if found is None:
-                raise ValueError(f"data.fim.{name}: {token!r} is not a token of this vocabulary")
-            if token not in tokenizer.control.names:
-                raise ValueError(f"data.fim.{name}: {token!r} must be a special token in tokenizer.json")
-            ids.append(found)
-        return cls(*ids)
+    Raises:
+        ValueError: none or several fit the vocabulary; the message names the setting.
+    """
+    try:
+        return Fim.find(tokenizer, options.format, options.markers)
+    except ValueError as error:
+        raise ValueError(f"data.fim.{error}") from None
 
 
 def cut(
@@ -69,7 +55,7 @@ def cut(
 def draft_fim(
     parts: tuple[str, str, str],
     tokenizer: Tokenizer,
-    sentinels: Sentinels,
+    fim: Fim,
     *,
     spm: bool,
     train_context: bool,
@@ -77,27 +63,25 @@ def draft_fim(
     shortened: bool = False,
 ) -> Draft:
     """Lay out (prefix, middle, suffix). ``train_context``: all tokens are trained, as in pre-training; otherwise only
-    the middle and the end of text, as when tuning on infilling rows."""
+    the middle and its end, as when tuning on infilling rows."""
     c = 1.0 if train_context else 0.0
+    prefix, middle, suffix = parts
+    pieces = {
+        PREFIX: Piece(prefix, c, "start"),
+        MIDDLE: Piece(middle, 1.0, "inner" if prefix else "start"),
+        SUFFIX: Piece(suffix, c),
+    }
     head = [Piece(t, 0.0) for t in tokenizer.prefix_ids]
-    prefix, suffix = Piece(parts[0], c, "start"), Piece(parts[2], c)
-    pre, suf, mid = (Piece(t, c) for t in (sentinels.prefix, sentinels.suffix, sentinels.middle))
-    context = [pre, suf, suffix, mid, prefix] if spm else [pre, prefix, suf, suffix, mid]
-    at = len(head)
-    return Draft(
-        (*head, *context, Piece(parts[1], 1.0), Piece(end_id(tokenizer), 1.0)),
-        weight,
-        (at + 4, at + 2) if spm else (at + 1, at + 3),
-        shortened,
-    )
+    layout = fim.layout(spm)
+    body = [pieces[item] if item < 0 else Piece(item, c) for item in layout]
+    context = (len(head) + layout.index(PREFIX), len(head) + layout.index(SUFFIX))
+    return Draft((*head, *body, Piece(fim.end_id, 1.0)), weight, context, shortened)
 
 
-def draft_record(record: Record, tokenizer: Tokenizer, sentinels: Sentinels) -> Draft:
-    """An infilling row (prefix, suffix, middle) in PSM order, trained on the middle."""
+def draft_record(record: Record, tokenizer: Tokenizer, fim: Fim) -> Draft:
+    """An infilling row (prefix, suffix, middle), in PSM order where the format has it, trained on the middle."""
     prefix, suffix, middle = record.parts
-    return draft_fim(
-        (prefix, middle, suffix), tokenizer, sentinels, spm=False, train_context=False, weight=record.weight
-    )
+    return draft_fim((prefix, middle, suffix), tokenizer, fim, spm=False, train_context=False, weight=record.weight)
 
 
 def shorten(parts: list[Part], context: tuple[int, int], limit: int) -> list[Part] | None:

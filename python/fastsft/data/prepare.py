@@ -17,10 +17,11 @@ from fastsft.data.lock import hold
 from fastsft.data.records import DataError, Problems, Record, read_records
 from fastsft.data.store import SampleStore, write_store
 from fastsft.data.tokenise import tokenise
+from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 5  # raise when the same inputs would give other samples
+_VERSION = 6  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Toke
     options = config.tokenizer
     if options.train_vocab is not None:
         tell("training tokenizer", 0, 1)
-        markers = (config.data.fim.prefix, config.data.fim.suffix, config.data.fim.middle)
+        fim = config.data.fim
+        markers = fim.markers or FORMATS["qwen" if fim.format == "auto" else fim.format].required
         tokenizer = Tokenizer.train(texts, options.train_vocab, markers)
         tell("training tokenizer", 1, 1)
         return tokenizer

@@ -13,6 +13,7 @@ from fastsft.data.chat import ChatDraft, Draft, draft, token_weights
 from fastsft.data.fim import Part
 from fastsft.data.records import DataError, Problems, Record
 from fastsft.models.control import RESERVED
+from fastsft.models.fim import Fim
 from fastsft.models.template import TemplateError
 from fastsft.models.tokenizer import Tokenizer
 
@@ -34,9 +35,7 @@ def tokenise(
     """
     options = config.data
     needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
-    marks = (
-        fim.Sentinels.find(tokenizer, options.fim.prefix, options.fim.suffix, options.fim.middle) if needs_fim else None
-    )
+    marks = fim.find_format(tokenizer, options.fim) if needs_fim else None
     for begin in range(0, len(records), _CHUNK):
         drafts: list[tuple[Record, Draft | ChatDraft]] = []
         for index, record in enumerate(records[begin : begin + _CHUNK], begin):
@@ -53,9 +52,7 @@ def tokenise(
                 yield sample
 
 
-def _draft(
-    record: Record, index: int, tokenizer: Tokenizer, marks: fim.Sentinels | None, config: Config
-) -> Draft | ChatDraft:
+def _draft(record: Record, index: int, tokenizer: Tokenizer, marks: Fim | None, config: Config) -> Draft | ChatDraft:
     options = config.data.fim
     if marks is not None and record.kind == "fim":
         return fim.draft_record(record, tokenizer, marks)

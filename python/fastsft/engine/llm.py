@@ -26,10 +26,9 @@ from fastsft.engine.request import (
 )
 from fastsft.engine.scheduler import Scheduler
 from fastsft.models.decoder import Decoder
+from fastsft.models.fim import MIDDLE, PREFIX, SUFFIX, Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import load_model
-
-FIM_MARKERS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 class LLM:
@@ -175,35 +174,39 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         order: Literal["psm", "spm"] = "psm",
-        markers: tuple[str, str, str] = FIM_MARKERS,
+        format: str = "auto",
+        markers: tuple[str, ...] = (),
     ) -> RequestOutput:
-        """The text between ``prefix`` and ``suffix``.
+        """The text between ``prefix`` and ``suffix``. Any token of the format ends it, besides the model's end tokens.
 
         Args:
             order: prefix-suffix-middle, or suffix-prefix-middle, in which the answer goes on where the prefix ends: the
-                easier one for a small model that was trained in both.
-            markers: the tokens before prefix, suffix and middle.
+                easier one for a small model that was trained in both. A format may have one order alone.
+            format: "qwen", "starcoder", ... (``fastsft.models.fim.FORMATS``), or "auto": the one whose tokens the
+                vocabulary has.
+            markers: instead of a format, the tokens before prefix, suffix and middle.
 
         Raises:
-            ValueError: one of the ``markers`` is not a token of this model, the text cannot be encoded, or another
-                ``order``.
+            ValueError: no format or several fit, a token of it is not one of this model, the text cannot be encoded, or
+                another ``order``.
         """
         if order not in ("psm", "spm"):
             raise ValueError(f"infill: order: expected 'psm' or 'spm', got {order!r}")
-        ids = []
-        for marker in markers:
-            found = self.tokenizer.token_id(marker)
-            if found is None:
-                raise ValueError(f"infill: markers: {marker!r} is not a token of this model")
-            ids.append(found)
+        try:
+            fim = Fim.find(self.tokenizer, format, markers)
+        except ValueError as error:
+            raise ValueError(f"infill: {error}") from None
         for name, text in (("prefix", prefix), ("suffix", suffix)):
             if (problem := text_problem(text)) is not None:
                 raise ValueError(f"infill: {name}: {problem}")
         (before,) = self.tokenizer.encode_text([prefix])
         (after,) = self.tokenizer.encode_text([suffix], continues=True)
-        pre, suf, mid = ids
-        asked = [pre, *before, suf, *after, mid] if order == "psm" else [pre, suf, *after, mid, *before]
-        prompt = [*self.tokenizer.prefix_ids, *asked]
+        texts = {PREFIX: before, SUFFIX: after, MIDDLE: []}
+        layout = fim.layout(order == "spm")
+        prompt = [*self.tokenizer.prefix_ids, *(i for item in layout for i in (texts[item] if item < 0 else [item]))]
+        params = params or SamplingParams()
+        if not params.ignore_eos:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *fim.stop_ids))
         return self.generate({"prompt_token_ids": prompt}, params)[0]
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Sequence]]:

@@ -4,7 +4,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -43,6 +43,14 @@ def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.Sup
     """
 def gemm(a: typing.Any, b: typing.Any, c: typing.Any, accumulate: bool) -> None:
     ...
+def jsonl_count(data: typing.Any) -> int:
+    """
+    Number of lines.
+    """
+def jsonl_fields(data: typing.Any, wanted: collections.abc.Sequence[str], unwanted: collections.abc.Sequence[str], separator: str, lines: typing.Any, status: typing.Any, text: typing.Any, offsets: typing.Any) -> int:
+    """
+    Fills lines [N+1], status [N], text and offsets [N*F+1]; returns the bytes of text in use.
+    """
 def keep_freed_memory() -> bool:
     """
     Let the C library keep what is freed; for whole programs.

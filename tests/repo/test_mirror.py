@@ -27,6 +27,7 @@ STEMS = {
     "minhash_token_signatures": "minhash",
     "lsh_clusters": "minhash",
     "pack_sequences": "pack",
+    "jsonl_fields": "jsonl",
     "sample": "sampling",
     "rms_norm": "norm",
     "apply_rope": "rope",

@@ -7,6 +7,7 @@ from fastsft.ops.activation import swiglu
 from fastsft.ops.attention import attention_plan, paged_attention, varlen_attention
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
+from fastsft.ops.jsonl import jsonl_fields
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.matvec import pack_weight, packed_linear
 from fastsft.ops.minhash import lsh_clusters, minhash_signatures, minhash_token_signatures
@@ -19,6 +20,7 @@ __all__ = [
     "apply_rope",
     "attention_plan",
     "fim_permute",
+    "jsonl_fields",
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",

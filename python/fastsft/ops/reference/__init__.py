@@ -11,6 +11,7 @@ from fastsft.ops.reference.attention import (
     visible,
 )
 from fastsft.ops.reference.fim import fim_permute
+from fastsft.ops.reference.jsonl import jsonl_fields
 from fastsft.ops.reference.layers import (
     apply_rope,
     linear,
@@ -43,6 +44,7 @@ __all__ = [
     "fim_permute",
     "fmix32",
     "gumbel_noise",
+    "jsonl_fields",
     "kept_tokens",
     "linear",
     "linear_cross_entropy",

@@ -14,7 +14,7 @@ def info() -> dict[str, Any]:
 
     Keys: ``fastsft``, ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (instruction sets,
     threads, cores), ``cuda`` (built for, devices, driver, torch's version), ``build`` (compiler) and ``ops``
-    (op -> device -> ``{"kind", "reason"}``; kind is ``native``, ``torch`` or ``none``).
+    (op -> device -> ``{"kind", "reason"}``; kind is ``native``, ``triton``, ``torch`` or ``none``).
     """
     import torch
 

@@ -73,5 +73,5 @@ def test_info_reports_an_implementation_for_every_op() -> None:
         for op in mine:
             assert {"cpu", "cuda"} <= set(ops[op]), op
             for implementation in ops[op].values():
-                assert implementation["kind"] in {"native", "torch", "none"}
+                assert implementation["kind"] in {"native", "triton", "torch", "none"}
                 assert implementation["reason"]

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ _LIBRARY = torch.library.Library("fastsft", "DEF")  # type: ignore[no-untyped-ca
 class Implementation:
     """What runs for one op on one device."""
 
-    kind: str  # "native" (C++ or CUDA C++), "torch" (plain torch) or "none"
+    kind: str  # "native" (C++ or CUDA C++), "triton", "torch" (plain torch) or "none"
     reason: str  # one sentence: why this one
 
 
@@ -67,6 +70,24 @@ def define(
     )
     op: Callable[..., Any] = getattr(torch.ops.fastsft, name).default
     return op
+
+
+def triton_or(plain: Callable[..., Any], module: str, launcher: str) -> dict[str, Any]:
+    """``cuda`` and ``cuda_is`` of an op that ``launcher`` in ``ops/_triton/<module>.py`` serves where Triton is
+    installed, and plain torch elsewhere. Triton is imported by the first call."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed: pip install 'fastsft[cuda]'"
+        return {"cuda": plain, "cuda_is": Implementation("torch", reason)}
+
+    @functools.cache
+    def loaded() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"fastsft.ops._triton.{module}"), launcher)
+        return found
+
+    def launch(*inputs: Any) -> Any:
+        return loaded()(*inputs)
+
+    return {"cuda": launch, "cuda_is": Implementation("triton", "one Triton kernel each way, not yet run on a GPU")}
 
 
 def record(name: str, **devices: Implementation) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import define, triton_or
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,20 +60,17 @@ def _backward_torch(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return (g * up.float() * (s + x * s * (1 - s))).to(gate.dtype), (g * x * s).to(up.dtype)
 
 
-_TORCH = Implementation("torch", "no CUDA kernel yet")
 _swiglu = define(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     fake=lambda gate, up: torch.empty_like(gate),
     cpu=_forward,
-    cuda=_forward_torch,
-    cuda_is=_TORCH,
+    **triton_or(_forward_torch, "activation", "swiglu"),
 )
 _swiglu_backward = define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     fake=lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
     cpu=_backward,
-    cuda=_backward_torch,
-    cuda_is=_TORCH,
+    **triton_or(_backward_torch, "activation", "swiglu_backward"),
 )
 
 

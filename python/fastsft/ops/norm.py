@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import define, triton_or
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,20 +66,17 @@ def _backward_torch(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> t
     return d_x.to(x.dtype), (g * normal.to(x.dtype)).sum(0).to(weight.dtype)
 
 
-_TORCH = Implementation("torch", "no CUDA kernel yet")
 _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     fake=lambda x, weight, eps: (torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)),
     cpu=_forward,
-    cuda=_forward_torch,
-    cuda_is=_TORCH,
+    **triton_or(_forward_torch, "norm", "rms_norm"),
 )
 _rms_norm_backward = define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)",
     fake=lambda grad, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)),
     cpu=_backward,
-    cuda=_backward_torch,
-    cuda_is=_TORCH,
+    **triton_or(_backward_torch, "norm", "rms_norm_backward"),
 )
 
 

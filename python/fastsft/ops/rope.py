@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import define, triton_or
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,8 +59,7 @@ _rope = define(
     "apply_rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
     cpu=_native,
-    cuda=_torch,
-    cuda_is=Implementation("torch", "no CUDA kernel yet"),
+    **triton_or(_torch, "rope", "apply_rope"),
 )
 
 

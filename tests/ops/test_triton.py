@@ -1,0 +1,92 @@
+"""The Triton kernels without a GPU: their results under Triton's interpreter, their machine code from its compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def test_interpreted() -> None:
+    """In a process of its own: Triton reads the variable when it is imported, and then no kernel is compiled."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, int], int]]:
+    """Name -> kernel, its constants, its warps: as launched at ordinary widths."""
+    from fastsft.ops._triton import activation, norm, rope
+
+    rows, block, warps = norm._tile(4096)
+    tile = {"WIDTH": 4096, "ROWS": rows, "BLOCK": block}
+    turn = {"HEADS": 14, "HALF": 40, "ROWS": 16, "BLOCK": 64, "INVERSE": True}
+    return {
+        "norm": (norm._forward, tile, warps),
+        "norm backward": (norm._backward, tile, warps),
+        "sum of parts": (norm._sum_parts, {"WIDTH": 4096, "COUNT": norm._PARTS, "BLOCK": 32}, 8),
+        "rope": (rope._rotate, turn, 4),
+        "swiglu": (activation._forward, {"BLOCK": activation._BLOCK}, activation._WARPS),
+        "swiglu backward": (activation._backward, {"BLOCK": activation._BLOCK}, activation._WARPS),
+    }
+
+
+NUMBERS = {"rows": "i32", "count": "i32", "size": "i32", "token_stride": "i32", "head_stride": "i32", "eps": "fp32"}
+FLOAT32 = {"scale", "parts"}  # whatever the type of x
+NOT_SPECIALISED = {"rows", "count", "eps"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_compiled(dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To machine code, whose accesses to rows are 16 bytes wide."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, (kernel, constants, warps) in kernels().items():
+        signature = {
+            argument: "constexpr"
+            if argument in constants
+            else NUMBERS.get(argument, "*fp32" if argument in FLOAT32 else f"*{dtype}")
+            for argument in kernel.arg_names
+        }
+        by_16 = {
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(kernel.arg_names)
+            if argument not in constants.keys() | NOT_SPECIALISED
+        }
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=by_16)
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.asm["cubin"], name
+        assert "ld.global.v4.b32" in compiled.asm["ptx"], name
+        assert name == "sum of parts" or "st.global.v4.b32" in compiled.asm["ptx"], name
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import fastsft
+found = fastsft.info()["ops"]
+for op in ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_backward"):
+    assert found[op]["cuda"]["kind"] == "torch", found[op]
+    assert found[op]["cuda"]["reason"].startswith("Triton is not installed"), found[op]
+"""
+
+
+def test_info_says_what_serves() -> None:
+    import fastsft
+
+    assert fastsft.info()["ops"]["rms_norm"]["cuda"]["kind"] == "triton"
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

@@ -1,0 +1,129 @@
+"""The Triton kernels' launchers on CPU tensors: run by test_triton.py in a process of its own, under Triton's
+interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_as_good_as_torch
+from layer_cases import DTYPES, with_gradients
+from samples import randn
+
+from fastsft.ops import reference
+from fastsft.ops._triton import activation, norm, rope
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("set TRITON_INTERPRET=1: these tensors are not on a GPU")
+
+EPS = 1e-6
+# Off every tile; rows that share a program, that fill one, of which a program takes several; the widest.
+NORM_SHAPES = [(0, 8), (1, 1), (5, 7), (129, 200), (40, 64), (70, 1025), (9, 4096), (3, 16_384), (2, 16_391)]
+ROPE_SHAPES = [(0, 2, 8), (1, 1, 2), (5, 3, 10), (33, 7, 80), (40, 14, 64), (9, 2, 256)]
+SWIGLU_SIZES = [0, 1, 2047, 2048, 2049, 10_001]
+
+
+def agrees(results: Any, plain: Callable[..., torch.Tensor], inputs: list[torch.Tensor], upstream: torch.Tensor,
+           constants: int = 0) -> None:  # fmt: skip
+    dtype = inputs[0].dtype
+    same = with_gradients(plain, inputs, dtype, upstream, constants)
+    exact = with_gradients(plain, inputs, torch.float64, upstream, constants)
+    assert len(results) == len(exact)
+    assert all(r.dtype == dtype for r in results)
+    assert_as_good_as_torch(results, same, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_norm(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "_PARTS", 8)  # so that few rows make a program of the backward pass take several tiles
+    x, w = randn(*shape, seed=1, dtype=dtype) * 3, 1 + randn(shape[1], seed=2, dtype=dtype) / 2
+    g = randn(*shape, seed=3, dtype=dtype)
+    out, scale = norm.rms_norm(x, w, EPS)
+    torch.testing.assert_close(scale, torch.rsqrt(x.float().square().mean(-1) + EPS))
+    gradients = norm.rms_norm_backward(g, x, w, scale)
+    agrees([out, *gradients], lambda x, w: reference.rms_norm(x, w, EPS), [x, w], g)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, norm.rms_norm_backward(g, x, w, scale), strict=True))
+
+
+def test_norm_rounds_before_the_weight() -> None:
+    """As in the published models. In float16 only: the interpreter cuts bfloat16 off where a GPU rounds."""
+    dtype = torch.float16
+    x, w = randn(64, 96, seed=1, dtype=dtype), 1 + randn(96, seed=2, dtype=dtype) / 2
+    out, scale = norm.rms_norm(x, w, EPS)
+    normal = (x.float() * scale[:, None]).to(dtype)
+    assert torch.equal(out, w * normal)
+    g = randn(64, 96, seed=3, dtype=dtype)
+    _, d_weight = norm.rms_norm_backward(g, x, w, scale)
+    torch.testing.assert_close(d_weight, (g.float() * normal.float()).sum(0).to(dtype))
+
+
+def test_norm_keeps_a_nan_in_its_row() -> None:
+    x, w = randn(40, 64), torch.ones(64)
+    clean, _ = norm.rms_norm(x, w, EPS)
+    x[7, 3] = torch.nan
+    dirty, scale = norm.rms_norm(x, w, EPS)
+    d_x, _ = norm.rms_norm_backward(torch.ones_like(x), x, w, scale)
+    others = torch.arange(40) != 7
+    assert dirty[7].isnan().all()
+    assert torch.equal(dirty[others], clean[others])
+    assert d_x[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
+def test_rope(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tokens, _, size = shape
+    angle = randn(tokens, size // 2, seed=1) * 5
+    x, cos, sin = randn(*shape, dtype=dtype), angle.cos().to(dtype), angle.sin().to(dtype)
+    g = randn(*shape, seed=2, dtype=dtype)
+    results = [rope.apply_rope(x, cos, sin, False), rope.apply_rope(g, cos, sin, True)]
+    agrees(results, reference.apply_rope, [x, cos, sin], g, constants=2)
+
+
+def test_rope_of_strided_heads() -> None:
+    """Queries in the middle of a fused projection, heads before tokens, and every other element."""
+    angle = randn(9, 8, seed=1)
+    cos, sin = angle.cos(), angle.sin()
+    fused = randn(9, 7, 16)
+    for x in (fused[:, 2:5], randn(3, 9, 16).transpose(0, 1), randn(9, 3, 32)[..., ::2]):
+        expected = reference.apply_rope(x, cos, sin)
+        torch.testing.assert_close(rope.apply_rope(x, cos, sin, False), expected)
+        torch.testing.assert_close(rope.apply_rope(x, cos.T.contiguous().T, sin, False), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SWIGLU_SIZES)
+def test_swiglu(size: int, dtype: torch.dtype) -> None:
+    gate, up, g = randn(size, dtype=dtype) * 4, randn(size, seed=1, dtype=dtype), randn(size, seed=2, dtype=dtype)
+    results = [activation.swiglu(gate, up), *activation.swiglu_backward(g, gate, up)]
+    agrees(results, reference.swiglu, [gate, up], g)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_swiglu_far_out() -> None:
+    gate, up = torch.tensor([-1e30, -200.0, -90.0, -0.0, 90.0, 1e30, torch.inf, torch.nan]), torch.ones(8)
+    torch.testing.assert_close(activation.swiglu(gate, up), reference.swiglu(gate, up), equal_nan=True)
+    d_gate, _ = activation.swiglu_backward(up, gate, up)
+    torch.testing.assert_close(d_gate[:6], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_strided_gradients() -> None:
+    gate, up, wide = randn(300, seed=1), randn(300, seed=2), randn(300, 2)
+    for a, b in zip(
+        activation.swiglu_backward(wide[:, 0], gate, up),
+        activation.swiglu_backward(wide[:, 0].contiguous(), gate, up),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    x, w, grad = randn(20, 30), randn(30), randn(30, 20).T
+    scale = torch.ones(20)
+    for a, b in zip(
+        norm.rms_norm_backward(grad, x, w, scale),
+        norm.rms_norm_backward(grad.contiguous(), x, w, scale),
+        strict=True,
+    ):
+        assert torch.equal(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastsft.data.batch import IGNORE, Sample, collate
 from fastsft.data.loader import PackedLoader, sequential_batches
+from fastsft.data.packing import StreamPacker
 from fastsft.data.store import SampleStore, write_store
 
 
@@ -104,6 +106,20 @@ def test_untrained_targets_are_ignored() -> None:
     assert empty.cu_seqlens.tolist() == [0]
 
 
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.data())
+def test_a_batch_of_the_store_is_its_samples_collated(lengths: list[int], data: st.DataObject) -> None:
+    store = store_of(lengths)
+    numbers = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=6))
+    batch, expected = store.batch(np.array(numbers, np.int64)), collate([store[i] for i in numbers])
+    for name in ("ids", "position_ids", "targets", "weights", "cu_seqlens"):
+        ours, theirs = getattr(batch, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs), name
+    assert batch.sources == expected.sources == tuple(f"s{i}" for i in numbers)
+    check_layout(batch.ids, batch.targets, batch.position_ids, batch.cu_seqlens)
+
+
 def test_sequential_batches_hold_everything() -> None:
     store = store_of([5, 9, 1, 12, 3])
     batches = sequential_batches(store, capacity=14)
@@ -145,3 +161,62 @@ def test_damaged_store_is_refused(damage: str, tmp_path: object) -> None:
         np.save(file, np.load(file)[:-1])
     with pytest.raises(ValueError, match="damaged sample store"):
         SampleStore.open(f"{tmp_path}/store")
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=60), st.integers(12, 30), st.integers(1, 5), st.data())
+def test_a_stream_is_packed_once_and_resumes(
+    lengths: list[int], capacity: int, open_bins: int, data: st.DataObject
+) -> None:
+    packer = StreamPacker(capacity=capacity, open_bins=open_bins)
+    bins: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        bins += packer.push(length)
+        assert packer.taken == i + 1
+        assert sum(map(len, packer.state_dict()["bins"])) <= 3 * open_bins
+        held = [m for _, _, members in packer.state_dict()["bins"] for m in members]
+        assert sorted([m for b in bins for m in b] + held) == list(range(i + 1))
+    bins += packer.flush()
+    assert sorted(m for b in bins for m in b) == list(range(len(lengths)))
+    assert all(sum(lengths[m] for m in b) <= capacity and b == sorted(b) for b in bins)
+    stop = data.draw(st.integers(0, len(lengths)))
+    first = StreamPacker(capacity=capacity, open_bins=open_bins)
+    resumed = [b for length in lengths[:stop] for b in first.push(length)]
+    second = StreamPacker(capacity=capacity, open_bins=open_bins)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.taken == stop
+    assert resumed + list(second.pack(lengths[stop:])) == bins
+
+
+def test_a_stream_goes_where_it_fits_best() -> None:
+    packer = StreamPacker(capacity=10, open_bins=2)
+    closed = [packer.push(n) for n in (6, 7, 3, 3, 5, 5)]
+    # 3 fills the bin with 7; the second 3 leaves room 1 beside 6; 5 opens a third bin and 5 fills it.
+    assert closed == [[], [], [[1, 2]], [], [], [[4, 5]]]
+    assert packer.flush() == [[0, 3]]
+    packer = StreamPacker(capacity=10, open_bins=1)
+    assert [packer.push(n) for n in (6, 7)] == [[], [[1]]], "the fullest is closed"
+
+
+def test_a_stream_fills_its_bins() -> None:
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1, 20_000).astype(int) + 1, 8192).tolist()
+    for open_bins, least in ((8, 0.98), (64, 0.99)):
+        bins = list(StreamPacker(capacity=8192, open_bins=open_bins).pack(lengths))
+        assert sum(lengths) / (8192 * len(bins)) > least
+
+
+def test_a_stream_that_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="capacity: expected at least 1, got 0"):
+        StreamPacker(capacity=0)
+    with pytest.raises(ValueError, match="open_bins: expected at least 1, got 0"):
+        StreamPacker(capacity=4, open_bins=0)
+    packer = StreamPacker(capacity=4)
+    packer.push(3)
+    for length in (5, -1):
+        with pytest.raises(ValueError, match=rf"sequence 1: expected 0 to the capacity 4, got {length}"):
+            packer.push(length)
+    with pytest.raises(ValueError, match="capacity: expected the state's 4, got 5"):
+        StreamPacker(capacity=5).load_state_dict(packer.state_dict())

@@ -47,23 +47,38 @@ class VarlenBatch:
 def collate(samples: Sequence[Sample]) -> VarlenBatch:
     """Lay samples end to end, shift the targets, and leave each document's last position untrained."""
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
+    ids = np.concatenate([s.ids for s in samples]) if samples else np.zeros(0, np.int32)
+    weights = np.concatenate([s.weights for s in samples]) if samples else np.zeros(0, np.float32)
+    return lay_out(ids, weights, lengths, tuple(s.source for s in samples))
+
+
+def ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The numbers begins[i], begins[i] + 1, ... of each of N ranges, one range after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths)
+
+
+def lay_out(
+    ids: npt.NDArray[np.int32],
+    weights: npt.NDArray[np.float32],
+    lengths: npt.NDArray[np.int64],
+    sources: tuple[str, ...] = (),
+) -> VarlenBatch:
+    """The batch of documents that already stand end to end: ids and weights [T], lengths [B]."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    total = int(cu_seqlens[-1])
-    ids = np.concatenate([s.ids for s in samples]).astype(np.int64) if samples else np.zeros(0, np.int64)
-    weights = np.zeros(total, np.float32)
-    targets = np.full(total, IGNORE, np.int64)
-    positions = np.arange(total, dtype=np.int64)
-    for s, begin, end in zip(samples, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
-        positions[begin:end] -= begin
-        if end > begin:
-            targets[begin : end - 1] = ids[begin + 1 : end]
-            weights[begin : end - 1] = s.weights[1:]
-    targets[weights == 0] = IGNORE
+    lasts = cu_seqlens[1:][lengths > 0] - 1
+    positions = ranges(np.zeros_like(lengths), lengths)
+    targets = np.full(len(ids), IGNORE, np.int64)
+    shifted = np.zeros(len(ids), np.float32)
+    targets[:-1] = ids[1:]
+    shifted[:-1] = weights[1:]
+    shifted[lasts] = 0
+    targets[shifted == 0] = IGNORE
     return VarlenBatch(
-        torch.from_numpy(ids),
+        torch.from_numpy(ids.astype(np.int64)),
         torch.from_numpy(positions),
         torch.from_numpy(targets),
-        torch.from_numpy(weights),
+        torch.from_numpy(shifted),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
-        tuple(s.source for s in samples),
+        sources,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
-from fastsft.data.batch import VarlenBatch, collate
+from fastsft.data.batch import VarlenBatch, ranges
 from fastsft.data.store import SampleStore
 
 _GROUPS = 8  # per batch; see PackedLoader
@@ -40,26 +40,30 @@ class PackedLoader:
 
     def batch(self, epoch: int, index: int) -> VarlenBatch:
         """Batch ``index`` of ``epoch``, in [0, num_batches(epoch))."""
-        return collate([self.store[int(i)] for i in self._plan(epoch)[index]])
+        return self.store.batch(self._plan(epoch)[index])
 
     def _make_plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """The sample numbers of each batch."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = rng.permutation(len(self.store))
         lengths = self.store.lengths[order]
-        ends = np.cumsum(lengths)
-        starts = [0]
-        while starts[-1] < len(order):
-            begin = starts[-1]
-            full = ends[begin] - lengths[begin] + max(self.capacity // _GROUPS, int(lengths[begin]))
-            starts.append(int(np.searchsorted(ends, full, side="right")))
-        groups = np.split(order, starts[1:-1])
-        packs = ops.pack_sequences(np.add.reduceat(lengths, starts[:-1]), capacity=self.capacity)
-        bins = [
-            np.concatenate([groups[int(g)] for g in packs.order[a:b]])
-            for a, b in zip(packs.offsets[:-1], packs.offsets[1:], strict=True)
-        ]
-        return [bins[i] for i in rng.permutation(len(bins))]
+        starts = np.array(_group(lengths.tolist(), self.capacity // _GROUPS))
+        sizes = np.diff(starts, append=len(order))
+        packs = ops.pack_sequences(np.add.reduceat(lengths, starts), capacity=self.capacity)
+        order = order[ranges(starts[packs.order], sizes[packs.order])]
+        bounds = np.concatenate([[0], np.cumsum(sizes[packs.order])])[packs.offsets]
+        return [order[bounds[i] : bounds[i + 1]] for i in rng.permutation(len(packs))]
+
+
+def _group(lengths: list[int], least: int) -> list[int]:
+    """Where each group of neighbours begins: as many as stay within ``least`` tokens, or a longer one alone."""
+    starts, used, limit = [0], 0, max(least, lengths[0])
+    for i, length in enumerate(lengths):
+        if used + length > limit:
+            starts.append(i)
+            used, limit = 0, max(least, length)
+        used += length
+    return starts
 
 
 def sequential_batches(store: SampleStore, *, capacity: int) -> list[VarlenBatch]:
@@ -67,7 +71,4 @@ def sequential_batches(store: SampleStore, *, capacity: int) -> list[VarlenBatch
     if len(store) == 0:
         return []
     packs = ops.pack_sequences(store.lengths, capacity=capacity)
-    return [
-        collate([store[int(i)] for i in packs.order[a:b]])
-        for a, b in zip(packs.offsets[:-1], packs.offsets[1:], strict=True)
-    ]
+    return [store.batch(members) for members in packs]

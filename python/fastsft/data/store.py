@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsft.data.batch import Sample
+from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges
 from fastsft.files import sync_tree
 
 _MANIFEST = "manifest.json"
@@ -72,6 +72,14 @@ class SampleStore:
             raise IndexError(f"sample {index} of {len(self)}")
         begin, end = int(self._offsets[index]), int(self._offsets[index + 1])
         return Sample(np.asarray(self._ids[begin:end]), np.asarray(self._weights[begin:end]), self._sources[index])
+
+    def batch(self, numbers: npt.NDArray[np.int64]) -> VarlenBatch:
+        """The samples of these numbers, packed in this order."""
+        begins = self._offsets[numbers]
+        lengths = self._offsets[numbers + 1] - begins
+        tokens = ranges(begins, lengths)
+        sources = tuple(self._sources[i] for i in numbers.tolist())
+        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

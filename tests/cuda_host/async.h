@@ -1,4 +1,5 @@
-// Hopper's asynchronous units: mbarriers, the bulk copy engine and the warpgroup matrix products.
+// Hopper's asynchronous units: mbarriers, the bulk copy engine and the warpgroup matrix products. (cp.async, whose
+// copies are the thread's own, is declared in emulator.h.)
 //
 // They see shared memory through a copy of it, the view, which bulk loads write as well and fence_async_proxy() brings
 // up to date: what was written without that fence is not seen. Loads land as late as possible, when no thread can go on
@@ -56,8 +57,7 @@ void wgmma(Wgmma part);
 void wgmma_commit();
 void wgmma_wait(int groups_left);
 
-// --- state of a block
-// -------------------------------------------------------------------------------------------------
+// --- state of a block -----------------------------------------------------------------------------------------------
 
 struct Mbarrier {
   uint64_t* word;

@@ -18,9 +18,11 @@ namespace cuda_host {
 inline constexpr unsigned kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
 inline constexpr int kBarriers = 16;
 
-struct PendingCopy {
+struct Copy {  // cp.async
   unsigned group;
-  Copy copy;
+  std::byte* to;
+  std::size_t bytes;
+  std::byte data[16];
 };
 
 struct Thread {
@@ -29,7 +31,7 @@ struct Thread {
   bool done = false;
   const void* waiting_at = nullptr;  // a Meeting, a Barrier or an mbarrier's word
   const char* waiting_for = nullptr;
-  std::vector<PendingCopy> copies;
+  std::vector<Copy> copies;
   std::size_t landed = 0;   // copies before this one have
   unsigned open_group = 0;  // number of the cp.async group that the next commit closes
   std::deque<Transfer> stores;

@@ -322,24 +322,6 @@ void thread_fence() {
   acquire(&g_fences);
 }
 
-void push_copy(const Copy& copy) {
-  Thread& self = *g_run->self;
-  self.copies.push_back({self.open_group, copy});
-}
-
-void commit_copies() { ++g_run->self->open_group; }
-
-bool pop_copy(int groups_left, Copy* copy) {
-  Thread& self = *g_run->self;
-  if (self.landed == self.copies.size() ||
-      self.copies[self.landed].group + static_cast<unsigned>(groups_left) >= self.open_group) {
-    return false;
-  }
-  *copy = self.copies[self.landed++].copy;
-  if (self.landed == self.copies.size()) self.copies.clear(), self.landed = 0;
-  return true;
-}
-
 }  // namespace cuda_host
 
 void __syncthreads() { cuda_host::barrier("__syncthreads", 0, static_cast<int>(blockDim.x), true); }

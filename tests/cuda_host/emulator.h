@@ -59,15 +59,9 @@ void barrier(const char* name, int id, int threads, bool wait);
 // Orders this thread's accesses and those of every thread that fenced before it or will after.
 void thread_fence();
 
-// --- cp.async: each thread's copies land in order when waited for ---------------------------------------------------
-struct Copy {
-  std::byte* to;
-  int bytes;
-  std::byte data[16];
-};
-void push_copy(const Copy& copy);
+// --- cp.async: the target is poisoned at the start and written at the wait, so that a read in between gives NaN -----
+void start_copy(void* shared, const void* global, int bytes, bool valid);
 void commit_copies();
-// The oldest copy of a group that has at most... newer groups behind it than `groups_left`, removed; false if none.
-bool pop_copy(int groups_left, Copy* copy);
+void wait_for_copies(int groups_left);
 
 }  // namespace cuda_host

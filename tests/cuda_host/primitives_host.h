@@ -176,23 +176,16 @@ T atomic_cas(T* p, T expected, T value) {
 inline void thread_fence() { cuda_host::thread_fence(); }
 
 // --- cp.async --------------------------------------------------------------------------------------------------------
-// The target is poisoned at the start and written by copy_async_wait, so that a read in between gives NaN.
 
 template <int kBytes = 16>
 void copy_async(void* shared, const void* global, bool valid = true) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  cuda_host::check_shared("copy_async", shared, kBytes, kBytes);
-  cuda_host::check_aligned("copy_async", global, kBytes);
-  cuda_host::Copy copy{static_cast<std::byte*>(shared), kBytes, {}};
-  if (valid) std::memcpy(copy.data, global, kBytes);
-  std::memset(shared, cuda_host::kPoison, kBytes);
-  cuda_host::push_copy(copy);
+  cuda_host::start_copy(shared, global, kBytes, valid);
 }
 inline void copy_async_commit() { cuda_host::commit_copies(); }
 template <int kGroupsLeft>
 void copy_async_wait() {
-  cuda_host::Copy copy;
-  while (cuda_host::pop_copy(kGroupsLeft, &copy)) std::memcpy(copy.to, copy.data, static_cast<std::size_t>(copy.bytes));
+  cuda_host::wait_for_copies(kGroupsLeft);
 }
 
 // --- matrix fragments ----------------------------------------------------------------------------------------------

@@ -42,10 +42,11 @@ void reverse(const std::string& fault) {
     else if (fault != "missing_barrier")
       __syncthreads();
     const float value = tile[kThreads - 1 - thread];
-    if (fault == "copy_not_waited_for") {
-      copy_async_wait<0>();
-      __syncthreads();
-    }
+    if (fault != "copy_over_unread") __syncthreads();
+    copy_async<4>(tile + thread, &in[base + thread]);  // as for a next round
+    copy_async_commit();
+    __syncthreads();  // where the copies land, all have read
+    copy_async_wait<0>();
     if (fault == "blocks_overlap")
       out[thread] = value;
     else if (fault == "global_out_of_bounds")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.ops import attention, attention_plan, reference, varlen_attention
+from fastsft.ops._attention_inputs import HEAD_DIMS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = {
@@ -100,7 +101,7 @@ def test_bfloat16_is_as_exact_as_sdpa(isa, dim, tokens):
         assert_as_good_as(a, b, c, name)
 
 
-@pytest.mark.parametrize("dim", attention.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims(isa, dim, dtype):
     check([70, 3, 129], [70, 3, 129], (6, 2), dim, dtype)

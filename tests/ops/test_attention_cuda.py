@@ -8,6 +8,7 @@ import torch
 from attention_cases import LENGTHS, assert_as_good_as, offsets, qkv
 
 from fastsft.ops import attention, attention_plan, reference, varlen_attention
+from fastsft.ops._attention_inputs import CUDA_DTYPES
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +44,7 @@ def check(lengths_q, lengths_k, heads, dim, dtype, **options):
         assert torch.equal(a, d), f"{name}: two runs differ"
 
 
-@pytest.mark.parametrize("dtype", attention.CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 @pytest.mark.parametrize("dim", attention.CUDA_HEAD_DIMS)
 def test_head_sizes(dim, dtype):
     check(LENGTHS, LENGTHS, (4, 2), dim, dtype)

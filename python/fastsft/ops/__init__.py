@@ -4,7 +4,7 @@
 """
 
 from fastsft.ops.activation import swiglu
-from fastsft.ops.attention import attention_plan, paged_attention, varlen_attention
+from fastsft.ops.attention import attention_plan, varlen_attention
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.jsonl import jsonl_fields
@@ -13,6 +13,7 @@ from fastsft.ops.matvec import pack_weight, packed_linear
 from fastsft.ops.minhash import lsh_clusters, minhash_signatures, minhash_token_signatures
 from fastsft.ops.norm import rms_norm
 from fastsft.ops.pack import pack_sequences
+from fastsft.ops.paged_attention import paged_attention
 from fastsft.ops.rope import apply_rope
 from fastsft.ops.sampling import sample
 

@@ -1,8 +1,7 @@
-"""Attention over packed sequences and over a paged key/value cache."""
+"""Attention over packed sequences."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +11,24 @@ from torch.autograd.function import once_differentiable
 
 from fastsft import _C
 from fastsft.ops import reference
+from fastsft.ops._attention_inputs import (
+    CUDA_DTYPES,
+    HAS_CUDA,
+    NO_CUDA,
+    SCHEMA_OPTIONS,
+    aligned,
+    check_heads,
+    check_int32,
+    check_offsets,
+    checked_options,
+    checked_window,
+    reference_options,
+    require,
+)
 from fastsft.ops._library import Implementation, define
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
-
-_OPTIONS = "bool causal, float scale, int window_left, int window_right, float softcap"
-_HAS_CUDA = bool(_C.cuda_architectures())
 _PLAN_TILE = 128  # rows of a tile of the plan; kPlanTile in attention.h
-_NO_CUDA = Implementation("torch", "one sequence at a time: this build has no CUDA kernels")
 _VARLEN_ON_CUDA = Implementation(
     "native",
     "CUDA kernels for bfloat16 and float16, head sizes 64, 80, 96, 128, 256, not yet run on a GPU; "
@@ -38,7 +43,6 @@ _FORWARD_ON_CUDA = Implementation(
         else "the sm_80 kernel, as this build has no sm_90a code"
     ),
 )
-_PAGED_ON_CUDA = Implementation("native", "CUDA kernels, not yet run on a GPU; float32: plain torch")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def attention_plan(
         ValueError: for a dtype or window outside the contract.
     """
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    _check_int32("attention_plan", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
-    left, right = _window("attention_plan", window)
+    check_int32("attention_plan", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
+    left, right = checked_window("attention_plan", window)
     total_k = total_q if total_k is None else total_k
     memory = _plan(cu_seqlens_q, cu_k, total_q, total_k, causal, left, right)
     return AttentionPlan(memory, total_q, total_k, causal, (left, right))
@@ -136,9 +140,9 @@ def varlen_attention(
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses the same tensor twice in one autograd.Function call
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    _check_heads(op, q, k, v, "k", 3)
-    _check_int32(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
-    options = _options(op, q, causal, scale, window, softcap)
+    check_heads(op, q, k, v, "k", 3)
+    check_int32(op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_k)
+    options = checked_options(op, q, causal, scale, window, softcap)
     if plan is None and q.is_cuda:
         plan = attention_plan(
             cu_seqlens_q, cu_seqlens_k, total_q=q.shape[0], total_k=k.shape[0], causal=causal, window=window
@@ -151,103 +155,14 @@ def varlen_attention(
     return (out, lse) if return_lse else out
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of each sequence's last queries over its keys and values in a block cache; no gradients.
-
-    Decode (one query per sequence), chunked prefill and the verification of drafted tokens are the same call and may be
-    mixed. A row's result has the same bits however many queries or sequences are in the call.
-
-    Args:
-        q: ``[Tq, Hq, D]``, packed; dtypes and head sizes as for :func:`varlen_attention`.
-        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]`` of q's dtype, last dimension contiguous.
-        block_table: int32 ``[B, max_blocks]``: key j of sequence b is slot ``j % block_size`` of block
-            ``block_table[b, j // block_size]``. Entries past the context are not read.
-        cu_seqlens_q: int32 ``[B + 1]``, from 0 ascending to Tq.
-        context_lens: int32 ``[B]``: keys per sequence, those of the current queries included (they must be in the cache
-            already).
-        causal, scale, window, softcap: as for :func:`varlen_attention`.
-
-    Returns:
-        ``[Tq, Hq, D]`` of q's dtype, contiguous.
-
-    Raises:
-        ValueError: for a shape, dtype, offset, block id or option outside the above, or a context shorter than its
-            queries. On CUDA in bfloat16 and float16 the values of offsets, block ids and contexts are not looked at:
-            rows that depend on a bad block id or context are NaN.
-    """
-    op = "paged_attention"
-    _check_heads(op, q, k_cache, v_cache, "k_cache", 4)
-    _check_int32(op, block_table=block_table, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens)
-    options = _options(op, q, causal, scale, window, softcap)
-    out: Tensor = _paged(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, *options)
-    return out
-
-
-# --- checks: what holds on every device. Offsets and block ids are checked where their values are read. ---------------
-
-
-def _require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
-
-
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, k_dims: int) -> None:
-    v_name = k_name.replace("k", "v", 1)
-    _require(q.dim() == 3, op, "q", "[Tq, Hq, D]", list(q.shape))
-    _require(k.dim() == k_dims, op, k_name, f"{k_dims} dimensions", list(k.shape))
-    _require(v.shape == k.shape, op, v_name, f"the shape of {k_name}, {list(k.shape)}", list(v.shape))
-    _require(q.dtype in DTYPES, op, "q", "float32, bfloat16 or float16", q.dtype)
-    _require(k.dtype == q.dtype, op, k_name, str(q.dtype), k.dtype)
-    _require(v.dtype == q.dtype, op, v_name, str(q.dtype), v.dtype)
-    _require(q.shape[-1] in HEAD_DIMS, op, "q", f"a head size in {HEAD_DIMS}", q.shape[-1])
-    _require(k.shape[-1] == q.shape[-1], op, k_name, f"head size {q.shape[-1]}", k.shape[-1])
-    heads_q, heads_k = q.shape[1], k.shape[-2]
-    _require(
-        heads_k > 0 and heads_q > 0 and heads_q % heads_k == 0,
-        op, "q", f"a number of heads that is a multiple of the key heads ({heads_k})", heads_q,
-    )  # fmt: skip
-
-
-def _check_int32(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _require(tensor.dtype == torch.int32, op, name, "int32", tensor.dtype)
-
-
-def _options(
-    op: str, q: Tensor, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float
-) -> tuple[bool, float, int, int, float]:
-    """The schema's trailing arguments; an absent window is (-1, -1)."""
-    _require(softcap >= 0 and math.isfinite(softcap), op, "softcap", "a finite number >= 0", softcap)
-    left, right = _window(op, window)
-    return causal, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), left, right, float(softcap)
-
-
-def _window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
-    left, right = (-1, -1) if window is None else window
-    _require(left >= -1 and right >= -1, op, "window", "(left, right), each >= -1", window)
-    return left, right
-
-
 def _plan_memory(
     op: str, plan: AttentionPlan, q: Tensor, k: Tensor, causal: bool, window: tuple[int, ...]
 ) -> Tensor | None:
     made_for = (plan.total_q, plan.total_k, plan.causal, plan.window)
     wanted = (q.shape[0], k.shape[0], causal, window)
     names = "(total_q, total_k, causal, window)"
-    _require(made_for == wanted, op, "plan", f"one for {names} = {wanted}", made_for)
-    _require(plan.memory.device == q.device, op, "plan", f"one on {q.device}", plan.memory.device)
+    require(made_for == wanted, op, "plan", f"one for {names} = {wanted}", made_for)
+    require(plan.memory.device == q.device, op, "plan", f"one on {q.device}", plan.memory.device)
     return plan.memory if q.is_cuda else None
 
 
@@ -321,25 +236,13 @@ def _fake_plan(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, *_: Any) 
 
 def _cuda_plan(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, left: int, right: int) -> Tensor:
     plan = _fake_plan(cu_q, cu_k, total_q, total_k)
-    if _HAS_CUDA:
+    if HAS_CUDA:
         _C.attention_plan(cu_q, cu_k, total_q, total_k, causal, left, right, plan)
     return plan
 
 
 def _has_kernel(q: Tensor) -> bool:
-    return _HAS_CUDA and q.dtype in CUDA_DTYPES and q.shape[-1] in CUDA_HEAD_DIMS
-
-
-def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where they cannot be read 16 bytes at a time."""
-    return tuple(
-        x
-        if x.data_ptr() % 16 == 0
-        and x.stride(-1) == 1
-        and all(stride % 8 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
-        else x.clone(memory_format=torch.contiguous_format)
-        for x in tensors
-    )
+    return HAS_CUDA and q.dtype in CUDA_DTYPES and q.shape[-1] in CUDA_HEAD_DIMS
 
 
 def _cuda_forward(
@@ -347,7 +250,7 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     if not _has_kernel(q):
         return _torch_forward(q, k, v, cu_q, cu_k, plan, *options)
-    q, k, v = _aligned(q, k, v)
+    q, k, v = aligned(q, k, v)
     return _native_forward(q, k, v, cu_q, cu_k, plan, *options)
 
 
@@ -356,59 +259,21 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_kernel(q):
         return _torch_backward(dout, q, k, v, out, *rest)
-    dout, q, k, v, out = _aligned(dout, q, k, v, out)
+    dout, q, k, v, out = aligned(dout, q, k, v, out)
     return _native_backward(dout, q, k, v, out, *rest)
 
 
-def _fake_paged(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _native_paged(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    table: Tensor,
-    cu_q: Tensor,
-    lens: Tensor,
-    causal: bool,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-) -> Tensor:
-    out = q.new_empty(q.shape)
-    scratch = None
-    if q.is_cuda:
-        rows, max_keys = q.shape[0] * q.shape[1], table.shape[1] * k_cache.shape[1]
-        scratch = q.new_empty(_C.paged_attention_scratch(rows, q.shape[2], max_keys), dtype=torch.float32)
-    _C.paged_attention(q, k_cache, v_cache, table, cu_q, lens, causal, scale, left, right, softcap, scratch, out)
-    return out
-
-
 # --- plain torch, for devices without a kernel ------------------------------------------------------------------------
-
-
-def _check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
-    bounds = offsets.tolist()
-    _require(
-        len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == total and bounds == sorted(bounds),
-        op, name, f"ascending offsets from 0 to {total}", bounds,
-    )  # fmt: skip
-
-
-def _reference_options(causal: bool, scale: float, left: int, right: int, softcap: float) -> dict[str, Any]:
-    return {"causal": causal, "scale": scale, "window": (left, right), "softcap": softcap}
 
 
 def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     del plan
-    _check_offsets("varlen_attention", "cu_seqlens_q", cu_q, q.shape[0])
-    _check_offsets("varlen_attention", "cu_seqlens_k", cu_k, k.shape[0])
+    check_offsets("varlen_attention", "cu_seqlens_q", cu_q, q.shape[0])
+    check_offsets("varlen_attention", "cu_seqlens_k", cu_k, k.shape[0])
     q32, k32, v32 = q.float(), k.float(), v.float()
-    out, lse = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **_reference_options(*options))
+    out, lse = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **reference_options(*options))
     return out.to(q.dtype), lse.contiguous()
 
 
@@ -430,24 +295,11 @@ def _torch_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.enable_grad():
         q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
-        outputs = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **_reference_options(*options))
+        outputs = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **reference_options(*options))
         # A row that sees no key has no gradient, whatever comes from above.
         dlse = torch.zeros_like(lse) if dlse is None else torch.where(lse.isneginf(), 0.0, dlse)
         dq, dk, dv = torch.autograd.grad(outputs, (q32, k32, v32), (dout.float(), dlse))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _torch_paged(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, cu_q: Tensor, lens: Tensor, *options: Any
-) -> Tensor:
-    _check_offsets("paged_attention", "cu_seqlens_q", cu_q, q.shape[0])
-    caches = (k_cache.float(), v_cache.float())
-    return reference.paged_attention(q.float(), *caches, table, cu_q, lens, **_reference_options(*options)).to(q.dtype)
-
-
-def _cuda_paged(q: Tensor, *arguments: Any) -> Tensor:
-    native = _HAS_CUDA and q.dtype in CUDA_DTYPES
-    return (_native_paged if native else _torch_paged)(q, *arguments)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -459,31 +311,23 @@ _plan = define(
     cpu=_fake_plan,
     cuda=_cuda_plan,
     cpu_is=Implementation("none", "kernels on a CPU need no plan"),
-    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else Implementation("none", "this build has no CUDA kernels"),
+    cuda_is=_VARLEN_ON_CUDA if HAS_CUDA else Implementation("none", "this build has no CUDA kernels"),
 )
 _forward = define(
     "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    f"{SCHEMA_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu=_native_forward,
     cuda=_cuda_forward,
-    cuda_is=_FORWARD_ON_CUDA if _HAS_CUDA else _NO_CUDA,
+    cuda_is=_FORWARD_ON_CUDA if HAS_CUDA else NO_CUDA,
 )
 _backward = define(
     "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, {SCHEMA_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_native_backward,
     cuda=_cuda_backward,
-    cuda_is=_VARLEN_ON_CUDA if _HAS_CUDA else _NO_CUDA,
-)
-_paged = define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens_q, "
-    f"Tensor context_lens, {_OPTIONS}) -> Tensor",
-    fake=_fake_paged,
-    cpu=_native_paged,
-    cuda=_cuda_paged,
-    cuda_is=_PAGED_ON_CUDA if _HAS_CUDA else _NO_CUDA,
+    cuda_is=_VARLEN_ON_CUDA if HAS_CUDA else NO_CUDA,
 )
 
 

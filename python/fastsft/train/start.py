@@ -13,7 +13,7 @@ from fastsft.config import Config, ConfigError, unknown_key
 from fastsft.models.config import KNOWN_KEYS, ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import init_model, load_model
-from fastsft.ops.attention import HEAD_DIMS
+from fastsft.ops._attention_inputs import HEAD_DIMS
 
 
 def architecture(config: Config) -> ModelConfig:

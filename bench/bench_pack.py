@@ -2,8 +2,8 @@
 
 Two rows. Lengths to bins: TRL's inner function gets them as a table of one byte per token, so that what it moves hardly
 counts. A whole set to packed rows: ``pack_dataset`` on a table of int32 ids and float32 weights, as one batch, for its
-default of 1,000 rows at a time fills less (``fill, 1,000 at a time``); ours from a store to the batches of an epoch with
-position ids, shifted targets and their weights.
+default of 1,000 rows at a time fills less (``fill, 1,000 at a time``); ours from a store to every batch of an epoch,
+with position ids, shifted targets and their weights.
 
 Lengths are log-normal or those of two public sets (``shapes.py``), clipped to the capacity; FASTSFT_BENCH_DATA names a
 JSONL file to take them from instead, four characters to a token. The gate: no rival needs fewer bins.

@@ -55,7 +55,8 @@ def collate(samples: Sequence[Sample]) -> VarlenBatch:
 def ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The numbers begins[i], begins[i] + 1, ... of each of N ranges, one range after the other."""
     before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths)
+    numbers: npt.NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths)
+    return numbers
 
 
 def lay_out(

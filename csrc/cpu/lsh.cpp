@@ -7,13 +7,15 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "fastsft/common.h"
 #include "fastsft/isa.h"
 #include "fastsft/parallel.h"
+#include "forest.h"
+#include "lsh_key.h"
 
 namespace fastsft {
 
@@ -23,18 +25,6 @@ namespace {
 
 using Row = uint32_t;
 using Buckets = std::vector<std::pair<Row, Row>>;  // (first row with the key, later row), by first row, then later row
-
-uint64_t key_of(const uint32_t* values, int64_t n) {
-  uint64_t h = 0x9E3779B97F4A7C15u;
-  for (int64_t i = 0; i + 2 <= n; i += 2) {
-    uint64_t two;
-    std::memcpy(&two, values + i, sizeof(two));
-    h = (h ^ two) * 0xBF58476D1CE4E5B9u;
-    h ^= h >> 31;
-  }
-  if (n % 2 != 0) h = (h ^ values[n - 1]) * 0x94D049BB133111EBu;
-  return h ^ (h >> 29);
-}
 
 // Groups the given rows by columns [first, first + width); rows alone with their values are left out.
 Buckets group(const uint32_t* signatures, int64_t num_perm, int64_t first, int64_t width,
@@ -48,7 +38,7 @@ Buckets group(const uint32_t* signatures, int64_t num_perm, int64_t first, int64
   Buckets buckets;
   for (const Row row : rows) {
     const uint32_t* values = signatures + row * num_perm + first;
-    const uint64_t key = key_of(values, width);
+    const uint64_t key = static_cast<uint64_t>(lsh_key(values, width));
     const uint32_t tag = static_cast<uint32_t>(key >> 32);
     const auto differs = [&](const Slot& slot) {
       return slot.tag != tag ||
@@ -64,56 +54,6 @@ Buckets group(const uint32_t* signatures, int64_t num_perm, int64_t first, int64
   }
   std::sort(buckets.begin(), buckets.end());
   return buckets;
-}
-
-// Disjoint sets whose root is their smallest member.
-class Components {
- public:
-  explicit Components(int64_t n) : parent_(n) {
-    for (int64_t i = 0; i < n; ++i) parent_[i] = static_cast<Row>(i);
-  }
-
-  Row find(Row x) {
-    while (parent_[x] != x) {
-      parent_[x] = parent_[parent_[x]];
-      x = parent_[x];
-    }
-    return x;
-  }
-
-  void join(Row x, Row y) {
-    x = find(x);
-    y = find(y);
-    parent_[std::max(x, y)] = std::min(x, y);
-  }
-
- private:
-  std::vector<Row> parent_;
-};
-
-// Joins the members of one bucket that are similar, directly or through others. `parts` holds the members seen so far,
-// one list per component, so that a member already connected to a part costs no comparison.
-template <typename Similar>
-void verify(const std::vector<Row>& members, Components& components, const Similar& similar) {
-  std::vector<std::vector<Row>> parts;
-  for (const Row row : members) {
-    std::vector<Row> mine{row};
-    std::size_t kept = 0;
-    for (std::size_t p = 0; p < parts.size(); ++p) {
-      bool connected = components.find(parts[p][0]) == components.find(row);
-      for (std::size_t m = 0; m < parts[p].size() && !connected; ++m) connected = similar(parts[p][m], row);
-      if (connected) {
-        components.join(parts[p][0], row);
-        if (parts[p].size() > mine.size()) mine.swap(parts[p]);
-        mine.insert(mine.end(), parts[p].begin(), parts[p].end());
-      } else {
-        if (kept != p) parts[kept] = std::move(parts[p]);
-        ++kept;
-      }
-    }
-    parts.resize(kept);
-    parts.push_back(std::move(mine));
-  }
 }
 
 // Integral of f over [from, to] by five-point Gauss-Legendre on equal panels, as nodes and weights.
@@ -173,11 +113,19 @@ LshShape lsh_shape(int64_t num_perm, double threshold) {
   return best;
 }
 
+void lsh_keys(const uint32_t* signatures, int64_t n, int64_t num_perm, LshShape shape, int64_t* keys) {
+  check_shape("lsh_keys", shape, num_perm);
+  parallel_for(n, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t* row = signatures + i * num_perm;
+      for (int64_t b = 0; b < shape.bands; ++b) keys[b * n + i] = lsh_key(row + b * shape.rows, shape.rows);
+    }
+  });
+}
+
 void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, double threshold, LshShape shape,
                   int64_t* labels) {
-  FASTSFT_CHECK(shape.bands >= 1 && shape.rows >= 1 && shape.bands <= num_perm / shape.rows,
-                "lsh_clusters: bands, rows: expected both >= 1 and bands * rows <= num_perm = ", num_perm, ", got ",
-                shape.bands, " and ", shape.rows);
+  check_shape("lsh_clusters", shape, num_perm);
   check_threshold("lsh_clusters", threshold);
   FASTSFT_CHECK(n < 0xFFFFFFFF, "lsh_clusters: signatures: expected fewer than 2^32 - 1 rows, got ", n);
   const auto equal = FASTSFT_ISA_SELECT(count_equal);
@@ -185,7 +133,9 @@ void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, doubl
   const int64_t needed = lsh_needed(num_perm, threshold);
   const auto similar = [&](Row i, Row j) { return equal(row(i), row(j), num_perm) >= needed; };
 
-  Components components(n);
+  std::vector<Row> parent(n);
+  std::iota(parent.begin(), parent.end(), Row{0});
+  Forest<Row> components{parent.data()};
   std::vector<Row> distinct(n);
   for (int64_t i = 0; i < n; ++i) distinct[i] = static_cast<Row>(i);
   for (const auto& [first, later] : group(signatures, num_perm, 0, num_perm, distinct)) components.join(first, later);
@@ -201,7 +151,7 @@ void lsh_clusters(const uint32_t* signatures, int64_t n, int64_t num_perm, doubl
       const Row first = buckets[i].first;
       members.assign(1, first);
       for (; i < buckets.size() && buckets[i].first == first; ++i) members.push_back(buckets[i].second);
-      verify(members, components, similar);
+      join_similar(members, components, similar);
     }
   }
   for (int64_t i = 0; i < n; ++i) labels[i] = components.find(static_cast<Row>(i));

@@ -1,5 +1,4 @@
-// Texts are independent; each thread keeps scratch that fits the texts met so far, given back after an unusually long
-// one.
+// Texts are independent: each is hashed and reduced by one thread, in that thread's scratch.
 #include "fastsft/minhash.h"
 
 #include <algorithm>
@@ -9,15 +8,13 @@
 #include "fastsft/isa.h"
 #include "fastsft/parallel.h"
 #include "fastsft/rng.h"
+#include "lsh_key.h"
+#include "shingler.h"
 
 namespace fastsft {
 
-FASTSFT_ISA_DECLARE(int64_t, hash_words, const char* text, int64_t length, uint8_t* lower, uint32_t* edges,
-                    uint32_t* units)
-FASTSFT_ISA_DECLARE(int64_t, hash_chars, const char* text, int64_t length, uint32_t* units)
 FASTSFT_ISA_DECLARE(void, hash_tokens32, const int32_t* tokens, int64_t count, uint32_t* units)
 FASTSFT_ISA_DECLARE(void, hash_tokens64, const int64_t* tokens, int64_t count, uint32_t* units)
-FASTSFT_ISA_DECLARE(int64_t, hash_shingles, const uint32_t* units, int64_t count, int64_t ngram, uint32_t* shingles)
 FASTSFT_ISA_DECLARE(void, sketch, const uint32_t* shingles, int64_t n, const uint32_t* a, const uint32_t* b,
                     int64_t padded, uint32_t* signature)
 
@@ -25,37 +22,6 @@ namespace {
 
 constexpr int64_t kTextsPerTask = 32;
 constexpr int64_t kPad = 64;
-
-// About 20 bytes per byte of text. Kept between calls: allocating it anew for every task took longer than the hashing.
-class Scratch {
- public:
-  std::vector<uint8_t> lower;
-  std::vector<uint32_t> edges, units, shingles;
-
-  void fit(int64_t length) {
-    if (length <= longest_) return;
-    resize(length + length / 2);
-  }
-
-  void release_if_large() {
-    if (longest_ <= kKept) return;
-    *this = Scratch();
-  }
-
- private:
-  static constexpr int64_t kKept = int64_t{1} << 20;
-
-  void resize(int64_t length) {
-    longest_ = length;
-    const std::size_t room = static_cast<std::size_t>(length) + 128;  // the kernels write a little past the text
-    lower.resize(room);
-    edges.resize(room);
-    units.resize(room);
-    shingles.resize(room);
-  }
-
-  int64_t longest_ = -1;
-};
 
 // The factors of the hash functions, padded to whole vectors.
 struct Factors {
@@ -73,24 +39,31 @@ struct Factors {
   }
 };
 
-// hash_units(i, scratch) fits the scratch to text i, writes its hashed units there and returns their number.
-template <typename HashUnits>
-void sign_all(int64_t n, const MinHashOptions& options, uint32_t* signatures, const HashUnits& hash_units) {
+// hash_units(i, shingler) gives the units of text i to the shingler, which returns the number of its shingles;
+// use(i, signature) gets the signature [num_perm].
+template <typename HashUnits, typename Use>
+void sign_all(int64_t n, const MinHashOptions& options, const HashUnits& hash_units, const Use& use) {
   const Factors factors(options);
-  const auto shingles = FASTSFT_ISA_SELECT(hash_shingles);
   const auto reduce = FASTSFT_ISA_SELECT(sketch);
   const int64_t padded = static_cast<int64_t>(factors.a.size());
   parallel_for(n, kTextsPerTask, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch s;
+    static thread_local Shingler<uint32_t> shingler;
     std::vector<uint32_t> signature(padded);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t units = hash_units(i, s);
-      const int64_t count = units == 0 ? 0 : shingles(s.units.data(), units, options.ngram, s.shingles.data());
-      reduce(s.shingles.data(), count, factors.a.data(), factors.b.data(), padded, signature.data());
-      std::copy_n(signature.begin(), options.num_perm, signatures + i * options.num_perm);
+      const int64_t count = hash_units(i, shingler);
+      reduce(shingler.shingles(), count, factors.a.data(), factors.b.data(), padded, signature.data());
+      use(i, signature.data());
     }
-    s.release_if_large();
+    shingler.release_if_large();
   });
+}
+
+template <typename Use>
+void sign_texts(const char* op, const std::string_view* texts, int64_t n, const MinHashOptions& options,
+                const Use& use) {
+  check_lengths(op, texts, n);
+  const ShingleOptions shape{options.ngram, options.unit};
+  sign_all(n, options, [&](int64_t i, Shingler<uint32_t>& shingler) { return shingler.read(texts[i], shape); }, use);
 }
 
 void hash_tokens(const int32_t* tokens, int64_t count, uint32_t* units) {
@@ -103,18 +76,16 @@ void hash_tokens(const int64_t* tokens, int64_t count, uint32_t* units) {
 }  // namespace
 
 void minhash_signatures(const std::string_view* texts, int64_t n, const MinHashOptions& options, uint32_t* signatures) {
-  for (int64_t i = 0; i < n; ++i) {
-    FASTSFT_CHECK(texts[i].size() < 0xFFFFFFC0u, "minhash_signatures: texts[", i, "]: expected fewer than 2^32 - 64 ",
-                  "bytes, got ", texts[i].size());
-  }
-  const auto words = FASTSFT_ISA_SELECT(hash_words);
-  const auto chars = FASTSFT_ISA_SELECT(hash_chars);
-  sign_all(n, options, signatures, [&](int64_t i, Scratch& s) {
-    const char* text = texts[i].data();
-    const int64_t length = static_cast<int64_t>(texts[i].size());
-    s.fit(length);
-    return options.unit == ShingleUnit::kWord ? words(text, length, s.lower.data(), s.edges.data(), s.units.data())
-                                              : chars(text, length, s.units.data());
+  sign_texts("minhash_signatures", texts, n, options, [&](int64_t i, const uint32_t* signature) {
+    std::copy_n(signature, options.num_perm, signatures + i * options.num_perm);
+  });
+}
+
+void minhash_lsh_keys(const std::string_view* texts, int64_t n, const MinHashOptions& options, LshShape shape,
+                      int64_t* keys) {
+  check_shape("minhash_lsh_keys", shape, options.num_perm);
+  sign_texts("minhash_lsh_keys", texts, n, options, [&](int64_t i, const uint32_t* signature) {
+    for (int64_t b = 0; b < shape.bands; ++b) keys[b * n + i] = lsh_key(signature + b * shape.rows, shape.rows);
   });
 }
 
@@ -129,12 +100,17 @@ void minhash_token_signatures(const Token* tokens, int64_t num_tokens, const int
                   "minhash_token_signatures: cu_seqlens: expected never to decrease, got ", cu_seqlens[i], " then ",
                   cu_seqlens[i + 1], " at text ", i);
   }
-  sign_all(n, options, signatures, [&](int64_t i, Scratch& s) {
-    const int64_t count = cu_seqlens[i + 1] - cu_seqlens[i];
-    s.fit(count);
-    hash_tokens(tokens + cu_seqlens[i], count, s.units.data());
-    return count;
-  });
+  sign_all(
+      n, options,
+      [&](int64_t i, Shingler<uint32_t>& shingler) {
+        const int64_t count = cu_seqlens[i + 1] - cu_seqlens[i];
+        shingler.fit(count);
+        hash_tokens(tokens + cu_seqlens[i], count, shingler.units());
+        return shingler.read_units(count, options.ngram);
+      },
+      [&](int64_t i, const uint32_t* signature) {
+        std::copy_n(signature, options.num_perm, signatures + i * options.num_perm);
+      });
 }
 
 template void minhash_token_signatures(const int32_t*, int64_t, const int64_t*, int64_t, const MinHashOptions&,

@@ -4,7 +4,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -55,6 +55,10 @@ def keep_freed_memory() -> bool:
     """
     Let the C library keep what is freed; for whole programs.
     """
+def link_similar(texts: typing.Any, offsets: typing.Any, members: typing.Any, bucket_offsets: typing.Any, rows: typing.Any, parent: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, max_cluster: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Joins rows of parent, int64 [R]; max_cluster 0 is no limit.
+    """
 def loss_gradient(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, stats: typing.Any, coefficients: typing.Any) -> None:
     ...
 def loss_stats(logits: typing.Any, targets: typing.Any, bias: typing.Any, reference: typing.Any, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, forward_divergence: bool, stats: typing.Any) -> None:
@@ -62,6 +66,10 @@ def loss_stats(logits: typing.Any, targets: typing.Any, bias: typing.Any, refere
 def lsh_clusters(signatures: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, bands: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
     """
     Fills labels, int64 [N].
+    """
+def lsh_keys(signatures: typing.Any, rows: typing.SupportsInt | typing.SupportsIndex, keys: typing.Any) -> None:
+    """
+    Fills keys, int64 [bands, N].
     """
 def lsh_shape(num_perm: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex) -> tuple[int, int]:
     """
@@ -71,13 +79,17 @@ def lsh_step(step: str, signatures: typing.Any, parent: typing.Any, duplicate: t
     """
     A step of lsh_clusters on CUDA: keys, duplicates, neighbours, groups or labels.
     """
-def minhash_signatures(texts: tuple, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
+def minhash_signatures(texts: typing.Any, offsets: typing.Any, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
     """
     Fills signatures, uint32 [N, num_perm].
     """
 def minhash_token_signatures(tokens: typing.Any, cu_seqlens: typing.Any, ngram: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex, signatures: typing.Any) -> None:
     """
     Fills signatures, uint32 [N, num_perm].
+    """
+def near_duplicates(texts: typing.Any, offsets: typing.Any, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, bands: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex, verify: bool, max_cluster: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
+    """
+    Fills labels, int64 [N]; max_cluster 0 is no limit.
     """
 def num_threads() -> int:
     ...

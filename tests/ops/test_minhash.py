@@ -327,7 +327,7 @@ def test_empty_input() -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ("text", {}, "texts: expected a sequence of str, got str"),
+        ("text", {}, "expected a sequence of str or .*, got str"),
         (["a", 3], {}, r"texts\[1\]: expected str, got int"),
         (["a", "b\ud800"], {}, r"texts\[1\]: expected text that UTF-8 can encode, got a lone surrogate"),
         (["a"], {"num_perm": 0}, "num_perm: expected >= 1, got 0"),

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
+
+#include "fastsft/minhash.h"
 
 namespace fastsft {
 
@@ -16,6 +19,18 @@ struct LshShape {
 //   1/2 * integral 0..t of P(s) ds + 1/2 * integral t..1 of (1 - P(s)) ds,   P(s) = 1 - (1 - s^rows)^bands
 // Throws Error for num_perm < 1 and a threshold outside [0, 1].
 LshShape lsh_shape(int64_t num_perm, double threshold);
+
+// One key for each band and row of signatures [n, num_perm]: equal where the columns of the band are. keys [bands, n]
+// is written. A key is part of what an index on disk holds, and never changes: of columns c_0, c_1 .. as 64-bit words
+// w_0 = c_0 + 2^32 c_1, w_1 = c_2 + 2^32 c_3 .., modulo 2^64:
+//   h = 0x9E3779B97F4A7C15;  for each word: h = (h ^ w) * 0xBF58476D1CE4E5B9, h ^= h >> 31;
+//   for a column left over: h = (h ^ c) * 0x94D049BB133111EB;  key = h ^ (h >> 29)
+// Throws Error for bands or rows < 1 and bands * rows > num_perm.
+void lsh_keys(const uint32_t* signatures, int64_t n, int64_t num_perm, LshShape shape, int64_t* keys);
+
+// The same of minhash_signatures(texts [n], options), which are not kept.
+void minhash_lsh_keys(const std::string_view* texts, int64_t n, const MinHashOptions& options, LshShape shape,
+                      int64_t* keys);
 
 // Two rows of signatures [n, num_perm] are a pair if they agree in all of some band (columns band * rows ..) and in at
 // least threshold * num_perm columns. labels [n] becomes, for each row, the smallest index in its connected component.

@@ -1,36 +1,21 @@
 // MinHash signatures of texts and of token ids: Broder, "On the resemblance and containment of documents" (1997).
 //
-// A text is a sequence of units, a shingle is n consecutive units, and the expected share of equal positions in two
-// signatures is the Jaccard similarity of the two sets of shingles. Everything here is integer arithmetic on
-// little-endian words: the same bits on every instruction set and for any number of threads.
-//
-// Units. ASCII capitals count as small letters.
-//   words       maximal runs of word bytes: a-z 0-9 _ and every byte >= 0x80 (any non-ASCII character is a letter);
-//               what lies between words is ignored
-//   characters  code points; a run of ASCII white space is one space, and none stands at either end
-//   tokens      the low 32 bits of each token id
-// A text with fewer than n units has one shingle, all of it; a text with none has no shingle and the signature
-// 0xFFFFFFFF throughout.
-//
-// Hashes. All arithmetic modulo 2^64 or 2^32; fmix32 is the finaliser of MurmurHash3.
-//   word       s = 0x9E3779B97F4A7C15 * bytes; then for each 16 bytes (zero-padded) as two words lo, hi:
-//              s = (s ^ lo) * 0xBF58476D1CE4E5B9;  s ^= s >> 32;  s = (s ^ hi) * 0x94D049BB133111EB;  s ^= s >> 29
-//              hash = s >> 32
-//   character  fmix32(its UTF-8 lead byte followed by the low 6 bits of each continuation byte)
-//   token      fmix32(id)
-//   shingle    fmix32(sum over k = 1..n of unit_k * 0x1B873593^k)
-//   position j of the signature: min over shingles h of a_j * h + b_j, where x = philox(seed, stream = kMinHashStream,
-//              index = j), a_j = x[0] | 1, b_j = x[1]
+// The expected share of equal positions in the signatures of two texts is the Jaccard similarity of their sets of
+// shingles (shingles.h, hashes of 32 bits). Integer arithmetic: the same bits on every instruction set and for any
+// number of threads.
+//   position j of the signature: min over shingles h of a_j * h + b_j modulo 2^32, where x = philox(seed, stream =
+//              kMinHashStream, index = j), a_j = x[0] | 1, b_j = x[1]
+// A text without shingles has the signature 0xFFFFFFFF throughout.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
 
+#include "fastsft/shingles.h"
+
 namespace fastsft {
 
 inline constexpr uint64_t kMinHashStream = 0x4D696E48617368;  // "MinHash"
-
-enum class ShingleUnit { kWord, kChar };
 
 struct MinHashOptions {
   int64_t num_perm = 128;

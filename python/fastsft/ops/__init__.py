@@ -5,12 +5,13 @@
 
 from fastsft.ops.activation import swiglu
 from fastsft.ops.attention import attention_plan, varlen_attention
+from fastsft.ops.duplicates import link_similar, near_duplicates
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
 from fastsft.ops.jsonl import jsonl_fields
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.matvec import pack_weight, packed_linear
-from fastsft.ops.minhash import lsh_clusters, minhash_signatures, minhash_token_signatures
+from fastsft.ops.minhash import lsh_clusters, lsh_keys, minhash_signatures, minhash_token_signatures
 from fastsft.ops.norm import rms_norm
 from fastsft.ops.pack import pack_sequences
 from fastsft.ops.paged_attention import paged_attention
@@ -25,9 +26,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
+    "link_similar",
     "lsh_clusters",
+    "lsh_keys",
     "minhash_signatures",
     "minhash_token_signatures",
+    "near_duplicates",
     "pack_sequences",
     "pack_weight",
     "packed_linear",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,12 @@ import numpy.typing as npt
 import torch
 
 from fastsft import _C
-from fastsft.ops import _library
-
-UNITS = ("word", "char")
-
-Array = torch.Tensor | npt.NDArray[Any]
+from fastsft.ops import _library, _texts
+from fastsft.ops._texts import Array, Texts
 
 
 def minhash_signatures(
-    texts: Sequence[str], *, num_perm: int = 128, ngram: int = 5, unit: str = "word", seed: int = 0
+    texts: Texts, *, num_perm: int = 128, ngram: int = 5, unit: str = "word", seed: int = 0
 ) -> npt.NDArray[np.uint32]:
     """MinHash signatures (Broder 1997): the share of equal columns of two rows estimates the Jaccard similarity of
     the texts' sets of n-grams, without bias and with variance J (1 - J) / num_perm.
@@ -30,7 +26,8 @@ def minhash_signatures(
     that all such texts are equal to each other and to nothing else. The hash functions are in ``minhash.h``.
 
     Args:
-        texts: N strings.
+        texts: N strings; or their UTF-8 as (data uint8 [bytes], offsets int64 [N + 1]), numpy or torch, which is read
+            in place: text i is ``data[offsets[i] : offsets[i + 1]]`` (Arrow's large_string).
         num_perm: columns, i.e. hash functions.
         ngram: units per n-gram.
         unit: "word" or "char". Character 5-grams call most source files similar; prefer words, or long n-grams.
@@ -40,19 +37,15 @@ def minhash_signatures(
         uint32 [N, num_perm]; the same bits on every machine, whatever the number of threads.
 
     Raises:
-        ValueError: an element is not a string or holds a lone surrogate (the message names its index); a bad option.
+        ValueError: an element is not a string or holds a lone surrogate (the message names its index); broken offsets;
+            a bad option.
     """
-    if isinstance(texts, str | bytes):
-        raise ValueError(f"minhash_signatures: texts: expected a sequence of str, got {type(texts).__name__}")
-    if unit not in UNITS:
-        raise ValueError(f"minhash_signatures: unit: expected one of {UNITS}, got {unit!r}")
-    if num_perm < 1:
-        raise ValueError(f"minhash_signatures: num_perm: expected >= 1, got {num_perm}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"minhash_signatures: seed: expected an integer in [0, 2^64), got {seed}")
-    items = tuple(texts)
-    signatures = np.empty((len(items), num_perm), np.uint32)
-    _C.minhash_signatures(items, num_perm, ngram, unit == "char", seed, signatures)
+    op = "minhash_signatures"
+    chars = _texts.check_unit(op, unit)
+    _texts.check_minhash(op, num_perm, seed)
+    data, offsets, count = _texts.native(op, texts)
+    signatures = np.empty((count, num_perm), np.uint32)
+    _C.minhash_signatures(data, offsets, num_perm, ngram, chars, seed, signatures)
     return signatures
 
 
@@ -133,6 +126,39 @@ def lsh_shape(num_perm: int, threshold: float) -> tuple[int, int]:
     return int(bands), int(rows)
 
 
+def lsh_keys(signatures: Array, *, bands: int, rows: int) -> Any:
+    """The key of each band of each text: texts whose signatures agree in a band have the same key there.
+
+    What an index keeps and sorts. The formula is in ``lsh.h`` and does not change.
+
+    Args:
+        signatures: uint32 [N, num_perm], numpy or torch, on the CPU.
+        bands, rows: the shape of the bands, ``bands * rows <= num_perm``; see :func:`lsh_shape`.
+
+    Returns:
+        int64 [bands, N], numpy where ``signatures`` is.
+
+    Raises:
+        ValueError: wrong dtype or shape, bands or rows below 1, or a product above num_perm.
+    """
+    matrix = _signatures("lsh_keys", signatures)
+    if bands < 1 or rows < 1:
+        raise ValueError(f"lsh_keys: bands, rows: expected both >= 1, got {bands} and {rows}")
+    keys = torch.empty((bands, matrix.shape[0]), dtype=torch.int64)
+    _C.lsh_keys(matrix.contiguous(), rows, keys)
+    return keys.numpy() if isinstance(signatures, np.ndarray) else keys
+
+
+def _signatures(op: str, signatures: Array) -> torch.Tensor:
+    is_array = isinstance(signatures, np.ndarray | torch.Tensor)
+    if not is_array or signatures.dtype not in (np.uint32, torch.uint32) or signatures.ndim != 2:
+        got = f"{signatures.dtype}{list(signatures.shape)}" if is_array else type(signatures)
+        raise ValueError(f"{op}: signatures: expected uint32 [N, num_perm], got {got}")
+    if isinstance(signatures, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(signatures))
+    return signatures
+
+
 def _fake_clusters(signatures: torch.Tensor, threshold: float, bands: int, rows: int) -> torch.Tensor:
     return signatures.new_empty(signatures.shape[0], dtype=torch.int64)
 
@@ -207,22 +233,22 @@ def lsh_clusters(
     Raises:
         ValueError: wrong dtype or shape, only one of ``bands`` and ``rows``, or a product above num_perm.
     """
-    as_numpy = isinstance(signatures, np.ndarray)
-    is_array = as_numpy or isinstance(signatures, torch.Tensor)
-    if not is_array or signatures.dtype not in (np.uint32, torch.uint32) or signatures.ndim != 2:
-        got = f"{signatures.dtype}{list(signatures.shape)}" if is_array else type(signatures)
-        raise ValueError(f"lsh_clusters: signatures: expected uint32 [N, num_perm], got {got}")
+    tensor = _signatures("lsh_clusters", signatures)
     if (bands is None) != (rows is None):
         raise ValueError(f"lsh_clusters: bands, rows: expected both or neither, got {bands} and {rows}")
     if bands is None or rows is None:
-        bands, rows = lsh_shape(signatures.shape[1], threshold)
-    tensor = torch.from_numpy(np.ascontiguousarray(signatures)) if isinstance(signatures, np.ndarray) else signatures
+        bands, rows = lsh_shape(tensor.shape[1], threshold)
     labels = _clusters(tensor, float(threshold), bands, rows)
-    return labels.numpy() if as_numpy else labels
+    return labels.numpy() if isinstance(signatures, np.ndarray) else labels
 
 
 _library.record(
     "minhash_signatures",
     cpu=_library.Implementation("native", "C++ kernel"),
     cuda=_library.Implementation("none", "texts live on the host"),
+)
+_library.record(
+    "lsh_keys",
+    cpu=_library.Implementation("native", "C++ kernel"),
+    cuda=_library.Implementation("none", "lsh_clusters makes its own there"),
 )

@@ -10,6 +10,7 @@ from fastsft.ops.reference.attention import (
     varlen_attention,
     visible,
 )
+from fastsft.ops.reference.duplicates import link_similar, near_duplicates
 from fastsft.ops.reference.fim import fim_permute
 from fastsft.ops.reference.jsonl import jsonl_fields
 from fastsft.ops.reference.layers import (
@@ -25,6 +26,7 @@ from fastsft.ops.reference.loss import linear_cross_entropy, linear_logprobs, lo
 from fastsft.ops.reference.minhash import (
     fmix32,
     lsh_clusters,
+    lsh_keys,
     lsh_shape,
     minhash_signatures,
     minhash_token_signatures,
@@ -49,12 +51,15 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
+    "link_similar",
     "loss_gradient",
     "loss_stats",
     "lsh_clusters",
+    "lsh_keys",
     "lsh_shape",
     "minhash_signatures",
     "minhash_token_signatures",
+    "near_duplicates",
     "objective_loss",
     "pack_sequences",
     "pack_weight",

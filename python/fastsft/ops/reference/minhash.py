@@ -34,21 +34,26 @@ def fmix32(h: int) -> int:
     return h ^ h >> 16
 
 
-def unit_hash(unit: bytes, kind: str) -> int:
+def word_state(word: bytes) -> int:
+    """The 64-bit hash of a word."""
     low = 2**64 - 1
+    s = 0x9E3779B97F4A7C15 * len(word) & low
+    for at in range(0, len(word), 16):
+        block = word[at : at + 16].ljust(16, b"\0")
+        s = (s ^ int.from_bytes(block[:8], "little")) * 0xBF58476D1CE4E5B9 & low
+        s ^= s >> 32
+        s = (s ^ int.from_bytes(block[8:], "little")) * 0x94D049BB133111EB & low
+        s ^= s >> 29
+    return s
+
+
+def unit_hash(unit: bytes, kind: str) -> int:
     if kind == "char":
         value = unit[0]
         for byte in unit[1:]:
             value = (value << 6 | byte & 0x3F) & 0xFFFFFFFF
         return fmix32(value)
-    s = 0x9E3779B97F4A7C15 * len(unit) & low
-    for at in range(0, len(unit), 16):
-        block = unit[at : at + 16].ljust(16, b"\0")
-        s = (s ^ int.from_bytes(block[:8], "little")) * 0xBF58476D1CE4E5B9 & low
-        s ^= s >> 32
-        s = (s ^ int.from_bytes(block[8:], "little")) * 0x94D049BB133111EB & low
-        s ^= s >> 29
-    return s >> 32
+    return word_state(unit) >> 32
 
 
 def _sign(sets: Sequence[Iterable[Sequence[int]]], num_perm: int, seed: int) -> npt.NDArray[np.uint32]:
@@ -95,6 +100,20 @@ def lsh_shape(num_perm: int, threshold: float) -> tuple[int, int]:
             error = float(np.where(at < threshold, found, 1 - found).mean()) / 2
             best = min(best, (error, bands, rows))
     return best[1], best[2]
+
+
+def lsh_keys(signatures: npt.NDArray[np.uint32], *, bands: int, rows: int) -> npt.NDArray[np.int64]:
+    def key(columns: list[int]) -> int:
+        low, h = 2**64 - 1, 0x9E3779B97F4A7C15
+        for i in range(0, rows - 1, 2):
+            h = (h ^ columns[i] ^ columns[i + 1] << 32) * 0xBF58476D1CE4E5B9 & low
+            h ^= h >> 31
+        if rows % 2:
+            h = (h ^ columns[-1]) * 0x94D049BB133111EB & low
+        return h ^ h >> 29
+
+    keys = [[key(row[b * rows : (b + 1) * rows]) for row in signatures.tolist()] for b in range(bands)]
+    return np.array(keys, np.uint64).reshape(bands, len(signatures)).view(np.int64)
 
 
 def lsh_clusters(

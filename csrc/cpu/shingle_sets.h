@@ -1,0 +1,120 @@
+// Private to csrc/cpu: sets of 64-bit shingle hashes (shingles.h), and the size of their intersections.
+//
+// An intersection costs one probe of a hash table in the first cache per element of a set, and stops as soon as it is
+// decided. Sorting the sets instead took longer than all the comparisons together.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <compare>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "shingler.h"
+
+namespace fastsft {
+
+using Shingles = std::span<const uint64_t>;
+
+// Tells sets apart: equal for equal sets, for others by a chance of about 2^-128.
+struct Fingerprint {
+  uint64_t sum = 0, products = 0;  // over the elements: of each, of its two halves' product
+  uint32_t size = 0;
+  auto operator<=>(const Fingerprint&) const = default;
+};
+
+// Open addressing over nonzero hashes, at most half full.
+class ShingleTable {
+ public:
+  void clear(int64_t room) {
+    const std::size_t slots = std::bit_ceil(static_cast<std::size_t>(2 * room + 2));
+    slots_.assign(slots, 0);
+    mask_ = slots - 1;
+  }
+
+  bool insert(uint64_t hash) {
+    uint64_t at = hash & mask_;
+    while (slots_[at] != 0) {
+      if (slots_[at] == hash) return false;
+      at = (at + 1) & mask_;
+    }
+    slots_[at] = hash;
+    return true;
+  }
+
+  bool contains(uint64_t hash) const {
+    uint64_t at = hash & mask_;
+    while (slots_[at] != 0) {
+      if (slots_[at] == hash) return true;
+      at = (at + 1) & mask_;
+    }
+    return false;
+  }
+
+ private:
+  uint64_t mask_ = 0;
+  std::vector<uint64_t> slots_;
+};
+
+// Appends the distinct ones of the shingles to `sets`, in the order of the text, and leaves them in the table.
+Fingerprint append_distinct(Shingles shingles, ShingleTable& table, std::vector<uint64_t>& sets);
+
+// Of two sets without elements: 1.
+inline double jaccard(int64_t common, int64_t x, int64_t y) {
+  return x + y == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(x + y - common);
+}
+
+// The least number of common elements that gives sets of x and y elements a similarity of at least `threshold`; more
+// than both have where none does.
+inline int64_t least_common(int64_t x, int64_t y, double threshold) {
+  const int64_t most = std::min(x, y);
+  // Rounding puts the estimate off by less than one, either way.
+  int64_t common = static_cast<int64_t>(threshold / (1.0 + threshold) * static_cast<double>(x + y)) - 1;
+  common = std::clamp<int64_t>(common, 0, most);
+  while (common <= most && jaccard(common, x, y) < threshold) ++common;
+  return common;
+}
+
+// Number of elements of `set` in the table; any number below `needed` where there are not so many.
+inline int64_t count_common(const ShingleTable& table, Shingles set, int64_t needed) {
+  constexpr std::size_t kBlock = 16;
+  int64_t common = 0;
+  for (std::size_t i = 0; i < set.size(); i += kBlock) {
+    if (common + static_cast<int64_t>(set.size() - i) < needed) break;
+    for (const uint64_t h : set.subspan(i, std::min(kBlock, set.size() - i))) common += table.contains(h);
+  }
+  return common;
+}
+
+// The distinct sets among some texts.
+class SetPool {
+ public:
+  void clear();
+
+  // The number of the text's set: that of an equal one if there is one already.
+  uint32_t add(std::string_view text, const ShingleOptions& options);
+
+  uint32_t size() const { return static_cast<uint32_t>(prints_.size()); }
+  const Fingerprint& print(uint32_t set) const { return prints_[set]; }
+
+  // Their similarity if it is at least `threshold`, otherwise -1. Fast for one y after the other with the same x.
+  double similarity(uint32_t x, uint32_t y, double threshold);
+
+ private:
+  Shingles elements(uint32_t set) const {
+    return Shingles(elements_).subspan(static_cast<std::size_t>(begins_[set]), prints_[set].size);
+  }
+  uint32_t find_or_append(const Fingerprint& print, uint32_t number);
+
+  Shingler<uint64_t> shingler_;
+  ShingleTable table_;
+  int64_t in_table_ = -1;  // the set that the table holds
+  std::vector<uint64_t> elements_;
+  std::vector<int64_t> begins_;
+  std::vector<Fingerprint> prints_;
+  std::vector<uint32_t> by_print_;  // open addressing, at most half full: number + 1, or 0
+};
+
+}  // namespace fastsft

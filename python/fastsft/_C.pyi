@@ -4,7 +4,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'cuda_device_count', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -127,6 +127,10 @@ def swiglu(gate: typing.Any, up: typing.Any, out: typing.Any) -> None:
     ...
 def swiglu_backward(gate: typing.Any, up: typing.Any, grad: typing.Any, d_gate: typing.Any, d_up: typing.Any) -> None:
     ...
+def text_digests(texts: typing.Any, offsets: typing.Any, digests: typing.Any) -> None:
+    """
+    Fills digests, uint64 [N, 2].
+    """
 def varlen_attention_bwd(dout: typing.Any, q: typing.Any, k: typing.Any, v: typing.Any, out: typing.Any, lse: typing.Any, dlse: typing.Any, cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, plan: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, delta: typing.Any, dq: typing.Any, dk: typing.Any, dv: typing.Any) -> None:
     ...
 def varlen_attention_fwd(q: typing.Any, k: typing.Any, v: typing.Any, cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, plan: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any, lse: typing.Any) -> None:

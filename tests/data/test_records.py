@@ -206,7 +206,11 @@ def test_folder_of_files_in_name_order(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x")
-    for name, message in (("none.jsonl", "no such file"), ("empty", "a folder without"), ("a.csv", "expected .jsonl")):
+    for name, message in (
+        ("none.jsonl", "no such file"),
+        ("empty", "not a saved dataset"),
+        ("a.csv", "expected a name"),
+    ):
         with pytest.raises(DataError, match=f"{name}: {message}"):
             read(tmp_path / name)
 

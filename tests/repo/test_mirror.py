@@ -31,6 +31,7 @@ STEMS = {
     "near_duplicates": "duplicates",
     "pack_sequences": "pack",
     "jsonl_fields": "jsonl",
+    "text_digests": "digest",
     "sample": "sampling",
     "rms_norm": "norm",
     "apply_rope": "rope",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import os
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import orjson
+
+from fastsft.data.problems import DataError as DataError
+from fastsft.data.problems import Problems as Problems
+from fastsft.data.sources import find_sources, open_dataset, open_parquet
+from fastsft.data.streams import DAMAGE, read_blocks
 
 Kind = Literal["messages", "prompt_completion", "text", "fim"]
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -25,10 +28,6 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
 }
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
-
-
-class DataError(ValueError):
-    """A row that cannot be used; the message begins with file and line."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +64,6 @@ def _turn(message: dict[str, Any]) -> str:
     return "\n".join(str(part) for part in (message["role"], message.get("content"), written) if part)
 
 
-@dataclass
-class Problems:
-    """Counts what was wrong, keeps the first few places of each kind, and stops the run if so asked.
-
-    ``skip``: the setting that leaves unusable rows out, for the message; None where there is none.
-    """
-
-    mode: Literal["fail", "skip"]
-    skip: str | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, source: str, reason: str, detail: str = "") -> None:
-        """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
-        if self.mode == "fail":
-            message = f"{source}: {reason}{': ' if detail else ''}{detail}"
-            raise DataError(message + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
-        self.note(source, reason, detail)
-
-    def note(self, source: str, reason: str, detail: str = "") -> None:
-        """Count it and keep the place, without stopping."""
-        self.counts[reason] += 1
-        places = self.examples.setdefault(reason, [])
-        if len(places) < 5:
-            places.append(f"{source}: {reason}{': ' if detail else ''}{detail}")
-
-
 @dataclass(frozen=True)
 class Row:
     """A parsed row before it is interpreted. ``raw`` is the line's bytes where the file has lines."""
@@ -102,24 +74,21 @@ class Row:
 
 
 def read_rows(path: str | os.PathLike[str], problems: Problems) -> Iterator[Row]:
-    """Rows of one JSONL(.gz) or Parquet file, or of a Hugging Face ``datasets`` folder.
+    """Rows of a file of JSON lines or a Parquet file, of a Hugging Face ``datasets`` folder, or of a folder of files.
 
     Broken lines go to ``problems``; empty lines are skipped.
 
     Raises:
         DataError: the path does not exist or has an unknown kind.
     """
-    where = Path(path)
-    if not where.exists():
-        raise DataError(f"{where}: no such file or folder")
-    if where.is_dir():
-        yield from _read_folder(where, problems)
-    elif where.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
-        yield from _read_jsonl(where, problems)
-    elif where.suffix == ".parquet":
-        yield from _read_parquet(where, problems)
-    else:
-        raise DataError(f"{where}: expected .jsonl, .jsonl.gz, .parquet or a datasets folder")
+    for source in find_sources(path):
+        if source.kind == "lines":
+            yield from _read_lines(source.path, problems)
+        elif source.kind == "parquet":
+            yield from _read_parquet(source.path, problems)
+        else:
+            for number, value in enumerate(open_dataset(source.path), 1):
+                yield Row(f"{source.path}:{number}", value)
 
 
 def read_records(
@@ -241,40 +210,39 @@ def _tools(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, tuple[str, st
     return tuple(value), None
 
 
-def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    stream: IO[bytes]
-    with opener(path, "rb") as stream:
-        lines = enumerate(stream, 1)
-        while True:
-            try:
-                number, line = next(lines)
-            except StopIteration:
-                return
-            except (OSError, EOFError, zlib.error) as error:  # a truncated or damaged .gz
-                problems.add(str(path), "unreadable file", str(error))
-                return
-            if not line.strip():
-                continue
-            source = f"{path}:{number}"
-            try:
-                yield Row(source, orjson.loads(line), line)
-            except orjson.JSONDecodeError as error:
-                try:
-                    line.decode("utf-8")
-                    problems.add(source, "broken JSON", str(error))
-                except UnicodeDecodeError as bad:
-                    problems.add(source, "invalid UTF-8", f"byte {bad.start}: {bad.reason}")
+def parse_line(path: Path, number: int, line: bytes, problems: Problems) -> Row | None:
+    """The row on a line; None for an empty line, and for a broken one after it went to ``problems``."""
+    if not line.strip():
+        return None
+    source = f"{path}:{number}"
+    try:
+        return Row(source, orjson.loads(line), line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode("utf-8")
+            problems.add(source, "broken JSON", str(error))
+        except UnicodeDecodeError as bad:
+            problems.add(source, "invalid UTF-8", f"byte {bad.start}: {bad.reason}")
+    return None
+
+
+def _read_lines(path: Path, problems: Problems) -> Iterator[Row]:
+    number = 0
+    try:
+        for block in read_blocks(path, 1 << 20):
+            for line in io.BytesIO(block):
+                number += 1
+                row = parse_line(path, number, line, problems)
+                if row is not None:
+                    yield row
+    except DAMAGE as error:  # a truncated or damaged .gz or .zst
+        problems.add(str(path), "unreadable file", str(error))
 
 
 def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
+    table = open_parquet(path)
     number = 0
     batches = table.iter_batches(batch_size=1024)
     while True:
@@ -288,21 +256,3 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
         for value in values:
             number += 1
             yield Row(f"{path}:{number}", value)
-
-
-def _read_folder(path: Path, problems: Problems) -> Iterator[Row]:
-    """A folder written by ``Dataset.save_to_disk``, or one of JSONL and Parquet files (taken in name order)."""
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        import datasets
-
-        for number, value in enumerate(datasets.load_from_disk(str(path)), 1):
-            yield Row(f"{path}:{number}", value)
-        return
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
-        raise DataError(f"{path}: a dataset with several splits; name one of them: {splits}")
-    files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
-    if not files:
-        raise DataError(f"{path}: a folder without .jsonl, .jsonl.gz or .parquet files and not a saved dataset")
-    for file in files:
-        yield from read_rows(file, problems)

@@ -5,6 +5,7 @@
 
 from fastsft.ops.activation import swiglu
 from fastsft.ops.attention import attention_plan, varlen_attention
+from fastsft.ops.digest import text_digests
 from fastsft.ops.duplicates import link_similar, near_duplicates
 from fastsft.ops.fim import fim_permute
 from fastsft.ops.gemm import linear
@@ -39,5 +40,6 @@ __all__ = [
     "rms_norm",
     "sample",
     "swiglu",
+    "text_digests",
     "varlen_attention",
 ]

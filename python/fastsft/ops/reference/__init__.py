@@ -10,6 +10,7 @@ from fastsft.ops.reference.attention import (
     varlen_attention,
     visible,
 )
+from fastsft.ops.reference.digest import text_digests
 from fastsft.ops.reference.duplicates import link_similar, near_duplicates
 from fastsft.ops.reference.fim import fim_permute
 from fastsft.ops.reference.jsonl import jsonl_fields
@@ -71,6 +72,7 @@ __all__ = [
     "sample",
     "shingles",
     "swiglu",
+    "text_digests",
     "text_units",
     "unit_hash",
     "varlen_attention",

@@ -1,0 +1,38 @@
+"""What is wrong with the user's rows: stops the run, or is counted with the first places."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class DataError(ValueError):
+    """A row that cannot be used; the message begins with file and line."""
+
+
+@dataclass
+class Problems:
+    """Counts what was wrong, keeps the first few places of each kind, and stops the run if so asked.
+
+    ``skip``: the setting that leaves unusable rows out, for the message; None where there is none.
+    """
+
+    mode: Literal["fail", "skip"]
+    skip: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, source: str, reason: str, detail: str = "") -> None:
+        """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
+        if self.mode == "fail":
+            message = f"{source}: {reason}{': ' if detail else ''}{detail}"
+            raise DataError(message + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
+        self.note(source, reason, detail)
+
+    def note(self, source: str, reason: str, detail: str = "") -> None:
+        """Count it and keep the place, without stopping."""
+        self.counts[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < 5:
+            places.append(f"{source}: {reason}{': ' if detail else ''}{detail}")

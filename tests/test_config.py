@@ -59,8 +59,9 @@ def test_mistakes_are_named(raw: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("seed", -1), ("seed", 2**63), ("data.eval_fraction", 1.0), ("data.max_length", 1), ("data.prompt_weight", -1),
-        ("data.dedup.threshold", 0.0), ("data.fim.rate", 1.1), ("data.fim.spm_rate", -0.1), ("optim.lr", 0.0),
+        ("seed", -1), ("seed", 2**63), ("data.eval_fraction", 1.0), ("data.max_length", 1), ("data.weights.prompt", -1),
+        ("data.max_bad", 1.1), ("data.dedup.threshold", 0.0),
+        ("data.fim.rate", 1.1), ("data.fim.spm_rate", -0.1), ("optim.lr", 0.0),
         ("optim.lr", float("nan")), ("optim.beta1", 1.0), ("optim.eps", 0.0), ("optim.weight_decay", -1),
         ("optim.clip_norm", -1), ("schedule.warmup", -1), ("schedule.final", 2), ("train.accumulation", 0),
         ("train.epochs", 0), ("train.keep", 0), ("train.max_steps", 0), ("train.save_every", -1),
@@ -82,7 +83,7 @@ def _with(raw: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 def test_every_number_is_finite() -> None:
     names = [name for name, value in _leaves(to_dict(Config())) if isinstance(value, float)]
-    assert {"optim.lr", "optim.eps", "optim.weight_decay", "data.prompt_weight", "data.dedup.threshold"} <= {*names}
+    assert {"optim.lr", "optim.eps", "optim.weight_decay", "data.weights.prompt", "data.dedup.threshold"} <= {*names}
     for name in names:
         for value in (float("inf"), float("-inf"), float("nan")):
             with pytest.raises(ConfigError, match=f"config: {name}: expected a finite number, got "):
@@ -95,8 +96,8 @@ def test_a_config_object_is_validated() -> None:
     assert load_config(Config(seed=3)) == Config(seed=3)
     with pytest.raises(ConfigError, match=r"train\.epochs: expected at least 1, got 0"):
         load_config(Config(train=TrainOptions(epochs=0)))
-    with pytest.raises(ConfigError, match=r"data\.on_bad: .* got 'skipp'"):
-        load_config(Config(data=DataOptions(on_bad="skipp")))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.on_long: .* got 'skipp'"):
+        load_config(Config(data=DataOptions(on_long="skipp")))  # type: ignore[arg-type]
 
 
 def test_paths_of_pathlib() -> None:

@@ -4,5 +4,6 @@
 namespace fastsft {
 
 std::string cuda_architectures() { return ""; }
+int cuda_device_count() { return -1; }
 
 }  // namespace fastsft

@@ -18,8 +18,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Mode = Literal["fail", "skip"]
-
 FIELD_NAMES = ("messages", "prompt", "completion", "prefix", "suffix", "middle", "text", "weight")
 """What a row may have, and so the keys of ``data.fields``."""
 
@@ -68,6 +66,22 @@ class FimOptions:
 
 
 @dataclass(frozen=True)
+class WeightOptions:
+    """Loss weights of the tokens of a sample, by what they are."""
+
+    prompt: float = 0.0
+    """What the model did not write: prompts, and messages of others."""
+    thinking: float = 1.0
+    """A ``<think>`` block at the beginning of what the model wrote, or a message's reasoning."""
+    answer: float = 1.0
+    """What else the model wrote, and texts."""
+    tool_calls: float = 1.0
+    """What the template writes of a message's tool_calls."""
+    control: float = 1.0
+    """Special tokens that the model has to write: ends of turns and of texts."""
+
+
+@dataclass(frozen=True)
 class DataOptions:
     train: list[str] = field(default_factory=list)
     """JSONL, JSONL.gz, Parquet files or Hugging Face ``datasets`` folders."""
@@ -79,12 +93,15 @@ class DataOptions:
     """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: :data:`FIELD_NAMES`."""
     max_length: int = 2048
     """Tokens a sample may have; see ``on_long``."""
-    on_bad: Mode = "fail"
-    """A broken line, invalid UTF-8, an empty conversation, nothing to train on: stop, or count and skip."""
+    max_bad: float = 0.0
+    """Share of rows that may be unusable (a broken line, no exact mask, ...): they are left out."""
     on_long: Literal["fail", "skip", "truncate"] = "skip"
     """A sample above ``max_length``."""
-    prompt_weight: float = 0.0
-    """Loss weight of prompt, system and user tokens; answers have weight 1."""
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    turns: Literal["all", "last", "each"] = "all"
+    """Turns of the assistant's that are trained: all in one sample, the last alone, or each in a sample of its own."""
+    thinking: Literal["keep", "drop", "empty"] = "keep"
+    """Reasoning of messages: kept, removed, or removed and the template's own non-thinking mode switched on."""
     dedup: DedupOptions = field(default_factory=DedupOptions)
     fim: FimOptions = field(default_factory=FimOptions)
 
@@ -147,7 +164,8 @@ class Config:
 
 
 for _section in (
-    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, DataOptions, OptimOptions, ScheduleOptions, TrainOptions,
+    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, DataOptions, OptimOptions,
+    ScheduleOptions, TrainOptions,
 ):  # fmt: skip
     setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 
@@ -265,7 +283,9 @@ def _check_ranges(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: tokenizer.train_vocab: a model read from model.path keeps its own tokenizer")
     check(0 <= d.eval_fraction < 1, "data.eval_fraction", "a fraction in [0, 1)", d.eval_fraction)
     check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)
-    check(d.prompt_weight >= 0, "data.prompt_weight", "at least 0", d.prompt_weight)
+    check(0 <= d.max_bad <= 1, "data.max_bad", "a share in [0, 1]", d.max_bad)
+    for name, value in dataclasses.asdict(d.weights).items():
+        check(value >= 0, f"data.weights.{name}", "at least 0", value)
     check(0 < d.dedup.threshold <= 1, "data.dedup.threshold", "a similarity in (0, 1]", d.dedup.threshold)
     check(d.dedup.num_perm >= 1, "data.dedup.num_perm", "at least 1", d.dedup.num_perm)
     check(0 <= d.fim.rate <= 1, "data.fim.rate", "a probability", d.fim.rate)

@@ -78,7 +78,7 @@ def test_left_out_rows_are_told(trained: Path, tmp_path: Path, capsys: pytest.Ca
     with open(data, "a") as stream:
         stream.write("{broken\n")
     long, broken = f"1 x too long, e.g. {data}:3: too long: ", f"1 x broken JSON, e.g. {data}:31: broken JSON: "
-    flags = ["--output", tmp_path / "x", "--data", data, "--data.on-bad", "skip"]
+    flags = ["--output", tmp_path / "x", "--data", data, "--data.max-bad", "0.9"]
     cli.main([*map(str, ("train", trained / "run.toml", *flags))])
     for text in capsys.readouterr():  # before the first step, and with the result
         assert f"left out: {long}" in text

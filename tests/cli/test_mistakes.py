@@ -47,7 +47,7 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         message = refusal(capsys, *command)
         assert f"{broken}:2: broken JSON" in message
         # Only a setting that the verb has is offered.
-        hint = {"train": "data.on_bad = 'skip' would", "dedup": "--on-bad skip would"}.get(command[0])
+        hint = {"train": "data.max_bad above 0 would", "dedup": "--on-bad skip would"}.get(command[0])
         assert hint in message if hint else "skip" not in message
     message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
     refused = refusal(capsys, "prepare", trained / "run.toml", "--output", tmp_path / "y", "--data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import unicodedata
@@ -13,9 +14,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft.data.chat import assistant_spans, draft, token_weights
+from fastsft.config import DataOptions, WeightOptions
+from fastsft.data.chat import draft, token_weights
 from fastsft.data.records import Record
 from fastsft.data.tokenise import encode, join
+from fastsft.data.turns import UnfitError, assistant_turns
 from fastsft.models.control import CONTROL
 from fastsft.models.template import CHATML, TemplateError
 from fastsft.models.tokenizer import Tokenizer
@@ -81,15 +84,15 @@ def conversations(count: int, texts: list[str] = TEXTS) -> list[list[dict[str, s
     return found
 
 
-def sample_of(record: Record, tokenizer: Tokenizer, **options: float) -> tuple[list[int], list[float]]:
-    (parts,) = encode([draft(record, tokenizer, **options)], tokenizer)
+def sample_of(record: Record, tokenizer: Tokenizer, **weights: float) -> tuple[list[int], list[float]]:
+    (parts,) = encode([draft(record, tokenizer, DataOptions(weights=WeightOptions(**weights)))], tokenizer)
     return join(parts)
 
 
 def plain(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The conversation, and what the assistant wrote of it."""
-    text, spans = assistant_spans(tokenizer, messages)
-    return text.replace(CONTROL, ""), [text[a:b].replace(CONTROL, "") for a, b in spans]
+    text, turns = assistant_turns(tokenizer, messages)
+    return text.replace(CONTROL, ""), [text[a:b].replace(CONTROL, "") for (a, b), _ in turns]
 
 
 def mask_of(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -162,8 +165,8 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
     short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "hello"}]
     assert mask_of(tokenizer, short)[1].count(1) > 0
     more = [*short, {"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(TemplateError, match=r"message 1 is rendered differently .* add \{% generation %\} tags"):
-        assistant_spans(tokenizer, more)
+    with pytest.raises(UnfitError, match=r"message 1 is rendered differently .* add \{% generation %\} tags"):
+        assistant_turns(tokenizer, more)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_prompt_and_completion_are_encoded_apart() -> None:
     tokenizer = Tokenizer.train(["ab"] * 9, 262 + 1)
     assert len(tokenizer.encode("ab")) == 1
     record = Record("prompt_completion", "x:1", parts=("a", "b"), weight=0.5)
-    ids, weights = sample_of(record, tokenizer, prompt_weight=0.25)
+    ids, weights = sample_of(record, tokenizer, prompt=0.25)
     assert ids == [*tokenizer.encode("a"), *tokenizer.encode("b"), tokenizer.eos_id]
     assert weights == [0.125, 0.5, 0.5]
 
@@ -203,7 +206,7 @@ def test_prompt_weight_in_conversations() -> None:
     tokenizer = trained(CHATML)
     (messages,) = conversations(1)
     record = Record("messages", "x:1", messages=tuple(messages), weight=2.0)
-    _, weights = sample_of(record, tokenizer, prompt_weight=0.5)
+    _, weights = sample_of(record, tokenizer, prompt=0.5)
     _, mask = mask_of(tokenizer, messages)
     assert weights == [2.0 if m else 1.0 for m in mask]
 
@@ -211,15 +214,15 @@ def test_prompt_weight_in_conversations() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_spans_fuzz(data: st.DataObject) -> None:
-    """A token has weight 1 exactly if a character it covers is in a span, by brute force over the characters."""
+    """A token has the weight of the first segment with a character that it covers, by brute force over characters."""
     text = data.draw(st.text(st.sampled_from("ab c\n👩é你"), max_size=40))
     bounds = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    spans = [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=False) if a < b]
+    segments = [(a, b, i + 1.0) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b and i % 3]
     ids, offsets = SHARED.encode_rendered(text)
     assert len(ids) == len(offsets)
-    marked = {c for a, b in spans for c in range(a, b)}
-    expected = [1.0 if marked & set(range(a, b)) else 0.25 for a, b in offsets]
-    assert token_weights(offsets, spans, 0.25) == expected
+    weight_of = {c: weight for a, b, weight in segments for c in range(a, b)}
+    expected = [next((weight_of[c] for c in range(a, b) if c in weight_of), 0.25) for a, b in offsets]
+    assert token_weights(offsets, segments, 0.25) == expected
 
 
 SHARED = trained(CHATML)

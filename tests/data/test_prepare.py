@@ -150,7 +150,7 @@ def test_unusable_row_is_reported_with_its_place(row: Any, reason: str, tmp_path
     path = jsonl(tmp_path / "a.jsonl", [CHAT, row, CHAT])
     with pytest.raises(DataError, match=rf"a\.jsonl:2: {reason}"):
         prepare(config_of(tmp_path, path))
-    prepared = prepare(config_of(tmp_path, path, on_bad="skip"))
+    prepared = prepare(config_of(tmp_path, path, max_bad=1.0))
     assert prepared.report["skipped"] == {reason: 1}
     assert prepared.report["skipped_examples"][reason][0].startswith(f"{path}:2: {reason}")
     assert prepared.report["rows"] == 3
@@ -161,7 +161,7 @@ def test_unusable_row_is_reported_with_its_place(row: Any, reason: str, tmp_path
 def test_no_usable_row_at_all(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [UNANSWERED] * 3)
     with pytest.raises(DataError, match=r"no usable row; 3 x nothing to train on\. .*a\.jsonl:1"):
-        prepare(config_of(tmp_path, path, on_bad="skip"))
+        prepare(config_of(tmp_path, path, max_bad=1.0))
     with pytest.raises(DataError, match="no usable row; the files are empty"):
         prepare(config_of(tmp_path, jsonl(tmp_path / "b.jsonl", [])))
 

@@ -206,8 +206,8 @@ def test_there_is_a_sample_of_every_format() -> None:
 
 def test_every_reason_is_documented() -> None:
     page = (ROOT / "docs" / "data-format.md").read_text(encoding="utf-8")
-    source = "".join((ROOT / "python/fastsft/data" / f).read_text() for f in ("records.py", "tokenise.py"))
-    called = re.findall(r'problems\.(?:add|note)\(\s*[^,]+,\s*"([^"]+)"', source)
+    source = "".join((ROOT / "python/fastsft/data" / f).read_text() for f in ("records.py", "tokenise.py", "turns.py"))
+    called = re.findall(r'(?:problems\.(?:add|note)\(\s*[^,]+,|UnfitError\()\s*"([^"]+)"', source)
     returned = re.findall(r'return \(?\s*"([a-z ]+)",', source)
     assert len(called) > 8
     assert len(returned) > 2

@@ -22,10 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "verify": set(),
     "integrations": {"ops"},
     "config": set(),
-    "gpu": set(),
     "files": set(),
     "progress": set(),
-    "info": {"ops", "_C", "__version__", "gpu"},
+    "info": {"ops", "_C", "__version__"},
 }
 ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 

@@ -23,7 +23,7 @@ from fastsft.models.weights import load_model, save_model
         ("optim", "beta2", 0.9),
         ("train", "accumulation", 1),
         ("train", "max_steps", 5),
-        ("data", "prompt_weight", 0.5),
+        ("data", "max_bad", 0.5),
         (None, "seed", 1),
         ("model", "init", {"model_type": "llama"}),
     ],

@@ -5,18 +5,15 @@ Nothing is ever masked by token value (a pad id, say).
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from fastsft.config import DataOptions
 from fastsft.data.records import Record
-from fastsft.models.control import CONTROL
-from fastsft.models.template import Span, TemplateError
+from fastsft.data.turns import Segment, lay_out, thinking_end
+from fastsft.models.template import Span
 from fastsft.models.tokenizer import Tokenizer
-
-# What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
-_TODAY = datetime.datetime(2024, 7, 26)
 
 # prompt: encoded as at inference, where the text of a special token becomes that token.
 # start: plain text at a document's beginning. inner: plain text that goes on where another piece ended.
@@ -25,11 +22,12 @@ Form = Literal["prompt", "start", "inner"]
 
 @dataclass(frozen=True)
 class Piece:
-    """One weight for a text, or for a token given by its id."""
+    """A text with its weight, or a token given by its id. Inside ``segments`` of the text, theirs counts instead."""
 
     content: str | int
     weight: float
     form: Form = "inner"
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,35 @@ class Draft:
 
 @dataclass(frozen=True)
 class ChatDraft:
-    """A conversation before tokenisation: what the template wrote; weight 1 inside ``spans``."""
+    """A conversation before tokenisation: what the template wrote, and its segments; the rest has ``prompt_weight``."""
 
     text: str
-    spans: tuple[Span, ...]
+    segments: tuple[Segment, ...]
     weight: float
     prompt_weight: float
 
 
-def draft(record: Record, tokenizer: Tokenizer, *, prompt_weight: float = 0.0) -> Draft | ChatDraft:
+def draft(record: Record, tokenizer: Tokenizer, options: DataOptions) -> Draft | ChatDraft:
     """Lay out a record of kind messages, prompt_completion or text; FIM has its own module.
 
     Raises:
-        TemplateError: the conversation cannot be rendered, or the assistant's part cannot be told exactly.
+        TemplateError: the conversation cannot be rendered. UnfitError: its exact mask cannot be told.
         ValueError: the tokenizer has no end-of-text token.
     """
+    weights = options.weights
     if record.kind == "messages":
-        text, spans = assistant_spans(tokenizer, record.messages, record.tools)
-        return ChatDraft(text, tuple(spans), record.weight, prompt_weight)
+        text, segments = lay_out(tokenizer, record.messages, record.tools, options)
+        return ChatDraft(text, tuple(segments), record.weight, weights.prompt)
     start = [Piece(t, 0.0) for t in tokenizer.prefix_ids]
-    end = Piece(end_id(tokenizer), 1.0)
+    end = Piece(end_id(tokenizer), weights.control)
     if record.kind == "prompt_completion":
         prompt, completion = record.parts
+        thought = thinking_end(completion, 0, len(completion)) if weights.thinking != weights.answer else 0
+        segments = [(0, thought, weights.thinking)] if thought else []
         # Two encodings: the prompt's tokens are then a prefix of the sample, exactly as at inference.
-        answer = Piece(completion, 1.0, "inner" if prompt else "start")
-        return Draft((*start, Piece(prompt, prompt_weight, "prompt"), answer, end), record.weight)
-    return Draft((*start, Piece(record.parts[0], 1.0, "start"), end), record.weight)
+        answer = Piece(completion, weights.answer, "inner" if prompt else "start", tuple(segments))
+        return Draft((*start, Piece(prompt, weights.prompt, "prompt"), answer, end), record.weight)
+    return Draft((*start, Piece(record.parts[0], weights.answer, "start"), end), record.weight)
 
 
 def end_id(tokenizer: Tokenizer) -> int:
@@ -81,49 +82,16 @@ def end_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def assistant_spans(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the character ranges that the assistant wrote, end-of-turn marker included.
+def token_weights(offsets: Sequence[Span], segments: Sequence[Segment], outside: float) -> list[float]:
+    """The weight of the first segment of which a token covers a character (transformers' rule), else ``outside``.
 
-    From the template's ``{% generation %}`` tags where it has them. Otherwise by rendering prefixes: message i is what
-    lies between the conversation before it, with the generation prompt, and the conversation up to and with it. Both
-    must be literal prefixes of the whole, or the template is refused: there would be no exact answer.
-    """
-
-    def render(part: Sequence[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
-        return tokenizer.render(part, add_generation_prompt=prompt, tools=tools, strftime_now=_TODAY.strftime)
-
-    text, spans = render(messages)
-    if tokenizer.marks_generation:
-        return text, spans
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:i], prompt=True)[0]
-        upto = render(messages[: i + 1])[0]
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise TemplateError(
-                f"chat template: message {i} is rendered differently when more messages follow or when it is being "
-                "generated; add {% generation %} tags to the template so that its tokens can be told exactly"
-            )
-        # What follows the end-of-turn marker (a newline, usually) is written by the template, not by the model.
-        end = upto.rstrip()
-        closed = any(end.endswith(CONTROL + name) for name in tokenizer.control.names)
-        spans.append((len(before), len(end) if closed else len(upto)))
-    return text, spans
-
-
-def token_weights(offsets: Sequence[Span], spans: Sequence[Span], prompt_weight: float) -> list[float]:
-    """Weight 1 for a token that covers any character of a span (transformers' rule), else ``prompt_weight``.
-
-    ``spans`` and ``offsets`` ascend.
+    ``segments`` and ``offsets`` ascend.
     """
     weights = []
     i = 0
     for begin, end in offsets:
-        while i < len(spans) and spans[i][1] <= begin:
+        while i < len(segments) and segments[i][1] <= begin:
             i += 1
-        inside = i < len(spans) and begin < spans[i][1] and end > spans[i][0]
-        weights.append(1.0 if inside else prompt_weight)
+        inside = i < len(segments) and begin < segments[i][1] and end > segments[i][0]
+        weights.append(segments[i][2] if inside else outside)
     return weights

@@ -41,7 +41,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
     ``<output>/data/<content hash>/``.
 
     Raises:
-        DataError: an unusable row (unless data.on_bad is "skip"), or no usable row at all; names file and line.
+        DataError: an unusable row (up to a share of data.max_bad), or no usable row at all; names file and line.
         ConfigError: an invalid setting, no files, no tokenizer, or another process works in the output folder.
     """
     config = load_config(config)
@@ -63,9 +63,10 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
 
 def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     options = config.data
-    problems = Problems(options.on_bad, skip="data.on_bad = 'skip'")
+    problems = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
     records = list(_counted(_read(config, options.train, problems), tell, "reading"))
     report: dict[str, Any] = {"key": key, "rows": len(records) + sum(problems.counts.values())}
+    _check_share(problems, report["rows"], options.max_bad)
     if options.dedup.mode != "none":
         found = dedup(
             records,
@@ -86,6 +87,7 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
     for name, part in (("train", train_records), ("eval", eval_records)):
         samples = list(_counted(tokenise(part, tokenizer, config, problems), tell, f"tokenising {name}", len(part)))
         parts[name] = samples
+    _check_share(problems, report["rows"] + (len(eval_records) if options.eval else 0), options.max_bad)
     if not parts["train"]:
         raise DataError(f"{', '.join(options.train)}: no usable row; {_summary(problems)}")
     root.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,14 @@ def _counted(items: Iterator[Any], tell: Progress, stage: str, total: int = 0) -
             tell(stage, done, total)
         yield item
     tell(stage, done, done)
+
+
+def _check_share(problems: Problems, rows: int, allowed: float) -> None:
+    if problems.unusable > allowed * rows:
+        raise DataError(
+            f"{problems.unusable} of {rows} rows are unusable, data.max_bad allows {allowed:.3g} of them: "
+            f"{_summary(problems)}"
+        )
 
 
 def _summary(problems: Problems) -> str:

@@ -22,12 +22,14 @@ class Problems:
     skip: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unusable: int = 0
 
     def add(self, source: str, reason: str, detail: str = "") -> None:
         """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
         if self.mode == "fail":
             message = f"{source}: {reason}{': ' if detail else ''}{detail}"
             raise DataError(message + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
+        self.unusable += 1
         self.note(source, reason, detail)
 
     def note(self, source: str, reason: str, detail: str = "") -> None:

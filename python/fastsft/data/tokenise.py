@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from fastsft.data.batch import Sample
 from fastsft.data.chat import ChatDraft, Draft, draft, token_weights
 from fastsft.data.fim import Part
 from fastsft.data.records import DataError, Problems, Record
+from fastsft.data.turns import UnfitError, expand
 from fastsft.models.control import RESERVED
 from fastsft.models.fim import Fim
 from fastsft.models.template import TemplateError
@@ -43,7 +45,9 @@ def tokenise(
                 problems.add(record.source, "noncharacter", "one of U+FDD0 to U+FDD3, which mark control tokens here")
                 continue
             try:
-                drafts.append((record, _draft(record, index, tokenizer, marks, config)))
+                drafts += [(record, laid) for laid in _drafts(record, index, tokenizer, marks, config)]
+            except UnfitError as error:
+                problems.add(record.source, error.reason, error.detail)
             except TemplateError as error:
                 problems.add(record.source, "chat template", str(error).removeprefix("chat template: "))
         for (record, laid), parts in zip(drafts, encode([d for _, d in drafts], tokenizer), strict=True):
@@ -52,10 +56,13 @@ def tokenise(
                 yield sample
 
 
-def _draft(record: Record, index: int, tokenizer: Tokenizer, marks: Fim | None, config: Config) -> Draft | ChatDraft:
+def _drafts(
+    record: Record, index: int, tokenizer: Tokenizer, marks: Fim | None, config: Config
+) -> list[Draft | ChatDraft]:
+    """One for each sample that the record becomes."""
     options = config.data.fim
     if marks is not None and record.kind == "fim":
-        return fim.draft_record(record, tokenizer, marks)
+        return [fim.draft_record(record, tokenizer, marks)]
     if marks is not None and record.kind == "text":
         (text,) = record.parts
         room = config.data.max_length - len(tokenizer.prefix_ids) - fim.MARKERS
@@ -66,11 +73,15 @@ def _draft(record: Record, index: int, tokenizer: Tokenizer, marks: Fim | None, 
         )  # fmt: skip
         if cut is not None:
             prefix, middle, suffix, spm = cut
-            return fim.draft_fim(
+            whole = fim.draft_fim(
                 (prefix, middle, suffix), tokenizer, marks, spm=spm, train_context=True, weight=record.weight,
                 shortened=len(prefix + middle + suffix) < len(text),
             )  # fmt: skip
-    return draft(record, tokenizer, prompt_weight=config.data.prompt_weight)
+            return [whole]
+    if record.kind == "messages":
+        conversations = [replace(record, messages=part) for part in expand(record.messages, config.data)]
+        return [draft(conversation, tokenizer, config.data) for conversation in conversations]
+    return [draft(record, tokenizer, config.data)]
 
 
 def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterator[list[Part]]:
@@ -78,7 +89,7 @@ def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterato
     texts: dict[str, list[str]] = {"prompt": [], "start": [], "inner": []}
     for d in drafts:
         for piece in d.pieces if isinstance(d, Draft) else ():
-            if isinstance(piece.content, str):
+            if isinstance(piece.content, str) and not piece.segments:
                 texts[piece.form].append(piece.content)
     encoded = {
         "prompt": iter(tokenizer.encode_batch(texts["prompt"])),
@@ -88,10 +99,17 @@ def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterato
     for d in drafts:
         if isinstance(d, ChatDraft):
             ids, offsets = tokenizer.encode_rendered(d.text)
-            yield [(ids, [w * d.weight for w in token_weights(offsets, d.spans, d.prompt_weight)])]
-        else:
-            pieces = [[p.content] if isinstance(p.content, int) else next(encoded[p.form]) for p in d.pieces]
-            yield [(ids, [p.weight * d.weight] * len(ids)) for p, ids in zip(d.pieces, pieces, strict=True)]
+            yield [(ids, [w * d.weight for w in token_weights(offsets, d.segments, d.prompt_weight)])]
+            continue
+        parts: list[Part] = []
+        for p in d.pieces:
+            if isinstance(p.content, str) and p.segments:
+                ids, offsets = tokenizer.encode_rendered(p.content, continues=p.form == "inner")
+                parts.append((ids, [w * d.weight for w in token_weights(offsets, p.segments, p.weight)]))
+            else:
+                ids = [p.content] if isinstance(p.content, int) else next(encoded[p.form])
+                parts.append((ids, [p.weight * d.weight] * len(ids)))
+        yield parts
 
 
 def join(parts: Sequence[Part]) -> Part:

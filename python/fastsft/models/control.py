@@ -33,6 +33,7 @@ class ControlTokens:
         longest_first = sorted(self.names, key=len, reverse=True)
         either = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._name = re.compile(either)
+        self.marked = re.compile(f"{CONTROL}(?:{either})")  # in a rendered conversation
         self._written = re.compile(f"{LITERAL}(?:{either})?|{either}")
 
     def first_in(self, text: str) -> str | None:

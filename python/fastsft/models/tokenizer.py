@@ -216,9 +216,13 @@ class Tokenizer:
         backend = self._continuing if continues else self._marking
         return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of what :meth:`render` wrote and, for each, the half-open range of characters that it covers."""
-        encoding = self._marking.encode(text, add_special_tokens=False)
+    def encode_rendered(self, text: str, *, continues: bool = False) -> tuple[list[int], list[Span]]:
+        """Ids of what :meth:`render` wrote and, for each, the half-open range of characters that it covers.
+
+        ``continues``: as in :meth:`encode_text`.
+        """
+        backend = self._continuing if continues else self._marking
+        encoding = backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def head(self, text: str, count: int) -> str:

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastsft.verbs.console import UsageError, print_json, to_json, write_text
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from fastsft.config import Config
+    from fastsft.data.batch import Sample
+    from fastsft.models.tokenizer import Tokenizer
 
 
 def dedup(
@@ -110,7 +114,7 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     """Read, check, tokenise, mask and store the data of a run, and report what was left out.
 
     Args:
-        show: print this many samples with the trained tokens coloured, or in « » where the output is no terminal.
+        show: print this many samples with the trained tokens coloured by weight; « » where the output is no terminal.
         json: machine-readable report.
     """
     import fastsft
@@ -122,7 +126,6 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
         print_json(prepared.report)
         return
     from rich.console import Console
-    from rich.text import Text
 
     from fastsft.data.prepare import notices
 
@@ -134,12 +137,30 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
         console.print(line, soft_wrap=True)
     for i in range(min(show, len(prepared.train))):
         sample = prepared.train[i]
-        text = Text()
-        for trained, run in itertools.groupby(
-            zip(sample.ids.tolist(), sample.weights > 0, strict=True), lambda p: p[1]
-        ):
-            piece = prepared.tokenizer.decode([token for token, _ in run], False)
-            marked = f"«{piece}»" if trained and not console.is_terminal else piece
-            text.append(marked, style="black on green" if trained else "dim")
         console.print(f"\n{sample.source}", style="bold")
-        console.print(text, soft_wrap=True)
+        console.print(_coloured(sample, prepared.tokenizer, console.is_terminal), soft_wrap=True)
+
+
+def _coloured(sample: Sample, tokenizer: Tokenizer, terminal: bool) -> Text:
+    """A sample's text by the weight of its tokens: a colour for each weight, or « » around what is trained, with the
+    weight where the sample has several."""
+    from rich.text import Text
+
+    levels = sorted({float(w) for w in sample.weights if w > 0}, reverse=True)
+    text = Text()
+    if terminal and len(levels) > 1:
+        for weight in levels:
+            text.append(f" {weight:.4g} ", style=_style(levels, weight)).append(" ")
+        text.append("\n")
+    tokens = zip(sample.ids.tolist(), sample.weights.tolist(), strict=True)
+    for weight, run in itertools.groupby(tokens, lambda pair: pair[1]):
+        piece = tokenizer.decode([token for token, _ in run], False)
+        if weight > 0 and not terminal:
+            piece = f"«{piece}»" if len(levels) == 1 else f"«{weight:.4g}: {piece}»"
+        text.append(piece, style=_style(levels, weight) if weight > 0 else "dim")
+    return text
+
+
+def _style(levels: list[float], weight: float) -> str:
+    colours = ("green", "yellow", "cyan", "magenta", "blue")
+    return f"black on {colours[min(levels.index(weight), len(colours) - 1)]}"

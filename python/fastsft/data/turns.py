@@ -1,0 +1,238 @@
+"""Which characters of a conversation the model wrote, and as what: thinking, answer, tool calls, control tokens.
+
+A conversation is rendered by its template; everything here works on the template's text, never on token ids.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastsft.config import DataOptions, WeightOptions
+from fastsft.models.control import CONTROL
+from fastsft.models.template import Span, TemplateError
+from fastsft.models.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+Segment = tuple[int, int, float]  # half-open range of characters, and the loss weight of its tokens
+
+# What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
+_TODAY = datetime.datetime(2024, 7, 26)
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, as templates read them
+_OPEN = re.compile(f"\\s*{CONTROL}?<think>")
+_OPENED = re.compile(f"{CONTROL}?<think>\\s*$")  # by the generation prompt
+_CLOSE = re.compile(f"{CONTROL}?</think>")
+_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+class UnfitError(ValueError):
+    """A conversation without an exact mask; ``reason`` is what it is counted as."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def expand(messages: tuple[Message, ...], options: DataOptions) -> list[tuple[Message, ...]]:
+    """The conversations that a row becomes samples of, by ``data.turns`` and ``data.thinking``."""
+    if options.thinking != "keep":
+        messages = tuple(map(without_reasoning, messages))
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if options.turns == "all" or not ends:
+        return [messages]
+    return [messages[:end] for end in (ends if options.turns == "each" else ends[-1:])]
+
+
+def without_reasoning(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    kept = {name: value for name, value in message.items() if name not in REASONING}
+    if isinstance(kept.get("content"), str):
+        kept["content"] = _BLOCK.sub("", kept["content"], count=1) if _BLOCK.match(kept["content"]) else kept["content"]
+    return kept
+
+
+def turn_weight(message: Message) -> float:
+    """A message's own weight, from its ``weight`` or ``train``; 1 where it has neither."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and train is not None:
+        raise UnfitError("bad weight", "a message has weight or train, not both")
+    if train is not None and not isinstance(train, bool):
+        raise UnfitError("bad weight", f"a message's train: expected true or false, got {train!r}")
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf")
+    ):
+        raise UnfitError("bad weight", f"a message's weight: expected a number >= 0, got {weight!r}")
+    if message["role"] != "assistant" and (train or weight):
+        raise UnfitError("bad weight", f"a message of the {message['role']}: only what the assistant wrote is trained")
+    return float(train if train is not None else 1.0 if weight is None else weight)
+
+
+def lay_out(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, options: DataOptions
+) -> tuple[str, list[Segment]]:
+    """The rendered conversation and the segments of what the assistant wrote, ascending. The rest is prompt.
+
+    Raises:
+        TemplateError: the template refused the conversation.
+        UnfitError: what the assistant wrote cannot be told exactly, or the template lost some of it.
+    """
+    last_only = options.turns != "all"
+    text, turns = assistant_turns(
+        tokenizer, messages, tools, last_only=last_only, non_thinking=options.thinking == "empty"
+    )
+    _check_contents(text, messages)
+    weights = {i: turn_weight(m) for i, m in enumerate(messages)}
+    written = [w for i, w in weights.items() if messages[i]["role"] == "assistant"]
+    plain = len({options.weights.thinking, options.weights.answer, options.weights.tool_calls}) == 1
+    segments: list[Segment] = []
+    for span, number in turns:
+        if number is None:
+            if not plain or len(set(written)) > 1:
+                raise UnfitError("turns cannot be told", "the template's {% generation %} tags are not one per message")
+            weight, message = written[0] if written else 1.0, None
+        else:
+            weight, message = weights[number], messages[number]
+            if weight > 0:
+                _check_reasoning(text, span, message)
+        segments += [(a, b, w * weight) for a, b, w in _segments(text, span, message, tokenizer, options.weights)]
+    return text, segments
+
+
+def assistant_turns(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    last_only: bool = False,
+    non_thinking: bool = False,
+) -> tuple[str, list[tuple[Span, int | None]]]:
+    """The rendered conversation and, of each turn of the assistant's, its characters and the number of its message.
+
+    The end-of-turn marker is part of the turn. From the template's ``{% generation %}`` tags where it has them; the
+    number is None where these are not one per message. Otherwise by rendering prefixes: message i is what lies between
+    the conversation before it, with the generation prompt, and the conversation up to and with it. Both must be literal
+    prefixes of the whole, or the template is refused: there would be no exact answer.
+
+    Args:
+        last_only: only the last turn, with which the conversation must end.
+        non_thinking: the template's own non-thinking mode, ``enable_thinking = false``.
+    """
+    if non_thinking and "enable_thinking" not in (tokenizer.chat_template or ""):
+        raise TemplateError("chat template: it has no non-thinking mode (it does not read enable_thinking)")
+    mode = {"enable_thinking": False} if non_thinking else {}
+
+    def render(part: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+        return tokenizer.render(part, add_generation_prompt=prompt, tools=tools, strftime_now=_TODAY.strftime, **mode)
+
+    text, tagged = render(messages)
+    numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if tokenizer.marks_generation:
+        if len(tagged) == len(numbers):
+            pairs: list[tuple[Span, int | None]] = list(zip(tagged, numbers, strict=True))
+            return text, pairs[-1:] if last_only else pairs
+        if last_only:
+            raise UnfitError("turns cannot be told", "the template's {% generation %} tags are not one per message")
+        return text, [(span, None) for span in tagged]
+    turns: list[tuple[Span, int | None]] = []
+    for i in numbers[-1:] if last_only else numbers:
+        before = render(messages[:i], prompt=True)[0]
+        upto = render(messages[: i + 1])[0]
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise UnfitError(
+                "prompt is not a prefix",
+                f"chat template: message {i} is rendered differently when more messages follow or when it is being "
+                "generated; add {% generation %} tags to the template so that its tokens can be told exactly, or make "
+                "each turn a sample of its own (data.turns = 'each')",
+            )
+        # What follows the end-of-turn marker (a newline, usually) is written by the template, not by the model.
+        end = upto.rstrip()
+        closed = any(end.endswith(CONTROL + name) for name in tokenizer.control.names)
+        turns.append(((len(before), len(end) if closed else len(upto)), i))
+    return text, turns
+
+
+def thinking_end(text: str, begin: int, end: int) -> int:
+    """Where the ``<think>`` block with which a turn begins is over; ``begin`` if there is none."""
+    if not (_OPEN.match(text, begin, end) or _OPENED.search(text[max(0, begin - 64) : begin])):
+        return begin
+    close = _CLOSE.search(text, begin, end)
+    return close.end() if close else end
+
+
+def _segments(
+    text: str, span: Span, message: Message | None, tokenizer: Tokenizer, weights: WeightOptions
+) -> list[Segment]:
+    """A turn in parts of one weight each; neighbours of equal weight are one."""
+    begin, end = span
+    thought = thinking_end(text, begin, end)
+    first = begin
+    reasoning = _reasoning(message)
+    if thought == begin and reasoning and (at := text.find(reasoning, begin, end)) >= 0:  # in the template's own marks
+        first, thought = at, at + len(reasoning)
+    calls = end
+    if message and message.get("tool_calls"):  # what the template writes behind the content
+        content = _spoken(message)
+        calls = text.find(content, thought, end) + len(content)
+        if calls < thought + len(content):
+            raise UnfitError("turns cannot be told", "the chat template writes a content outside the turn")
+    parts = [
+        (begin, first, weights.answer), (first, thought, weights.thinking), (thought, calls, weights.answer),
+        (calls, end, weights.tool_calls),
+    ]  # fmt: skip
+    marks = [(m.start(), m.end()) for m in tokenizer.control.marked.finditer(text, begin, end)]
+    found: list[Segment] = []
+
+    def add(a: int, b: int, weight: float) -> None:
+        if found and found[-1][1] == a and found[-1][2] == weight:
+            found[-1] = (found[-1][0], b, weight)
+        elif a < b:
+            found.append((a, b, weight))
+
+    for a, b, weight in parts:
+        for mark_begin, mark_end in marks:
+            if a <= mark_begin < b:
+                add(a, mark_begin, weight)
+                add(mark_begin, mark_end, weights.control)
+                a = mark_end
+        add(a, b, weight)
+    return found
+
+
+def _reasoning(message: Message | None) -> str:
+    found = next((message[n] for n in REASONING if isinstance(message.get(n), str)), "") if message else ""
+    return found.strip()
+
+
+def _spoken(message: Message) -> str:
+    """A message's content without its thinking, as far as templates keep it."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return ""
+    if message["role"] == "assistant" and (block := _BLOCK.match(content)):
+        content = content[block.end() :]
+    return content.strip()
+
+
+def _check_contents(text: str, messages: Sequence[Message]) -> None:
+    for i, message in enumerate(messages):
+        spoken = _spoken(message)
+        if spoken not in text and json.dumps(spoken, ensure_ascii=False)[1:-1] not in text:
+            raise UnfitError("content lost", f"the chat template does not write the content of message {i}")
+
+
+def _check_reasoning(text: str, span: Span, message: Message) -> None:
+    """Reasoning that is there must be in the turn that is trained: without it, the model learns not to think."""
+    content = message.get("content")
+    block = _BLOCK.match(content) if isinstance(content, str) else None
+    reasoning = _reasoning(message) or (block.group(1).strip() if block else "")
+    if reasoning and text.find(reasoning, *span) < 0:
+        raise UnfitError(
+            "content lost",
+            "the chat template does not write the reasoning of a turn that is trained: remove it (data.thinking = "
+            "'drop'), or make each turn a sample of its own (data.turns = 'each') if only the last one keeps it",
+        )

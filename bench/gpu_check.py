@@ -19,6 +19,7 @@ from typing import Any
 
 import gpu_attention
 import gpu_data
+import gpu_layers
 import gpu_loss
 import torch
 from gpu_case import Case, Entry, Setting
@@ -26,7 +27,9 @@ from gpu_present import require_gpu
 from gpu_timing import Limits, Stopwatch, Timing, summary, wall_clock
 from record import ROOT, machine
 
-ENTRIES = [*gpu_attention.ENTRIES, *gpu_loss.ENTRIES, *gpu_data.ENTRIES]
+from fastsft.gpu import gpus
+
+ENTRIES = [*gpu_attention.ENTRIES, *gpu_loss.ENTRIES, *gpu_layers.ENTRIES, *gpu_data.ENTRIES]
 HOST_REPEATS = 5
 
 Row = dict[str, Any]
@@ -100,14 +103,12 @@ def line(row: Row) -> str:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     found = machine()
     if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
-            "name": p.name,
-            "capability": f"{p.major}.{p.minor}",
-            "multiprocessors": p.multi_processor_count,
-            "memory_gib": round(p.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-        }
+        index = torch.cuda.current_device()
+        found["gpu"] = {"name": torch.cuda.get_device_name(index), "cuda": torch.version.cuda}
+        try:
+            found["gpu"] |= gpus()[index]
+        except RuntimeError as error:
+            print(f"GPU not described: {error}")
     return found
 
 
@@ -140,7 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
     if path is None and setting.cuda:
         path = results_path(result["machine"]["gpu"]["name"], date)
     rows: list[Row] = []
-    print(f"copy {limits.copy / 1e9:,.0f} GB/s, bf16 matmul {limits.matmul / 1e12:,.1f} TFLOP/s\n{HEADER}", flush=True)
+    peak = result["machine"].get("gpu", {}).get("memory_gbytes_per_s")
+    share = f" of the memory's {peak:,}" if peak else ""
+    print(
+        f"copy {limits.copy / 1e9:,.0f}{share} GB/s, bf16 matmul {limits.matmul / 1e12:,.1f} TFLOP/s\n{HEADER}",
+        flush=True,
+    )
     for entry in ENTRIES:
         if (options.only and entry.group not in options.only) or (options.quick and not entry.quick):
             continue

@@ -29,7 +29,6 @@ void register_info(py::module_& m) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("cuda_architectures", &cuda_architectures, "Architectures compiled in, or '' for a CPU-only build.");
-  m.def("cuda_device_count", &cuda_device_count, "Usable devices; -1 without a driver or in a CPU-only build.");
   m.def("keep_freed_memory", &keep_freed_memory, "Let the C library keep what is freed; for whole programs.");
   m.def(
       "advise_huge_pages",

@@ -4,6 +4,5 @@
 namespace fastsft {
 
 std::string cuda_architectures() { return ""; }
-int cuda_device_count() { return -1; }
 
 }  // namespace fastsft

@@ -13,15 +13,20 @@ def info() -> dict[str, Any]:
     """Describe this installation and machine as a JSON-serialisable dict.
 
     Keys: ``fastsft``, ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (instruction sets,
-    threads, cores), ``cuda`` (built for, devices, driver, torch's version), ``build`` (compiler) and ``ops``
-    (op -> device -> ``{"kind", "reason"}``; kind is ``native``, ``triton``, ``torch`` or ``none``).
+    threads, cores), ``cuda`` (built for, devices that torch can use, torch's version, ``gpus`` as the driver describes
+    them or ``gpus_unread``, the reason why not), ``build`` (compiler) and ``ops`` (op -> device ->
+    ``{"kind", "reason"}``; kind is ``native``, ``triton``, ``torch`` or ``none``).
     """
     import torch
 
     from fastsft import _C, __version__
+    from fastsft.gpu import gpus
     from fastsft.ops._library import REGISTRY
 
-    devices = _C.cuda_device_count()
+    try:
+        found, unread = gpus(), None
+    except RuntimeError as error:
+        found, unread = [], str(error)
     return {
         "fastsft": __version__,
         "python": sys.version.split()[0],
@@ -35,9 +40,10 @@ def info() -> dict[str, Any]:
         },
         "cuda": {
             "built_for": _C.cuda_architectures() or None,
-            "devices": max(devices, 0),
-            "driver": devices >= 0,
+            "devices": torch.cuda.device_count(),
             "torch": torch.version.cuda,
+            "gpus": found,
+            "gpus_unread": unread,
         },
         "build": {"compiler": _C.compiler()},
         "ops": {
@@ -48,7 +54,8 @@ def info() -> dict[str, Any]:
 
 
 _REPORTED_PACKAGES = (
-    "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton", "pyarrow", "datasets", "matplotlib",
+    "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton", "cuda-python", "pyarrow", "datasets",
+    "matplotlib",
 )  # fmt: skip
 
 

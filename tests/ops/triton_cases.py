@@ -14,6 +14,7 @@ from layer_cases import DTYPES, with_gradients
 from samples import randn
 
 from fastsft.ops import reference
+from fastsft.ops._library import triton_or
 from fastsft.ops._triton import activation, norm, rope
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,6 +110,29 @@ def test_swiglu_far_out() -> None:
     torch.testing.assert_close(activation.swiglu(gate, up), reference.swiglu(gate, up), equal_nan=True)
     d_gate, _ = activation.swiglu_backward(up, gate, up)
     torch.testing.assert_close(d_gate[:6], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_launched_as_the_ops_do() -> None:
+    """What the dispatcher calls for CUDA tensors finds its launcher, and hands on its arguments."""
+
+    def call(module: str, launcher: str, *inputs: Any) -> Any:
+        return triton_or(lambda: None, module, launcher)["cuda"](*inputs)
+
+    x, w, g = randn(5, 8), randn(8, seed=1), randn(5, 8, seed=2)
+    out, scale = call("norm", "rms_norm", x, w, EPS)
+    torch.testing.assert_close(out, reference.rms_norm(x, w, EPS))
+    d_x, d_w = call("norm", "rms_norm_backward", g, x, w, scale)
+    assert torch.equal(d_x, norm.rms_norm_backward(g, x, w, scale)[0])
+    assert torch.equal(d_w, norm.rms_norm_backward(g, x, w, scale)[1])
+    turned = call("rope", "apply_rope", x[:, None], x[:, :4], g[:, :4], False)
+    torch.testing.assert_close(turned, reference.apply_rope(x[:, None], x[:, :4], g[:, :4]))
+    torch.testing.assert_close(call("activation", "swiglu", w, g[0]), reference.swiglu(w, g[0]))
+    for a, b in zip(
+        call("activation", "swiglu_backward", w, g[0], g[1]),
+        activation.swiglu_backward(w, g[0], g[1]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
 
 
 def test_strided_gradients() -> None:

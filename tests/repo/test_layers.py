@@ -22,9 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "verify": set(),
     "integrations": {"ops"},
     "config": set(),
+    "gpu": set(),
     "files": set(),
     "progress": set(),
-    "info": {"ops", "_C", "__version__"},
+    "info": {"ops", "_C", "__version__", "gpu"},
 }
 ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 

@@ -31,6 +31,10 @@ def info(*, json: bool = False) -> None:
     )
     built = f"kernels for {cuda['built_for']}" if cuda["built_for"] else "not in this build"
     console.print(f"CUDA: {built}; {cuda['devices']} devices; torch's CUDA {cuda['torch']}", highlight=False)
+    for gpu in cuda["gpus"]:
+        console.print(f"  {', '.join(f'{key} {value}' for key, value in gpu.items())}", highlight=False)
+    if cuda["gpus_unread"]:
+        console.print(f"  GPUs not described: {cuda['gpus_unread']}", highlight=False)
     packages = (f"{name} {version or '-'}" for name, version in found["packages"].items())
     console.print(f"Packages: {', '.join(packages)}", highlight=False)
     table = Table("op", "CPU", "CUDA", title="who serves what")

@@ -1,5 +1,6 @@
 // Checks and launches of the attention kernels; contract in fastsft/attention.h.
 #include "attention_bwd_sm80.cuh"
+#include "attention_bwd_sm90.cuh"
 #include "attention_fwd_sm80.cuh"
 #include "attention_fwd_sm90.cuh"
 #include "attention_short_sm80.cuh"
@@ -17,6 +18,14 @@ extern template void launch_attention_dkv<BFloat16>(const BackwardArguments&, in
 extern template void launch_attention_dkv<Float16>(const BackwardArguments&, int64_t, void*);
 extern template void launch_attention_dq<BFloat16>(const BackwardArguments&, int64_t, void*);
 extern template void launch_attention_dq<Float16>(const BackwardArguments&, int64_t, void*);
+extern template void launch_attention_backward_sm90<BFloat16, true>(const BackwardArguments&, const AttentionShape&,
+                                                                    void*);
+extern template void launch_attention_backward_sm90<BFloat16, false>(const BackwardArguments&, const AttentionShape&,
+                                                                     void*);
+extern template void launch_attention_backward_sm90<Float16, true>(const BackwardArguments&, const AttentionShape&,
+                                                                   void*);
+extern template void launch_attention_backward_sm90<Float16, false>(const BackwardArguments&, const AttentionShape&,
+                                                                    void*);
 extern template void launch_attention_short<BFloat16>(const BackwardArguments&, const AttentionBatch&, int64_t, void*);
 extern template void launch_attention_short<Float16>(const BackwardArguments&, const AttentionBatch&, int64_t, void*);
 
@@ -119,8 +128,13 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
                                     .scale = ScoreScale(shape)};
   const auto launch_all = [&]<typename Element>(Element) {
     launch_attention_delta<Element>(arguments, shape.head_dim, stream);
-    launch_attention_dkv<Element>(arguments, shape.head_dim, stream);
-    launch_attention_dq<Element>(arguments, shape.head_dim, stream);
+    if (runs_sm90a() && has_hopper_backward(arguments, shape)) {
+      launch_attention_backward_sm90<Element, true>(arguments, shape, stream);
+      launch_attention_backward_sm90<Element, false>(arguments, shape, stream);
+    } else {
+      launch_attention_dkv<Element>(arguments, shape.head_dim, stream);
+      launch_attention_dq<Element>(arguments, shape.head_dim, stream);
+    }
     launch_attention_short<Element>(arguments, batch, shape.head_dim, stream);
   };
   if (shape.dtype == DType::kBFloat16) {

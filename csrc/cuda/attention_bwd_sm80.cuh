@@ -18,18 +18,6 @@
 
 namespace fastsft::cuda {
 
-struct BackwardArguments {
-  AttentionInput dout, q, k, v, out;
-  const float *lse, *dlse;  // dlse may be null
-  float* delta;
-  uint16_t *dq, *dk, *dv;
-  AttentionPlan plan;
-  int total_q, total_k, num_q_heads, num_kv_heads, group;
-  int section;      // key heads whose blocks are neighbours in the grid
-  bool skip_short;  // short sequences are handled by attention_short_sm80.cuh
-  ScoreScale scale;
-};
-
 // --- delta: 4 D bytes read per token and head, bound by memory ------------------------------------------------------
 
 // Lanes that share a row, 16 bytes each.
@@ -66,9 +54,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_delta_kernel(cons
   const bool is_valid = token < a.total_q && !(a.skip_short && a.plan.rows[token].hi < 0);
   const HeadRows dout(a.dout, head), out(a.out, head);
   const float sum = row_dot<Element, kDim>(dout.data + token * dout.stride, out.data + token * out.stride, is_valid);
-  if (is_valid && lane_id() % kRowLanes<kDim> == 0) {
+  if (token < a.total_q && lane_id() % kRowLanes<kDim> == 0) {
     const int64_t at = static_cast<int64_t>(head) * a.total_q + token;
-    a.delta[at] = sum - (a.dlse == nullptr ? 0.0f : a.dlse[at]);
+    // 0 for short sequences: on sm_90a their neighbours multiply it with probabilities of 0.
+    a.delta[at] = sum - (is_valid && a.dlse != nullptr ? a.dlse[at] : 0.0f);
   }
 }
 
@@ -136,7 +125,7 @@ struct KeyTile {
   static constexpr int kStep = kDim <= 64 ? 32 : kQueries;  // queries whose scores are in registers
   static constexpr int kColumns = kDim / kSplit;
 
-  struct Stage {
+  struct alignas(16) Stage {
     uint16_t q[kQueries * kPitch<kDim>];
     uint16_t dout[kQueries * kPitch<kDim>];
     float lse[kQueries], delta[kQueries];
@@ -251,7 +240,7 @@ struct QueryTile {
   static constexpr int kKeys = kDim <= 96 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kStep = kDim <= 128 ? 32 : 16;
 
-  struct Stage {
+  struct alignas(16) Stage {
     uint16_t k[kKeys * kPitch<kDim>];
     uint16_t v[kKeys * kPitch<kDim>];
   };

@@ -2,6 +2,7 @@
 // kernels, so that no file takes long to compile.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "attention_tile.cuh"
@@ -18,6 +19,18 @@ struct ForwardArguments {
   int64_t total_q;
   int total_k, num_q_heads, group;  // group: query heads per key head
   int section;                      // query heads whose blocks are neighbours in the grid
+  ScoreScale scale;
+};
+
+struct BackwardArguments {
+  AttentionInput dout, q, k, v, out;
+  const float *lse, *dlse;  // dlse may be null
+  float* delta;
+  uint16_t *dq, *dk, *dv;
+  AttentionPlan plan;
+  int total_q, total_k, num_q_heads, num_kv_heads, group;
+  int section;      // key heads whose blocks are neighbours in the grid
+  bool skip_short;  // short sequences are handled by attention_short_sm80.cuh
   ScoreScale scale;
 };
 

@@ -247,24 +247,29 @@ struct ScoreScale {
 
 struct Work {
   int first, head;  // first row of the tile
+  bool is_short;    // the plan's tile has rows of short sequences only
 };
 
-// The grid holds, for each section of neighbouring heads (whose keys and values the L2 can hold together), every tile
-// in the plan's order, for each tile the section's heads. False if there is nothing to do. `work` is in shared memory,
-// to be read where it is needed: registers are scarce. Ends with a barrier.
+// Number `number` of a schedule that holds, for each section of neighbouring heads (whose keys and values the L2 can
+// hold together), every tile of kRows rows in the plan's order, for each tile the section's heads.
 template <int kRows>
-__device__ __forceinline__ bool find_work(Work& work, const int32_t* order, int64_t total, int section,
-                                          bool skip_short) {
+__device__ __forceinline__ Work work_at(int number, const int32_t* order, int64_t total, int section) {
   constexpr int kParts = kPlanTile / kRows;
   const int tiles = static_cast<int>((total + kPlanTile - 1) / kPlanTile) * kParts;
   const int per_section = tiles * section;
-  const int in_section = static_cast<int>(blockIdx.x) % per_section, part = in_section / section;
+  const int in_section = number % per_section, part = in_section / section;
   const int entry = order[part / kParts], tile = entry < 0 ? ~entry : entry;
-  const int first = tile * kPlanTile + part % kParts * kRows;
-  if (first >= total || (skip_short && entry < 0)) return false;
-  if (threadIdx.x == 0) {
-    work = {first, static_cast<int>(blockIdx.x) / per_section * section + in_section % section};
-  }
+  return {tile * kPlanTile + part % kParts * kRows, number / per_section * section + in_section % section, entry < 0};
+}
+
+// The block's work. False if there is nothing to do. `work` is in shared memory, to be read where it is needed:
+// registers are scarce. Ends with a barrier.
+template <int kRows>
+__device__ __forceinline__ bool find_work(Work& work, const int32_t* order, int64_t total, int section,
+                                          bool skip_short) {
+  const Work found = work_at<kRows>(static_cast<int>(blockIdx.x), order, total, section);
+  if (found.first >= total || (skip_short && found.is_short)) return false;
+  if (threadIdx.x == 0) work = found;
   __syncthreads();
   return true;
 }

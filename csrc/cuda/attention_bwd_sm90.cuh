@@ -5,22 +5,26 @@
 // head that reads the key head; dq keeps 128 queries and walks their keys. Either way a warpgroup has 64 rows and two
 // products against them, scores and dp, in registers; probabilities and ds go from there into the sums.
 //
-// Per token and query head, n visible keys: seven products of n D multiply-adds, 2 n exp2. q, k, v, dout are read
-// twice, out once, dq, dk, dv written once (20 D bytes with one query head per key head); every 128 keys read q and
-// dout, every 128 queries k and v: 8 D n / 128 bytes, which the L2 serves.
+// Per token and query head, n visible keys: seven products of n D multiply-adds, 2 n exp2. With one query head per key
+// head q, k, v are read twice, dout three times, out once, dq, dk, dv written once (26 D bytes); every 128 keys read q
+// and dout, every 128 queries k and v: 8 D n / 128 bytes, which the L2 serves. On an H100, D = 128, the four products
+// of 64 keys with 64 queries take 1024 cycles of the tensor cores, their operands 768 of shared memory, the
+// exponentials 256; the three of 64 queries with 96 keys 1152, 832 and 384. So the products are the limit as long as
+// one warpgroup's run under the other's arithmetic; within a warpgroup, exponentials run under the product for dp.
 //
-// One pass needs five products, but adds dq up across blocks: 4 D bytes to and from float32 per row and 128 keys, a
-// buffer of 4 D bytes per row and two more kernels to clear and convert it; for the same bits on every run the blocks
-// must also wait for one another (FlashAttention-3 loses a fifth to that), and dq's accumulators or a tile of ds
-// compete with dk and dv for registers (64 + 64 of them) and shared memory. Here every sum stays in registers from its
-// first to its last term, and no block waits.
+// A single pass needs five products, but adds dq up across blocks: 4 D bytes to and from float32 per row and 128 keys,
+// a buffer of 4 D bytes per row and two more kernels to clear and convert it; for the same bits on every run the blocks
+// must also wait for one another (FlashAttention-3, D = 128, causal: 474 instead of 575 TFLOP/s by its authors, pull
+// request 1893), and the products of dq need registers and a tile of ds in shared memory beside dk and dv. Here every
+// sum stays in registers from its first to its last term, and no block waits.
 //
 //   D    rows     columns per tile  stages  slots  shared memory  sums, scores and dp, weights: registers per thread
-//   64   keys     128               2       2      130 KB         64 + 128 + 64
-//        queries  128               2       2      130 KB         32 + 128 + 32
+//   64   keys     128               4       2      198 KB         64 + 128 + 64
+//        queries  96                4       2      162 KB         32 + 96 + 24
 //   128  keys     64                2       2      195 KB         128 + 64 + 32
 //        queries  96                2       2      226 KB         64 + 96 + 24
-// Weights take over the registers of the scores they are made from.
+// of 232 registers; weights take over those of the scores that they are made from. Head size 256 is left to
+// attention_bwd_sm80.cuh: dk and dv of 64 keys alone would take 256.
 #pragma once
 
 #include "attention_sm90.cuh"
@@ -46,7 +50,8 @@ struct HopperBackwardTile {
   uint16_t columns[kStages][2][kColumns * kDim];
   // Of the queries, where these are the columns. lse in units of log2, inf in place of -inf (a query that sees nothing)
   // and beyond the tensor: exp2(score - lse) is 0 there.
-  float lse[kOfKeys ? kStages : 1][kColumns], delta[kOfKeys ? kStages : 1][kColumns];
+  static constexpr int kStats = kOfKeys ? kColumns : 1;
+  float lse[kStages][kStats], delta[kStages][kStats];
   HopperSlots<kSlots> slots;
   uint64_t full[kStages], empty[kStages];
 };
@@ -309,8 +314,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
 // --- launches -------------------------------------------------------------------------------------------------------
 
-// Whether the kernel serves the head size, and the copy engine the tensors. Larger head sizes do not fit: dk and dv of
-// 64 keys would fill the registers.
+// Whether the kernel serves the head size, and the copy engine the tensors.
 inline bool has_hopper_backward(const BackwardArguments& a, const AttentionShape& shape) {
   return (shape.head_dim == 64 || shape.head_dim == 128) && has_tensor_map(a.q) && has_tensor_map(a.k) &&
          has_tensor_map(a.v) && has_tensor_map(a.dout);

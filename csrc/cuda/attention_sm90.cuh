@@ -173,6 +173,7 @@ struct HopperWalk {
 
 // Called by a whole warp when it, and with it the products it was part of, is done with what the mbarrier stands for.
 __device__ __forceinline__ void release(uint64_t* barrier) {
+  sync_warp();
   if (lane_id() == 0) mbarrier_arrive(barrier);
 }
 

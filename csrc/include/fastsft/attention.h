@@ -121,7 +121,7 @@ void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, i
 //   Offsets are device data that nothing on the host reads: ones outside the contract give wrong results, but no access
 //   outside the tensors.
 //   A NaN or infinity also reaches rows of neighbouring sequences that share a block of 16 rows with its sequence; in
-//   the forward kernel of sm_90a, which multiplies 64 rows with 128 keys at once, those that share such a tile.
+//   the kernels of sm_90a, which multiply 64 rows with up to 128 others at once, those that share such a tile.
 //   q, k, v, out and dout are read 16 bytes at a time: data and strides (in bytes) are multiples of 16.
 //   Kernels are started on `stream` (a cudaStream_t) and nothing else: no allocation, no synchronisation, and grids
 //   that depend on the shapes alone, so that a CUDA graph may replay them with other offsets.

@@ -29,20 +29,20 @@ from fastsft.ops._library import Implementation, define
 
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
 _PLAN_TILE = 128  # rows of a tile of the plan; kPlanTile in attention.h
-_VARLEN_ON_CUDA = Implementation(
+_PLAN_ON_CUDA = Implementation(
     "native",
     "CUDA kernels for bfloat16 and float16, head sizes 64, 80, 96, 128, 256, not yet run on a GPU; "
     "plain torch for float32 and head size 32",
 )
-_FORWARD_ON_CUDA = Implementation(
-    "native",
-    f"{_VARLEN_ON_CUDA.reason}; on compute capability 9.0 "
-    + (
-        "the sm_90a kernel for head sizes 64, 128 and 256"
-        if "90a" in _C.cuda_architectures()
-        else "the sm_80 kernel, as this build has no sm_90a code"
-    ),
-)
+
+
+def _on_cuda(hopper_head_dims: str) -> Implementation:
+    """The kernels by device: sm_90a code serves these head sizes, sm_80 code everything else."""
+    if "90a" in _C.cuda_architectures():
+        kernels = f"the sm_90a kernels for head sizes {hopper_head_dims}, the sm_80 kernels for the others"
+    else:
+        kernels = "the sm_80 kernels, as this build has no sm_90a code"
+    return Implementation("native", f"{_PLAN_ON_CUDA.reason}; on compute capability 9.0 {kernels}")
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ _plan = define(
     cpu=_fake_plan,
     cuda=_cuda_plan,
     cpu_is=Implementation("none", "kernels on a CPU need no plan"),
-    cuda_is=_VARLEN_ON_CUDA if HAS_CUDA else Implementation("none", "this build has no CUDA kernels"),
+    cuda_is=_PLAN_ON_CUDA if HAS_CUDA else Implementation("none", "this build has no CUDA kernels"),
 )
 _forward = define(
     "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? plan, "
@@ -319,7 +319,7 @@ _forward = define(
     fake=_fake_forward,
     cpu=_native_forward,
     cuda=_cuda_forward,
-    cuda_is=_FORWARD_ON_CUDA if HAS_CUDA else NO_CUDA,
+    cuda_is=_on_cuda("64, 128 and 256") if HAS_CUDA else NO_CUDA,
 )
 _backward = define(
     "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
@@ -327,7 +327,7 @@ _backward = define(
     fake=_fake_backward,
     cpu=_native_backward,
     cuda=_cuda_backward,
-    cuda_is=_VARLEN_ON_CUDA if HAS_CUDA else NO_CUDA,
+    cuda_is=_on_cuda("64 and 128") if HAS_CUDA else NO_CUDA,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsft.data.dedup import dedup, dedup_file, kept
-from fastsft.data.records import DataError, Problems, Record
+from fastsft.data.dedup import dedup, kept
+from fastsft.data.records import DataError, Record
 
 
 def words(rng: random.Random, count: int) -> list[str]:
@@ -123,39 +122,6 @@ def test_wrong_arguments() -> None:
         dedup(["a", "b"], threshold=1.5)
     with pytest.raises(ValueError, match="num_perm"):
         dedup(["a", "b"], num_perm=0)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_kept_lines_keep_their_bytes(suffix: str, tmp_path: Path) -> None:
-    lines = [
-        b'{"text":   "spaces  kept",  "id": 1}\n',
-        '{"text": "ü \\u00fc", "id": 2.50}\r\n'.encode(),
-        b"\n",
-        b'{"text":   "spaces  kept",  "id": 3}\n',
-        b"{broken\n",
-        b'{"id": 1e3, "text": "last, without a newline"}',
-    ]
-    opener = gzip.open if suffix.endswith(".gz") else open
-    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
-    with opener(source, "wb") as stream:
-        stream.writelines(lines)
-    problems = Problems("skip")
-    report = dedup_file(source, target, problems, mode="exact")
-    with opener(target, "rb") as stream:
-        assert stream.read() == lines[0] + lines[1] + lines[5] + b"\n"
-    assert problems.counts == {"broken JSON": 1}
-    assert report.keep.tolist() == [True, True, False, True]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, target.name])
-
-
-def test_parquet_lines_cannot_be_copied(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="expected a JSONL file"):
-        dedup_file(tmp_path / "a.parquet", tmp_path / "b.jsonl", Problems("fail"))
-    assert not (tmp_path / "b.jsonl").exists()
 
 
 def test_labels_name_the_first_of_a_cluster() -> None:

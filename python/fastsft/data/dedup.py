@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
-from fastsft.data.records import Problems, Record, interpret, read_records, read_rows
-from fastsft.files import sync
+from fastsft.data.records import Problems, Record, read_records
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -28,8 +26,8 @@ class DedupReport:
     labels: npt.NDArray[np.int64]
     exact_duplicates: int  # removed because an identical record came before
     near_duplicates: int  # removed because a similar one did
-    sources: list[str] = field(repr=False)
-    texts: list[str] = field(repr=False)
+    sources: Sequence[str] = field(repr=False)
+    texts: Sequence[str] = field(repr=False)
 
     def clusters(self, limit: int | None = None) -> list[npt.NDArray[np.int64]]:
         """Members of each cluster of two or more, largest first."""
@@ -115,40 +113,6 @@ def dedup(
     keep = labels == np.arange(len(texts))
     removed_exact = len(texts) - len(unique)
     return DedupReport(keep, labels, removed_exact, int((~keep).sum()) - removed_exact, [r.source for r in rows], texts)
-
-
-def dedup_file(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    problems: Problems,
-    *,
-    fields: dict[str, str] | None = None,
-    **options: Any,
-) -> DedupReport:
-    """Deduplicate a JSONL(.gz) file into another; every kept line keeps its bytes.
-
-    The target is written under a temporary name and renamed. Broken rows go to ``problems`` and are left out.
-    ``fields`` maps our field names to those of the file.
-    """
-    rows, records = [], []
-    for row in read_rows(source, problems):
-        if not row.raw:
-            raise ValueError(f"{source}: expected a JSONL file, whose lines can be copied")
-        record = interpret(row, problems, format="auto", fields=fields or {})
-        if record is not None:
-            rows.append(row.raw)
-            records.append(record)
-    report = dedup(records, **options)
-    target = Path(target)
-    stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    opener: Any = gzip.open if target.suffix == ".gz" else open
-    with opener(stage, "wb") as stream:
-        for line, kept in zip(rows, report.keep, strict=True):
-            if kept:
-                stream.write(line if line.endswith(b"\n") else line + b"\n")
-    sync(stage)
-    stage.replace(target)
-    return report
 
 
 def kept(records: Sequence[Record], report: DedupReport) -> Iterator[Record]:

@@ -12,8 +12,9 @@ from fastsft.config import ConfigError
 
 
 @contextmanager
-def hold(output: Path) -> Iterator[None]:
-    """Lock ``<output>/.lock``, creating both. The kernel lets go of it when the process ends, however it ends.
+def hold(output: Path, name: str = "output") -> Iterator[None]:
+    """Lock ``<output>/.lock``, creating both; ``name`` is what messages call it. The kernel lets go of it when the
+    process ends, however it ends.
 
     Raises:
         ConfigError: another process has it, or ``output`` cannot be a folder.
@@ -21,7 +22,7 @@ def hold(output: Path) -> Iterator[None]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output: expected a folder, got {output}, which is or lies in a file") from None
+        raise ConfigError(f"{name}: expected a folder, got {output}, which is or lies in a file") from None
     # The file stays: removing it would let a third process lock a new one while a second still waits on the old.
     with open(output / ".lock", "a+") as stream:
         try:
@@ -29,8 +30,8 @@ def hold(output: Path) -> Iterator[None]:
         except BlockingIOError:
             stream.seek(0)
             raise ConfigError(
-                f"output: {output} is in use by another run (process {stream.read() or 'unknown'}); "
-                "wait for it, or choose another output folder"
+                f"{name}: {output} is in use by another run (process {stream.read() or 'unknown'}); "
+                "wait for it, or choose another folder"
             ) from None
         stream.truncate(0)
         stream.write(str(os.getpid()))

@@ -27,12 +27,12 @@ def open_lines(path: Path) -> IO[bytes]:
     return stream  # type: ignore[no-any-return]
 
 
-def create_lines(path: Path, suffix: str) -> IO[bytes]:
-    """A stream whose bytes arrive in the file compressed as ``suffix`` says (.gz, .zst, anything else: not at all)."""
+def create_lines(path: Path) -> IO[bytes]:
+    """A stream whose bytes arrive in the file compressed as its name says."""
     stream: Any
-    if suffix == ".gz":
+    if path.suffix == ".gz":
         stream = _GzipFile(path)
-    elif suffix == ".zst":
+    elif path.suffix == ".zst":
         import pyarrow as pa
 
         stream = pa.CompressedOutputStream(str(path), "zstd")

@@ -7,6 +7,7 @@ others go through it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ def reread_texts(
     if source.kind == "lines":
         reader = _LineReader(source.path, problems, names)
         try:
-            for block in _pick_lines(source.path, starts, sizes, batch_bytes):
-                yield reader.read(block, 0, 0)
+            for block in pick_lines(source.path, starts, sizes, batch_bytes):
+                yield reader.read(memoryview(block), 0, 0)
         except DAMAGE:  # it was whole before
             return
         return
@@ -227,32 +228,34 @@ class _LineReader:
         return sorted((every | _OTHERS) - set(names))
 
 
-def _pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[memoryview]:
-    """The bytes of the given lines, in blocks of about ``size``."""
+def pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[bytes]:
+    """The bytes of the given lines, in blocks of about ``size``; a last line that lacks its newline gets one."""
+    ends = starts + sizes
     if path.suffix in (".gz", ".zst"):
         position = 0
         for block in read_blocks(path, size):
-            begin, end = np.searchsorted(starts, [position, position + len(block)])
-            places = zip((starts[begin:end] - position).tolist(), sizes[begin:end].tolist(), strict=True)
-            yield memoryview(b"".join([_ended(block[at : at + count]) for at, count in places]))
+            inside = slice(*np.searchsorted(starts, [position, position + len(block)]))
+            places = zip((starts[inside] - position).tolist(), (ends[inside] - position).tolist(), strict=True)
+            yield _ended(b"".join([bytes(block[begin:end]) for begin, end in places]))
             position += len(block)
         return
+    # lines that lie one behind the other are read at once
+    first = np.append(True, (starts[1:] != ends[:-1]) | (starts[1:] // size != starts[:-1] // size))[: len(starts)]
+    starts, ends = starts[first], ends[np.append(first[1:], True)[: len(ends)]]
     with open(path, "rb") as stream:
         held: list[bytes] = []
         total = 0
-        for at, count in zip(starts.tolist(), sizes.tolist(), strict=True):
-            stream.seek(at)
-            held.append(_ended(stream.read(count)))
-            total += count
+        for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            held.append(os.pread(stream.fileno(), end - begin, begin))
+            total += end - begin
             if total >= size:
-                yield memoryview(b"".join(held))
+                yield _ended(b"".join(held))
                 held, total = [], 0
-        yield memoryview(b"".join(held))
+        yield _ended(b"".join(held))
 
 
-def _ended(line: bytes | memoryview) -> bytes:
-    line = bytes(line)
-    return line if line.endswith(b"\n") else line + b"\n"
+def _ended(lines: bytes) -> bytes:
+    return lines if lines.endswith(b"\n") or not lines else lines + b"\n"
 
 
 def read_tables(source: Source, problems: Problems, *, start: int = 0, rows: Ints | None = None) -> Iterator[pa.Table]:

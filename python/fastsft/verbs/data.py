@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def dedup(
-    source: Path,
+    sources: tuple[Path, ...],
     /,
     *,
     output: Path | None = None,
@@ -28,44 +29,63 @@ def dedup(
     ngram: int = 5,
     unit: Literal["word", "char"] = "word",
     mode: Literal["near", "exact"] = "near",
+    keep: Literal["first", "longest"] = "first",
+    max_cluster: int | None = None,
+    memory: str | None = None,
+    work: Path | None = None,
     on_bad: Literal["fail", "skip"] = "fail",
     json: bool = False,
 ) -> None:
-    """Find exact and near duplicates in a JSONL, Parquet or datasets source; keep the first of each cluster.
+    """Find exact and near duplicates in JSONL, Parquet or datasets sources; keep one row of each cluster.
 
     Args:
-        source: JSONL(.gz) or Parquet file, or a datasets folder.
-        output: write the kept lines here, byte for byte (JSONL sources); -o for short.
+        sources: files of JSON lines (plain, .gz, .zst) or Parquet, datasets folders, or folders of files; duplicates
+            are found across all of them.
+        output: write the kept rows here in their own format, JSON lines byte for byte; a folder where sources are a
+            folder or several; -o for short.
         report: write clusters and counts here, as JSON.
         fields: our field name and the file's, e.g. --fields text content; as data.fields of a run.
-        threshold: estimated Jaccard similarity from which two texts are near duplicates, above 0 and at most 1.
+        threshold: Jaccard similarity from which two texts are near duplicates, above 0 and at most 1.
         num_perm: hash functions per signature.
         ngram: words or characters per shingle.
         unit: of what shingles are made.
         mode: near (includes exact) or exact only.
+        keep: the first row of a cluster in the order of the sources, or the one with the longest text.
+        max_cluster: limit of the different texts in one cluster, against chains that join texts with nothing in common.
+        memory: what to hold at most, e.g. 4GiB, for sources that do not fit; by default everything is held.
+        work: folder for the files of the stages, by default beside the output; after an interruption the same command
+            takes them up, at the end they are removed.
         on_bad: a broken row stops the command, or is counted and left out.
         json: machine-readable summary.
     """
     from fastsft.config import FIELD_NAMES, unknown_key
-    from fastsft.data.dedup import dedup as find
-    from fastsft.data.dedup import dedup_file
-    from fastsft.data.records import Problems, read_records
+    from fastsft.data.dedup_files import dedup_files
+    from fastsft.data.link import LinkOptions
+    from fastsft.data.problems import Problems
+    from fastsft.data.scan import SketchOptions
     from fastsft.progress import bars
 
+    if not sources:
+        raise UsageError("dedup: expected at least one source")
     for key in fields or {}:
         if key not in FIELD_NAMES:
             raise UsageError(f"dedup: {unknown_key(f'fields.{key}', FIELD_NAMES)}")
-    _check_target("--output", output, source)
-    _check_target("--report", report, source)
+    _check_target("--output", output, sources)
+    _check_target("--report", report, sources)
+    if report is not None and report.is_dir():
+        raise UsageError(f"dedup: --report: expected a file, got the folder {report}")
+    limit = None if memory is None else _bytes("--memory", memory)
+    if limit is not None and work is None:
+        if output is None:
+            raise UsageError("dedup: --memory: expected --work or --output as well, for the files of the stages")
+        work = output.with_name(f".{output.name}.work")
     problems = Problems(on_bad, skip="--on-bad skip")
-    options: dict[str, Any] = {
-        "threshold": threshold, "num_perm": num_perm, "ngram": ngram, "unit": unit, "mode": mode,
-    }  # fmt: skip
+    sketch = SketchOptions(mode, threshold, num_perm, ngram, unit, fields=fields or {})
     with bars() as tell:
-        if output is not None:
-            found = dedup_file(source, output, problems, fields=fields, progress=tell, **options)
-        else:
-            found = find(list(read_records([source], problems, fields=fields)), progress=tell, **options)
+        found = dedup_files(
+            sources, output, problems, sketch=sketch, how=LinkOptions(max_cluster=max_cluster), keep=keep, memory=limit,
+            work=work, progress=tell,
+        )  # fmt: skip
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
         write_text(report, to_json(summary))
@@ -75,16 +95,26 @@ def dedup(
         _show_duplicates(summary)
 
 
-def _check_target(flag: str, target: Path | None, source: Path) -> None:
+def _check_target(flag: str, target: Path | None, sources: tuple[Path, ...]) -> None:
     """Refuse, before any work is done, a file that cannot be written or must not be."""
     if target is None:
         return
-    if target.is_dir():
-        raise UsageError(f"dedup: {flag}: expected a file, got the folder {target}")
-    if target.exists() and target.samefile(source):
+    if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
         raise UsageError(f"dedup: {flag}: expected another file than the input, got {target}")
     if not target.parent.is_dir():
         raise UsageError(f"dedup: {flag}: no folder {target.parent}")
+
+
+def _bytes(flag: str, written: str) -> int:
+    """4GiB, 500MB or 1e9 as a number of bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([A-Za-z]*)", written)
+    if match is None or match[2].upper() not in units:
+        raise UsageError(f"dedup: {flag}: expected a size such as 4GiB or 500MB, got {written}")
+    count = int(float(match[1]) * units[match[2].upper()])
+    if count < 1 << 25:
+        raise UsageError(f"dedup: {flag}: expected at least 32MiB, got {written}")
+    return count
 
 
 def _show_duplicates(summary: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""Duplicates among the rows of files that need not fit in memory: scan, link, choose, write.
+
+The stages hand each other :class:`fastsft.data.shards.Shards`, in memory or, with a work folder, on disk. There, an
+interrupted run is taken up where it stopped: complete shards are not made again, everything behind them is made from
+them. The result depends on the rows and the options alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsft.data.dedup import DedupReport
+from fastsft.data.link import LinkOptions, link
+from fastsft.data.lock import hold
+from fastsft.data.problems import Problems
+from fastsft.data.scan import Progress, SketchOptions, scan
+from fastsft.data.shards import Shards
+from fastsft.data.sources import Source, find_sources
+from fastsft.data.texts import reread_texts
+from fastsft.data.writers import Output, check_target
+from fastsft.files import sync
+
+Ints = npt.NDArray[np.int64]
+Keep = Literal["first", "longest"]
+UNLIMITED = 1 << 62
+_VERSION = 1  # raise when shards of the same rows and options would differ
+
+
+def dedup_files(
+    paths: Sequence[Path],
+    output: Path | None,
+    problems: Problems,
+    *,
+    sketch: SketchOptions,
+    how: LinkOptions,
+    keep: Keep = "first",
+    memory: int | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> DedupReport:
+    """Find duplicates among the rows of all files together, and write those kept.
+
+    Args:
+        paths: files, saved datasets, or folders of files.
+        output: a file for one file, a dataset folder for a dataset, a folder of files of the same names for a folder or
+            several paths. Rows keep their format and their order, lines their bytes.
+        keep: of each cluster, the first row in the order of the paths, or the one with the longest text.
+        memory: bytes that the stages may hold; None holds everything.
+        work: folder for the stages' files, which are removed at the end; needed for a limit of memory.
+
+    Raises:
+        DataError: unusable rows or files, an output that cannot take the rows, a file that changed meanwhile.
+        ConfigError: another process uses the work folder.
+    """
+    sources = [s for p in paths for s in find_sources(p)]
+    folder = len(paths) > 1 or (paths[0].is_dir() and sources[0].path != paths[0])
+    plan = {**plan_of(sources, sketch), "output": str(output.resolve()) if output is not None else None}
+    if output is not None:
+        check_target(sources, output, folder=folder, ours=work is not None and _planned(work) == plan)
+    limit = memory or UNLIMITED
+    with _work_folder(work, plan) as stage:
+        shards = scan(sources, sketch, problems, folder=stage, memory=limit, progress=progress)
+        first, labels = link(sources, shards, sketch, how, memory=limit, folder=stage, progress=progress)
+        kept = choose(labels, shards, keep)
+        if output is not None:
+            write_kept(sources, shards, kept, output, folder=folder, progress=progress)
+        return report(sources, shards, first, labels, kept, sketch)
+
+
+def choose(labels: Ints, shards: Shards, keep: Keep) -> npt.NDArray[np.bool_]:
+    """One row of each cluster."""
+    rows = np.arange(len(labels))
+    if keep == "first":
+        return np.asarray(labels == rows)
+    lengths = shards.read("lengths")
+    order = np.lexsort((rows, -lengths, labels))
+    best = order[np.flatnonzero(np.append(True, np.diff(labels[order]) != 0))[: len(order)]]
+    kept = np.zeros(len(labels), np.bool_)
+    kept[best] = True
+    return kept
+
+
+def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.bool_], output: Path, *, folder: bool,
+               progress: Progress | None = None) -> None:  # fmt: skip
+    target = Output(output, folder=folder)
+    for index, source in enumerate(sources):
+        span = shards.of_source(index)
+        rows = np.flatnonzero(kept[span]) + span.start
+        target.write(source, shards.chosen("starts", rows), shards.chosen("sizes", rows))
+        if progress:
+            progress("writing files", index + 1, len(sources))
+    target.finish()
+
+
+def report(sources: Sequence[Source], shards: Shards, first: Ints, labels: Ints, kept: npt.NDArray[np.bool_],
+           sketch: SketchOptions) -> DedupReport:  # fmt: skip
+    exact = int((first != np.arange(len(first))).sum())
+    return DedupReport(
+        kept, labels, exact, int((~kept).sum()) - exact,
+        _Lazy(sources, shards, sketch, "source"), _Lazy(sources, shards, sketch, "text"),
+    )  # fmt: skip
+
+
+class _Lazy(Sequence[str]):
+    """Places or texts of rows, looked up when asked for."""
+
+    def __init__(self, sources: Sequence[Source], shards: Shards, sketch: SketchOptions, what: str) -> None:
+        self._sources, self._sketch, self._what = sources, sketch, what
+        self._shards = shards.loaded("numbers", "starts", "sizes")
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        row = np.array([range(len(self))[at]])
+        source = self._sources[self._shards.source_of(int(row[0]))]
+        if self._what == "source":
+            return f"{source.path}:{self._shards.chosen('numbers', row)[0]}"
+        starts, sizes = self._shards.chosen("starts", row), self._shards.chosen("sizes", row)
+        for batch in reread_texts(source, starts, sizes, fields=self._sketch.fields, batch_bytes=1):
+            return batch.texts[0][batch.texts[1][0] : batch.texts[1][-1]].tobytes().decode()
+        return ""
+
+
+@contextmanager
+def _work_folder(work: Path | None, plan: dict[str, Any]) -> Iterator[Path | None]:
+    """The folder for shards, with those of an interrupted run of the same plan."""
+    if work is None:
+        yield None
+        return
+    with hold(work, "work"):
+        shards = work / "shards"
+        if _planned(work) != plan:
+            (work / "plan.json").unlink(missing_ok=True)
+            _discard(shards)
+            write_json(work / "plan.json", plan)
+        shards.mkdir(exist_ok=True)
+        yield shards
+        _discard(shards)
+        (work / "plan.json").unlink()
+
+
+def _discard(shards: Path) -> None:
+    """Under another name first: half of the shards is never taken for all of them."""
+    trash = shards.with_name("trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    if shards.exists():
+        shards.replace(trash)
+        shutil.rmtree(trash)
+
+
+def _planned(work: Path) -> Any:
+    path = work / "plan.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or nothing."""
+    stage = path.with_name(f"{path.name}.tmp")
+    stage.write_text(json.dumps(value))
+    sync(stage)
+    stage.replace(path)
+    sync(path.parent)
+
+
+def plan_of(sources: Sequence[Source], sketch: SketchOptions) -> dict[str, Any]:
+    """What shards depend on, files by their path, size and time."""
+    files = []
+    for source in sources:
+        for path in sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]:
+            status = path.stat()
+            files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return {"version": _VERSION, "sketch": dataclasses.asdict(sketch), "files": files}

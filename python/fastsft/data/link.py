@@ -1,0 +1,284 @@
+"""Second stage of deduplication: digests and band keys to clusters, reading again only the rows that are candidates.
+
+Exact duplicates have equal digests; of each only the first goes on. Rows with the same key in a band are candidates,
+whose texts are read again, in one pass over the files, and compared exactly (:func:`fastsft.ops.link_similar`). The
+clusters are those of :func:`fastsft.ops.near_duplicates` on all texts at once: what is held in memory at a time, and in
+which order, changes nothing.
+
+Memory, in bytes a row: 8 for the first of equal rows, 8 for the clusters; besides these, parts sized by ``memory``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsft.data.problems import DataError
+from fastsft.data.scan import Progress, SketchOptions
+from fastsft.data.shards import Shards
+from fastsft.data.sources import Source
+from fastsft.data.texts import reread_texts
+from fastsft.ops import link_similar
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """``verify``: candidates by their texts, by the share of equal columns of their signatures, or not at all."""
+
+    verify: Literal["exact", "signature"] = "exact"
+    max_cluster: int | None = None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Bucket b holds the rows ``members[offsets[b] : offsets[b + 1]]``, candidates of each other."""
+
+    members: Ints
+    offsets: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> Buckets:
+        sizes = np.diff(self.offsets)
+        return Buckets(self.members[np.repeat(chosen, sizes)], np.cumsum([0, *sizes[chosen]]))
+
+
+def equal_rows(shards: Shards, *, memory: int) -> Ints:
+    """int64 [n]: for each row, the first with the same digest."""
+    n = len(shards)
+    first = np.arange(n)
+    for rows, digests in _parts(shards, "digests", None, n, memory // 40):
+        order = np.argsort(digests[:, 0])
+        ordered = digests[order]
+        same = ordered[1:] == ordered[:-1]
+        if np.any(same[:, 0] & ~same[:, 1]):  # half of a digest in common
+            order = np.lexsort((digests[:, 1], digests[:, 0]))
+            ordered = digests[order]
+            same = ordered[1:] == ordered[:-1]
+        begins = np.flatnonzero(np.append(True, ~same.all(axis=1)))
+        least = np.minimum.reduceat(rows[order], begins) if len(rows) else rows
+        first[rows[order]] = np.repeat(least, np.diff(np.append(begins, len(rows))))
+    return first
+
+
+def band_buckets(shards: Shards, band: int, alone: npt.NDArray[np.bool_], *, memory: int) -> Buckets:
+    """Rows with the same key in a band, of those that are not exact duplicates of an earlier one (``alone``)."""
+    members, sizes = [], []
+    for rows, keys in _parts(shards, "keys", band, len(shards), memory // 40):
+        mine = alone[rows]
+        rows, keys = rows[mine], keys[mine]
+        order = np.argsort(keys)
+        ordered = keys[order]
+        begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(rows) else np.empty(0, np.int64)
+        counts = np.diff(np.append(begins, len(rows)))
+        members.append(rows[order][np.repeat(counts > 1, counts)])
+        sizes.append(counts[counts > 1])
+    return Buckets(np.concatenate(members), np.cumsum(np.concatenate([[0], *sizes])))
+
+
+def _parts(shards: Shards, name: str, part: int | None, n: int, limit: int) -> Iterator[tuple[Ints, Any]]:
+    """(rows, values) by ranges of hash values, so that equal values meet and at most about ``limit`` rows are held."""
+    count = max(1, -(-n // max(limit, 1)))
+    for p in range(count):
+        rows, values = [], []
+        for offset, shard in zip(shards.offsets, shards.shards, strict=False):
+            array = shard.read(name, part)
+            hashes = (array if array.ndim == 1 else array[:, 0]).view(np.uint64)
+            mine = np.flatnonzero((hashes >> np.uint64(32)) % np.uint64(count) == p) if count > 1 else slice(None)
+            rows.append(np.arange(len(array))[mine] + offset)
+            values.append(array[mine])
+        if rows:
+            yield np.concatenate(rows), np.concatenate(values)
+
+
+class CandidateTexts:
+    """The texts of some rows, read again: in memory, or in a temporary file where they do not fit."""
+
+    def __init__(self, sources: Sequence[Source], shards: Shards, rows: Ints, options: SketchOptions, *,
+                 memory: int, folder: Path | None) -> None:  # fmt: skip
+        self.rows = rows
+        sizes = shards.chosen("sizes", rows)
+        self._file: IO[bytes] | None = None
+        self._data: list[Any] = []
+        if int(sizes.sum()) > memory:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        lengths = []
+        for index, source in enumerate(sources):
+            span = shards.of_source(index)
+            mine = rows[np.searchsorted(rows, span.start) : np.searchsorted(rows, span.stop)]
+            if len(mine):
+                lengths += self._read(source, shards, mine, options, memory)
+        self.offsets = np.cumsum([0, *(n for part in lengths for n in part)])
+        self._texts = np.concatenate(self._data) if self._data else np.empty(0, np.uint8)
+        self._data = []
+
+    def _read(self, source: Source, shards: Shards, rows: Ints, options: SketchOptions, memory: int) -> list[Any]:
+        digests = shards.chosen("digests", rows)
+        starts, sizes = shards.chosen("starts", rows), shards.chosen("sizes", rows)
+        batch_bytes = max(1 << 16, min(1 << 22, memory // 8))
+        done = 0
+        lengths = []
+        for batch in reread_texts(source, starts, sizes, fields=options.fields, batch_bytes=batch_bytes):
+            if not np.array_equal(batch.digests, digests[done : done + len(batch)]):
+                break
+            data, offsets = batch.texts
+            used = data[offsets[0] : offsets[-1]]
+            if self._file is not None:
+                self._file.write(used.data)
+            else:
+                self._data.append(used.copy())
+            lengths.append(np.diff(offsets))
+            done += len(batch)
+        if done != len(rows):
+            number = shards.chosen("numbers", rows[done : done + 1])[0]
+            raise DataError(f"{source.path}:{number}: changed since it was read first")
+        return lengths
+
+    def take(self, rows: Ints) -> tuple[npt.NDArray[np.uint8], Ints]:
+        """The texts of some of the rows, which ascend, as one buffer with offsets."""
+        if not len(rows):
+            return np.empty(0, np.uint8), np.zeros(1, np.int64)
+        at = np.searchsorted(self.rows, rows)
+        begins, ends = self.offsets[at], self.offsets[at + 1]
+        pieces = []
+        runs = np.flatnonzero(np.append(True, begins[1:] != ends[:-1]))
+        for begin, end in zip(begins[runs].tolist(), ends[np.append(runs[1:], len(rows)) - 1].tolist(), strict=True):
+            if self._file is None:
+                pieces.append(self._texts[begin:end])
+            else:
+                self._file.seek(begin)
+                pieces.append(np.frombuffer(self._file.read(end - begin), np.uint8))
+        data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return data, np.cumsum(np.append(0, ends - begins))
+
+    def size(self, rows: Ints) -> Ints:
+        at = np.searchsorted(self.rows, rows)
+        sizes: Ints = self.offsets[at + 1] - self.offsets[at]
+        return sizes
+
+
+def link(
+    sources: Sequence[Source],
+    shards: Shards,
+    options: SketchOptions,
+    how: LinkOptions,
+    *,
+    memory: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Ints, Ints]:
+    """(first, labels), int64 [n]: the first row of equal content, and the first row of the cluster.
+
+    Raises:
+        DataError: a file changed since it was scanned.
+    """
+    first = equal_rows(shards, memory=memory)
+    if options.mode == "exact":
+        return first, first
+    alone = first == np.arange(len(first))
+    buckets = []
+    for band in range(options.shape[0]):
+        buckets.append(band_buckets(shards, band, alone, memory=memory))
+        if progress:
+            progress("candidates", band + 1, options.shape[0])
+    parent = np.arange(len(first))
+    rows = np.unique(np.concatenate([b.members for b in buckets]))
+    texts = CandidateTexts(sources, shards, rows, options, memory=memory // 4, folder=folder)
+    link_buckets(buckets, texts, parent, options, how.max_cluster, memory=memory // 4, progress=progress)
+    return first, roots(parent)[first]
+
+
+def link_buckets(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints, options: SketchOptions,
+                 max_cluster: int | None, *, memory: int, progress: Progress | None = None) -> None:  # fmt: skip
+    """Join the similar rows of all buckets in ``parent``."""
+    every = Buckets(np.concatenate([b.members for b in buckets]), _joined([b.offsets for b in buckets]))
+    if int(texts.offsets[-1]) <= memory:
+        _compare(every, texts, parent, options, max_cluster)
+        return
+    for done, part in enumerate(buckets):
+        for batch in _batches(_unconnected(part, parent), texts, memory):
+            _compare(batch, texts, parent, options, None)
+        if progress:
+            progress("comparing", done + 1, len(buckets))
+    if max_cluster is None:
+        return
+    found = roots(parent)
+    sizes = np.bincount(found[texts.rows], minlength=len(parent))
+    for root in np.flatnonzero(sizes > max_cluster).tolist():
+        inside = found == root
+        parent[inside] = np.flatnonzero(inside)
+        # a bucket holds rows of several components: those of this one remain candidates of each other
+        mine = inside[every.members]
+        counts = np.add.reduceat(mine, every.offsets[:-1])
+        part = Buckets(every.members[mine], np.cumsum([0, *counts]))
+        _compare(part.select(np.diff(part.offsets) > 1), texts, parent, options, max_cluster)
+
+
+def roots(parent: Ints) -> Ints:
+    """The root of each row of a forest."""
+    while True:
+        above = parent[parent]
+        if np.array_equal(above, parent):
+            return above
+        parent = above
+
+
+def _joined(offsets: Sequence[Ints]) -> Ints:
+    sizes = [np.diff(o) for o in offsets]
+    return np.cumsum(np.concatenate([[0], *sizes]))
+
+
+def _unconnected(buckets: Buckets, parent: Ints) -> Buckets:
+    """Without the buckets whose rows are all in one component."""
+    if not len(buckets):
+        return buckets
+    found = roots(parent)[buckets.members]
+    begins = buckets.offsets[:-1]
+    return buckets.select(np.minimum.reduceat(found, begins) != np.maximum.reduceat(found, begins))
+
+
+def _batches(buckets: Buckets, texts: CandidateTexts, memory: int) -> Iterator[Buckets]:
+    """Consecutive buckets whose texts fit ``memory``; one that alone does not, as pairs of parts of it."""
+    if not len(buckets):
+        return
+    sizes = np.add.reduceat(texts.size(buckets.members), buckets.offsets[:-1])
+    begin, held = 0, 0
+    for b, size in enumerate([*sizes.tolist(), memory + 1]):
+        if held + size <= memory:
+            held += size
+            continue
+        if b > begin:
+            cut = buckets.offsets[begin : b + 1]
+            yield Buckets(buckets.members[cut[0] : cut[-1]], cut - cut[0])
+        begin, held = b, size
+        if size > memory and b < len(sizes):
+            yield from _halves(buckets.members[buckets.offsets[b] : buckets.offsets[b + 1]], texts, memory)
+            begin, held = b + 1, 0
+
+
+def _halves(members: Ints, texts: CandidateTexts, memory: int) -> Iterator[Buckets]:
+    """Every pair of members in some bucket that fits, as far as two texts do."""
+    ends = np.cumsum(texts.size(members))
+    parts = np.split(members, np.flatnonzero(np.diff(ends // max(memory // 2, 1))) + 1)
+    for i, one in enumerate(parts):
+        for other in parts[i + 1 :] if i + 1 < len(parts) else [one[:0]]:
+            both = np.concatenate([one, other])
+            yield Buckets(both, np.array([0, len(both)]))
+
+
+def _compare(buckets: Buckets, texts: CandidateTexts, parent: Ints, options: SketchOptions,
+             max_cluster: int | None) -> None:  # fmt: skip
+    rows = np.unique(buckets.members)
+    link_similar(
+        texts.take(rows), np.searchsorted(rows, buckets.members), buckets.offsets, parent, threshold=options.threshold,
+        ngram=options.ngram, unit=options.unit, rows=rows, max_cluster=max_cluster,
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""First stage of deduplication: rows of files to digests and band keys, shard by shard. Texts are not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastsft import ops
+from fastsft.data.problems import Problems
+from fastsft.data.shards import Shard, ShardInfo, Shards, open_shards
+from fastsft.data.sources import Source
+from fastsft.data.texts import TextBatch, read_texts
+from fastsft.ops.minhash import lsh_shape
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class SketchOptions:
+    """What digests and band keys depend on besides the rows. ``mode`` "exact" needs no keys."""
+
+    mode: Literal["near", "exact"] = "near"
+    threshold: float = 0.7
+    num_perm: int = 128
+    ngram: int = 5
+    unit: Literal["word", "char"] = "word"
+    seed: int = 0
+    fields: Mapping[str, str] = field(default_factory=dict)
+    keep_signatures: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {self.threshold}")
+        if self.mode not in ("near", "exact"):
+            raise ValueError(f"dedup: mode: expected 'near' or 'exact', got {self.mode!r}")
+        if self.ngram < 1:
+            raise ValueError(f"dedup: ngram: expected >= 1, got {self.ngram}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(bands, rows) of the signatures."""
+        return (0, 0) if self.mode == "exact" else lsh_shape(self.num_perm, self.threshold)
+
+
+def scan(
+    sources: Sequence[Source],
+    options: SketchOptions,
+    problems: Problems,
+    *,
+    folder: Path | None,
+    memory: int,
+    progress: Progress | None = None,
+) -> Shards:
+    """All rows of the sources. With a ``folder``, shards lie there, and those there already are not made again.
+
+    Raises:
+        DataError: an unusable row, where ``problems`` says so.
+    """
+    found: list[Shard] = []
+    rows = 0
+    for index, source in enumerate(sources):
+        for shard in scan_source(index, source, options, problems, folder=folder, memory=memory):
+            for reason, count in shard.info.skipped.items():
+                problems.counts[reason] += count
+                places = problems.examples.setdefault(reason, [])
+                places += shard.info.skipped_examples[reason][: 5 - len(places)]
+            found.append(shard)
+            rows += shard.info.rows
+            if progress:
+                progress("reading rows", rows, 0)
+    return Shards(found)
+
+
+def scan_source(
+    index: int, source: Source, options: SketchOptions, problems: Problems, *, folder: Path | None, memory: int
+) -> Iterator[Shard]:
+    """The shards of one source. ``problems`` says what to do with unusable rows; they are counted in the shards."""
+    # of `memory`: a block and its texts, their signatures and keys (not more than the text), and what a shard gathers
+    batch_bytes = max(1 << 16, min(1 << 22, memory // 32))
+    shard_bytes = max(batch_bytes, memory // 8)
+    done: tuple[int, int] = (0, 0)
+    count = 0
+    if folder is not None:
+        for shard in open_shards(folder, f"{index:06d}-*.shard").shards:
+            yield shard
+            done, count = shard.info.done, count + 1
+            if shard.info.last:
+                return
+    while True:
+        gathered = _Gathered(options)
+        mine = Problems(problems.mode, problems.skip)
+        last = True
+        for batch in read_texts(source, mine, fields=options.fields, batch_bytes=batch_bytes, start=done):
+            gathered.add(batch)
+            if folder is not None and gathered.bytes >= shard_bytes:
+                last = False
+                break
+        shard = gathered.shard(index, done, last, mine)
+        done = shard.info.done
+        yield shard if folder is None else shard.save(folder / f"{index:06d}-{count:06d}.shard")
+        if last:
+            return
+        count += 1
+
+
+class _Gathered:
+    """Batches on the way to a shard."""
+
+    def __init__(self, options: SketchOptions) -> None:
+        self._options = options
+        self._bands, self._rows = options.shape
+        self._arrays: dict[str, list[Any]] = {}
+        self._done: tuple[int, int] | None = None
+        self.bytes = 0
+
+    def add(self, batch: TextBatch) -> None:
+        o = self._options
+        arrays: dict[str, Any] = {
+            "digests": batch.digests, "numbers": batch.numbers, "starts": batch.starts, "sizes": batch.sizes,
+            "lengths": np.diff(batch.texts[1]),
+        }  # fmt: skip
+        keys = np.empty((0, len(batch)), np.int64)
+        if self._bands:
+            signatures = ops.minhash_signatures(
+                batch.texts, num_perm=o.num_perm, ngram=o.ngram, unit=o.unit, seed=o.seed
+            )  # fmt: skip
+            keys = ops.lsh_keys(signatures, bands=self._bands, rows=self._rows)
+            if o.keep_signatures:
+                arrays["signatures"] = signatures
+        arrays["keys"] = keys
+        for name, array in arrays.items():
+            self._arrays.setdefault(name, []).append(array)
+        self._done = batch.done
+        self.bytes += int(batch.sizes.sum()) + sum(a.nbytes for a in arrays.values())
+
+    def shard(self, source: int, before: tuple[int, int], last: bool, problems: Problems) -> Shard:
+        if not self._arrays:
+            self.add(_EMPTY)
+            self._done = before
+        arrays = {name: np.concatenate(a, axis=int(name == "keys")) for name, a in self._arrays.items()}
+        assert self._done is not None
+        info = ShardInfo(
+            source, len(arrays["numbers"]), self._done, last, dict(problems.counts), dict(problems.examples),
+            self._bands, self._options.num_perm if "signatures" in arrays else 0,
+        )  # fmt: skip
+        return Shard(info, arrays)
+
+
+_NONE = np.empty(0, np.int64)
+_EMPTY = TextBatch(
+    (np.empty(0, np.uint8), np.zeros(1, np.int64)), np.empty((0, 2), np.uint64), _NONE, _NONE, _NONE, (0, 0)
+)  # fmt: skip

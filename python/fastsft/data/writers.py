@@ -1,0 +1,129 @@
+"""Some rows of files, written as they were: the same format, and of lines the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsft.data.problems import DataError, Problems
+from fastsft.data.sources import Source, is_dataset, open_dataset, open_parquet
+from fastsft.data.streams import LINE_ENDINGS, create_lines
+from fastsft.data.texts import pick_lines, read_tables
+from fastsft.files import sync, sync_tree
+
+Ints = npt.NDArray[np.int64]
+
+
+def check_target(sources: list[Source], target: Path, *, folder: bool, ours: bool) -> None:
+    """Refuse, before any work is done, a target that cannot take what is read. ``folder``: of files of the same names;
+    ``ours``: what an interrupted run of the same plan wrote may be there.
+
+    Raises:
+        DataError: naming what was expected.
+    """
+    kinds = {s.kind for s in sources}
+    if folder or kinds == {"dataset"}:
+        if target.exists() and not ours:
+            raise DataError(f"{target}: expected the name of a new folder, got one that exists")
+        names = [s.path.name for s in sources]
+        if folder and len(set(names)) != len(names):
+            raise DataError(f"{target}: expected files of different names, got twice {_twice(names)}")
+        return
+    endings = LINE_ENDINGS if kinds == {"lines"} else (".parquet",)
+    if target.is_dir():
+        raise DataError(f"{target}: expected a file, got a folder")
+    if not target.name.endswith(endings):
+        raise DataError(f"{target}: expected a name ending in {', '.join(endings)}, as rows keep their format")
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for i, name in enumerate(names) if name in names[:i])
+
+
+class Output:
+    """Where the rows of several sources go: nothing has its name before all of it is on disk."""
+
+    def __init__(self, target: Path, *, folder: bool) -> None:
+        self._target, self._folder = target, folder
+        # An interrupted run's is overwritten. It keeps the ending, which says how it is compressed.
+        self._stage = target.with_name(f".tmp-{target.name}")
+        _remove(self._stage)
+        if folder:
+            self._stage.mkdir()
+
+    def write(self, source: Source, starts: Ints, sizes: Ints, *, batch_bytes: int = 1 << 22) -> None:
+        """The rows of a source at ``starts``, which ascend, as :class:`fastsft.data.texts.TextBatch` has them."""
+        path = self._stage / source.path.name if self._folder else self._stage
+        if source.kind == "lines":
+            with create_lines(path) as stream:
+                for block in pick_lines(source.path, starts, sizes, batch_bytes):
+                    stream.write(block)
+        elif source.kind == "parquet":
+            _write_parquet(source, starts, path)
+        else:
+            _write_dataset(source, starts, path)
+
+    def finish(self) -> None:
+        if self._stage.is_dir():
+            sync_tree(self._stage)
+        else:
+            sync(self._stage)
+        if self._target.is_dir():
+            shutil.rmtree(self._target)
+        self._stage.replace(self._target)
+        sync(self._target.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_parquet(source: Source, rows: Ints, path: Path) -> None:
+    """Row group by row group, with the file's schema and compression."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = open_parquet(source.path)
+    counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    ends = np.cumsum([0, *counts])
+    first = file.metadata.row_group(0) if counts else None
+    compression = first.column(0).compression if first and first.num_columns else "snappy"
+    with pq.ParquetWriter(path, file.schema_arrow, compression=compression) as writer:
+        held: list[pa.Table] = []
+        group, position = 0, 0
+
+        def flush() -> None:
+            if any(len(t) for t in held):
+                table = pa.concat_tables(held)
+                writer.write_table(table, row_group_size=len(table))
+            held.clear()
+
+        for table in read_tables(source, Problems("fail")):
+            if position >= ends[group + 1]:
+                flush()
+                group += 1
+            begin, end = np.searchsorted(rows, [position, position + len(table)])
+            held.append(table.take(rows[begin:end] - position))
+            position += len(table)
+        flush()
+
+
+def _write_dataset(source: Source, rows: Ints, path: Path) -> None:
+    import datasets
+    from datasets.utils import are_progress_bars_disabled
+
+    shown = not are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        open_dataset(source.path).select(rows).save_to_disk(str(path))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    if not is_dataset(path):
+        raise DataError(f"{path}: datasets wrote something else than a dataset")

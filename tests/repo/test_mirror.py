@@ -23,6 +23,7 @@ STEMS = {
     "linear_cross_entropy": "loss",
     "linear_logprobs": "loss",
     "fim_permute": "fim",
+    "fim_rows": "fim_rows",
     "minhash_signatures": "minhash",
     "minhash_token_signatures": "minhash",
     "lsh_clusters": "minhash",

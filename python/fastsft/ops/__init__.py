@@ -8,6 +8,7 @@ from fastsft.ops.attention import attention_plan, varlen_attention
 from fastsft.ops.digest import text_digests
 from fastsft.ops.duplicates import link_similar, near_duplicates
 from fastsft.ops.fim import fim_permute
+from fastsft.ops.fim_rows import fim_rows
 from fastsft.ops.gemm import linear
 from fastsft.ops.jsonl import jsonl_fields
 from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
@@ -23,6 +24,7 @@ __all__ = [
     "apply_rope",
     "attention_plan",
     "fim_permute",
+    "fim_rows",
     "jsonl_fields",
     "linear",
     "linear_cross_entropy",

@@ -12,7 +12,7 @@ from fastsft.ops.reference.attention import (
 )
 from fastsft.ops.reference.digest import text_digests
 from fastsft.ops.reference.duplicates import link_similar, near_duplicates
-from fastsft.ops.reference.fim import fim_permute
+from fastsft.ops.reference.fim import fim_permute, fim_rows
 from fastsft.ops.reference.jsonl import jsonl_fields
 from fastsft.ops.reference.layers import (
     apply_rope,
@@ -45,6 +45,7 @@ __all__ = [
     "attention_one",
     "attention_plan",
     "fim_permute",
+    "fim_rows",
     "fmix32",
     "gumbel_noise",
     "jsonl_fields",

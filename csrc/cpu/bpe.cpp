@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint8_t kLetter = CharClass::kLetter, kNumber = CharClass::kNumber, kSpace = CharClass::kSpace;
 constexpr int32_t kNoRank = INT32_MAX;
+constexpr std::size_t kPadding = 16;
 
 bool continues(char byte) { return (static_cast<uint8_t>(byte) & 0xC0) == 0x80; }
 
@@ -25,7 +26,7 @@ uint64_t hash(uint64_t pair) {
 }
 
 // The code point at text[at] and its length; a length of 0 stands for a byte that starts no valid sequence.
-uint32_t decode(std::string_view text, std::size_t at, int* length) {
+uint32_t code_point(std::string_view text, std::size_t at, int* length) {
   const auto byte = [&](std::size_t i) { return static_cast<uint8_t>(text[at + i]); };
   const uint8_t first = byte(0);
   const int size = first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
@@ -71,6 +72,7 @@ ByteBpe::ByteBpe(std::vector<std::string> token_bytes, const int32_t* merges, in
     starts_.push_back(static_cast<int64_t>(bytes_.size()));
     if (piece.size() == 1) byte_ids_[static_cast<uint8_t>(piece[0])] = static_cast<int32_t>(id);
   }
+  bytes_.append(kPadding, '\0');
   for (int byte = 0; byte < 256; ++byte) {
     FASTSFT_CHECK(byte_ids_[byte] >= 0, "ByteBpe: token_bytes: expected a token for every byte, got none for ", byte);
   }
@@ -103,8 +105,33 @@ const ByteBpe::Merge* ByteBpe::find(int32_t left, int32_t right) const {
   return nullptr;
 }
 
+template <typename Token>
+bool ByteBpe::decode(const Token* ids, int64_t n, std::string& text, std::vector<int64_t>& starts) const {
+  starts.resize(static_cast<std::size_t>(n) + 1);
+  int64_t size = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    starts[static_cast<std::size_t>(i)] = size;
+    const auto bytes = static_cast<int64_t>(bytes_of(ids[i]).size());
+    if (bytes == 0) return false;
+    size += bytes;
+  }
+  starts[static_cast<std::size_t>(n)] = size;
+  text.resize(static_cast<std::size_t>(size) + kPadding);
+  for (int64_t i = 0; i < n; ++i) {
+    const std::string_view bytes = bytes_of(ids[i]);
+    char* const out = text.data() + starts[static_cast<std::size_t>(i)];
+    std::memcpy(out, bytes.data(), kPadding);  // most pieces are shorter; the next one overwrites the rest
+    if (bytes.size() > kPadding) std::memcpy(out, bytes.data(), bytes.size());
+  }
+  text.resize(static_cast<std::size_t>(size));
+  return true;
+}
+
+template bool ByteBpe::decode(const int32_t*, int64_t, std::string&, std::vector<int64_t>&) const;
+template bool ByteBpe::decode(const int64_t*, int64_t, std::string&, std::vector<int64_t>&) const;
+
 uint8_t ByteBpe::class_at(std::string_view text, std::size_t at, int* length) const {
-  const uint32_t code = decode(text, at, length);
+  const uint32_t code = code_point(text, at, length);
   if (*length == 0) {
     *length = 1;
     return CharClass::kKnown;
@@ -154,7 +181,7 @@ std::size_t ByteBpe::pretoken_end(std::string_view text, std::size_t begin, std:
     if (!(found & CharClass::kKnown)) {
       known = false;
       int ignored;
-      unknown.push_back(decode(text, at, &ignored));
+      unknown.push_back(code_point(text, at, &ignored));
     }
     return found & (kLetter | kNumber | kSpace);
   };

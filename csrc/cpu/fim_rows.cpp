@@ -146,21 +146,11 @@ void FimRows<Token>::plan(int64_t doc, Task& task, std::vector<int32_t>& store) 
     plan.begin = draw.begin;
     plan.end = draw.end;
   } else {
-    task.text.clear();
-    task.starts.clear();
-    bool plain_text = true;
-    for (int64_t i = first; i < first + length; ++i) {
-      const std::string_view bytes = encoder_->bytes_of(tokens_[i]);
-      plain_text = plain_text && !bytes.empty();
-      task.starts.push_back(static_cast<int64_t>(task.text.size()));
-      task.text += bytes;
-    }
-    if (!plain_text) {
+    if (!encoder_->decode(tokens_ + first, length, task.text, task.starts)) {
       plan.begin = plan.end = -1;
       return whole(kFimNotExact);
     }
     limit = static_cast<int64_t>(task.text.size());
-    task.starts.push_back(limit);
     const FimCut cut = fim_cut_text(task.text, id, options_);
     plan.begin = cut.begin;
     plan.end = cut.end;

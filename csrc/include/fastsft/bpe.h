@@ -45,6 +45,8 @@ class ByteBpe {
   // gain kKnown entries between calls. Throws Error if a byte has no token of its own or an id is out of range.
   ByteBpe(std::vector<std::string> token_bytes, const int32_t* merges, int64_t num_merges, const uint8_t* classes,
           const BpeSplit& split);
+  ByteBpe(const ByteBpe&) = delete;  // pieces are looked up by views into its own bytes
+  ByteBpe& operator=(const ByteBpe&) = delete;
 
   // Appends the ids of `text`. False if it holds a character of unknown class (appended to `unknown`) or a pretoken
   // longer than kMaxPretoken; `out` is then as it was, but for its capacity.
@@ -53,8 +55,13 @@ class ByteBpe {
   // The bytes of an id; empty for one that is no plain piece of text.
   std::string_view bytes_of(int64_t id) const {
     if (id < 0 || id >= static_cast<int64_t>(starts_.size()) - 1) return {};
-    return std::string_view(bytes_).substr(starts_[id], starts_[id + 1] - starts_[id]);
+    return {bytes_.data() + starts_[id], static_cast<std::size_t>(starts_[id + 1] - starts_[id])};
   }
+
+  // The text of n ids, and the byte at which each begins with the text's length behind them. False if an id is no plain
+  // piece of text; `text` is then unspecified.
+  template <typename Token>
+  bool decode(const Token* ids, int64_t n, std::string& text, std::vector<int64_t>& starts) const;
 
   // The character at text[at], its length in bytes to *length. A byte that is no part of valid UTF-8 is a character by
   // itself, neither letter nor number nor space.
@@ -76,7 +83,7 @@ class ByteBpe {
   void merge(std::string_view pretoken, std::vector<int32_t>& out) const;
   const Merge* find(int32_t left, int32_t right) const;
 
-  std::string bytes_;
+  std::string bytes_;  // of every id, one after the other, and padding for copies of a fixed size
   std::vector<int64_t> starts_;
   std::vector<Merge> table_;  // open addressing; rank < 0: free
   uint64_t mask_ = 0;
@@ -85,5 +92,8 @@ class ByteBpe {
   const uint8_t* classes_;
   BpeSplit split_;
 };
+
+extern template bool ByteBpe::decode(const int32_t*, int64_t, std::string&, std::vector<int64_t>&) const;
+extern template bool ByteBpe::decode(const int64_t*, int64_t, std::string&, std::vector<int64_t>&) const;
 
 }  // namespace fastsft

@@ -1,10 +1,10 @@
 """Fill-in-the-middle rows: cuts between characters, and between tokens with targets and positions.
 
 Documents are the functions and classes of the standard library, 200 to 50,000 characters each, in the ids of a
-byte-level BPE that is trained on them. Rivals: for characters, decode, cut and encode the three pieces with ``tokenizers``, the
-only way to the same ids so far; for tokens, numpy, one document at a time, which builds the same three arrays. Gates,
-before any time is taken: every row of ours is the one that encoding the pieces whole gives. One thread each;
-``extra_info`` holds documents per second and what the mode is worth against the rival, from the medians.
+byte-level BPE that is trained on them. Rivals: for characters, decode, cut and encode the three pieces with
+``tokenizers``, the only way to the same ids so far; for tokens, numpy, one document at a time, which builds the same
+three arrays. Gates, before any time is taken: every row of ours is the one that encoding the pieces whole gives. One
+thread each; ``extra_info`` holds documents per second.
 """
 
 from __future__ import annotations

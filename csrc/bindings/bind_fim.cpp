@@ -13,7 +13,7 @@
 namespace fastsft::bindings {
 namespace {
 
-std::unique_ptr<ByteBpe> make_encoder(std::vector<std::string> token_bytes, py::handle merges, py::handle classes,
+std::unique_ptr<ByteBpe> make_encoder(const std::vector<py::bytes>& token_bytes, py::handle merges, py::handle classes,
                                       bool gpt4, int32_t max_digits, bool digits_apart, bool ignore_merges) {
   Check check("ByteBpe");
   const auto* pairs = check.in<int32_t>("merges", merges, "M 3");
@@ -21,14 +21,15 @@ std::unique_ptr<ByteBpe> make_encoder(std::vector<std::string> token_bytes, py::
   check.require(check.size("C") == kCodePoints, "classes", "an entry for every code point",
                 view_of(classes).describe());
   const BpeSplit split{gpt4 ? BpePattern::kGpt4 : BpePattern::kGpt2, max_digits, digits_apart, ignore_merges};
-  return std::make_unique<ByteBpe>(std::move(token_bytes), pairs, check.size("M"), table, split);
+  return std::make_unique<ByteBpe>(std::vector<std::string>(token_bytes.begin(), token_bytes.end()), pairs,
+                                   check.size("M"), table, split);
 }
 
 // (ids or None, code points of unknown class)
-py::tuple encode(const ByteBpe& encoder, const std::string& text) {
+py::tuple encode(const ByteBpe& encoder, const py::bytes& text) {
   std::vector<int32_t> ids;
   std::vector<uint32_t> unknown;
-  const bool done = encoder.encode(text, ids, unknown);
+  const bool done = encoder.encode(std::string_view(text), ids, unknown);
   return py::make_tuple(done ? py::cast(ids) : py::none(), unknown);
 }
 
@@ -37,8 +38,9 @@ struct Rows {
   FimRows<Token> rows;
 
   static std::unique_ptr<Rows> make(py::handle tokens, py::handle cu_seqlens, py::handle doc_ids, py::handle spans,
-                                    const FimRowOptions& options, const ByteBpe* encoder) {
+                                    const FimRowOptions& options, py::handle encoder) {
     Check check("fim_rows");
+    const ByteBpe* bpe = encoder.is_none() ? nullptr : encoder.cast<const ByteBpe*>();
     const auto* in = check.in<Token>("tokens", tokens, "T");
     const auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "B+1");
     const auto* ids = check.optional<int64_t>("doc_ids", doc_ids, "B");
@@ -46,7 +48,7 @@ struct Rows {
     check.require(!check.on_cuda(), "tokens", "a CPU tensor", view_of(tokens).describe());
     const int64_t docs = check.size("B"), size = check.size("T");
     py::gil_scoped_release release;
-    return std::unique_ptr<Rows>(new Rows{{in, cu, docs, size, options, ids, middles, encoder}});
+    return std::unique_ptr<Rows>(new Rows{{in, cu, docs, size, options, ids, middles, bpe}});
   }
 
   void write(py::handle tokens, py::handle targets, py::handle positions, py::handle middle_left, py::handle mode,
@@ -70,7 +72,7 @@ template <typename Token>
 void register_rows(py::module_& m, const char* name) {
   py::class_<Rows<Token>>(m, name, "The first pass of fim_rows: what becomes of each document.")
       .def(py::init(&Rows<Token>::make), py::arg("tokens"), py::arg("cu_seqlens"), py::arg("doc_ids"), py::arg("spans"),
-           py::arg("options"), py::arg("encoder").none(true), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
+           py::arg("options"), py::arg("encoder"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
            py::keep_alive<1, 4>(), py::keep_alive<1, 5>(), py::keep_alive<1, 7>())
       .def_property_readonly("cu_seqlens", [](const Rows<Token>& self) { return self.rows.cu_seqlens(); })
       .def_property_readonly("num_tokens", [](const Rows<Token>& self) { return self.rows.num_tokens(); })
@@ -80,7 +82,7 @@ void register_rows(py::module_& m, const char* name) {
 }
 
 // Fills mode and cuts, the middle's bytes in each text.
-void cut_texts(const std::vector<std::string>& texts, py::handle doc_ids, const FimRowOptions& options, py::handle mode,
+void cut_texts(const std::vector<py::bytes>& texts, py::handle doc_ids, const FimRowOptions& options, py::handle mode,
                py::handle cuts) {
   Check check("fim_cuts");
   auto* modes = check.in<int8_t>("mode", mode, "B");
@@ -88,9 +90,10 @@ void cut_texts(const std::vector<std::string>& texts, py::handle doc_ids, const 
   const auto* ids = check.optional<int64_t>("doc_ids", doc_ids, "B");
   check.require(check.size("B") == static_cast<int64_t>(texts.size()), "mode", "one per text",
                 view_of(mode).describe());
+  const std::vector<std::string_view> views(texts.begin(), texts.end());  // `texts` keeps the bytes alive
   py::gil_scoped_release release;
-  for (std::size_t i = 0; i < texts.size(); ++i) {
-    const FimCut cut = fim_cut_text(texts[i], static_cast<uint64_t>(ids ? ids[i] : static_cast<int64_t>(i)), options);
+  for (std::size_t i = 0; i < views.size(); ++i) {
+    const FimCut cut = fim_cut_text(views[i], static_cast<uint64_t>(ids ? ids[i] : static_cast<int64_t>(i)), options);
     modes[i] = static_cast<int8_t>(cut.mode);
     middles[2 * i] = cut.begin;
     middles[2 * i + 1] = cut.end;

@@ -4,7 +4,58 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+class ByteBpe:
+    """
+    A byte-level BPE vocabulary; see bpe.h.
+    """
+    def __init__(self, token_bytes: collections.abc.Sequence[bytes], merges: typing.Any, classes: typing.Any, gpt4: bool, max_digits: typing.SupportsInt | typing.SupportsIndex, digits_apart: bool, ignore_merges: bool) -> None:
+        ...
+    def encode(self, text: bytes) -> tuple:
+        """
+        (ids or None, code points of unknown class) of UTF-8 bytes.
+        """
+class FimRowOptions:
+    def __init__(self, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, unit: typing.SupportsInt | typing.SupportsIndex, train_context: bool, plain: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], psm: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], spm: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+class FimRowsInt32:
+    """
+    The first pass of fim_rows: what becomes of each document.
+    """
+    def __init__(self, tokens: typing.Any, cu_seqlens: typing.Any, doc_ids: typing.Any, spans: typing.Any, options: FimRowOptions, encoder: typing.Any) -> None:
+        ...
+    def write(self, tokens: typing.Any, targets: typing.Any, position_ids: typing.Any, middle_left: typing.Any, mode: typing.Any, cuts: typing.Any, bounds: typing.Any) -> None:
+        """
+        The second pass.
+        """
+    @property
+    def cu_seqlens(self) -> list[int]:
+        ...
+    @property
+    def num_tokens(self) -> int:
+        ...
+    @property
+    def unknown(self) -> list[int]:
+        ...
+class FimRowsInt64:
+    """
+    The first pass of fim_rows: what becomes of each document.
+    """
+    def __init__(self, tokens: typing.Any, cu_seqlens: typing.Any, doc_ids: typing.Any, spans: typing.Any, options: FimRowOptions, encoder: typing.Any) -> None:
+        ...
+    def write(self, tokens: typing.Any, targets: typing.Any, position_ids: typing.Any, middle_left: typing.Any, mode: typing.Any, cuts: typing.Any, bounds: typing.Any) -> None:
+        """
+        The second pass.
+        """
+    @property
+    def cu_seqlens(self) -> list[int]:
+        ...
+    @property
+    def num_tokens(self) -> int:
+        ...
+    @property
+    def unknown(self) -> list[int]:
+        ...
 def active_isa() -> str:
     ...
 def advise_huge_pages(tensor: typing.Any) -> None:
@@ -32,6 +83,10 @@ def fim_copy_int32(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any,
 def fim_copy_int64(tokens: typing.Any, cu_seqlens: typing.Any, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, sentinels: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], out_tokens: typing.Any, source_index: typing.Any) -> None:
     """
     Second pass, after fim_plan.
+    """
+def fim_cuts(texts: collections.abc.Sequence[bytes], doc_ids: typing.Any, options: FimRowOptions, mode: typing.Any, cuts: typing.Any) -> None:
+    """
+    Draws the mode and the middle, in bytes, of UTF-8 texts.
     """
 def fim_plan(cu_seqlens: typing.Any, num_tokens: typing.SupportsInt | typing.SupportsIndex, doc_ids: typing.Any, spans: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, mode: typing.Any, cuts: typing.Any, out_cu_seqlens: typing.Any, broken: typing.Any = None) -> int:
     """

@@ -92,23 +92,25 @@ def fim_rows(
             missing, an option out of range.
     """
     as_numpy = isinstance(tokens, np.ndarray)
-    ids, cu, docs, middles = (
-        torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-        for x in (tokens, cu_seqlens, doc_ids, spans)
-    )
+    ids = _as_tensor(tokens).contiguous()
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"fim_rows: tokens: expected int32 or int64, got {ids.dtype}")
+    cu = _as_tensor(cu_seqlens)
     if cu.ndim != 1 or cu.numel() == 0 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"fim_rows: cu_seqlens: expected int32 or int64 [B + 1], got {cu.dtype}{list(cu.shape)}")
+    cu = cu.to(torch.int64).contiguous()
+    docs, middles = (None if x is None else _as_tensor(x).to(torch.int64).contiguous() for x in (doc_ids, spans))
     options = _options(seed, rate, spm_rate, max_len, unit, train_context, plain, psm, psm if spm is None else spm)
-    cu, docs, middles = (None if x is None else x.to(torch.int64).contiguous() for x in (cu, docs, middles))
-    first_pass = _C.FimRowsInt32 if ids.dtype == torch.int32 else _C.FimRowsInt64
-    ids = ids.contiguous()
     native = None if encoder is None else encoder.native
-    rows = first_pass(ids, cu, docs, middles, options, native)
+    wide = ids.dtype == torch.int64
+
+    def first_pass() -> Any:
+        return (_C.FimRowsInt64 if wide else _C.FimRowsInt32)(ids, cu, docs, middles, options, native)
+
+    rows = first_pass()
     while rows.unknown:  # characters met for the first time
         classify(rows.unknown)
-        rows = first_pass(ids, cu, docs, middles, options, native)
+        rows = first_pass()
     num_docs = cu.numel() - 1
     out, targets, positions = (ids.new_empty(rows.num_tokens) for _ in range(3))
     left = ids.new_empty(rows.num_tokens) if middle_left else None
@@ -116,6 +118,10 @@ def fim_rows(
     rows.write(out, targets, positions, left, mode, cuts, bounds)
     found = FimRows(out, targets, positions, cu.new_tensor(rows.cu_seqlens), mode, cuts, bounds, left)
     return FimRows(*(None if x is None else x.numpy() for x in found)) if as_numpy else found
+
+
+def _as_tensor(x: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
 
 
 def fim_cuts(

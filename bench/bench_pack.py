@@ -122,7 +122,9 @@ def test_pack_set(benchmark: Any, distribution: str, capacity: int, contestant: 
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if contestant == "fastsft":
         ones = np.ones(int(offsets[-1]), np.float32)
-        store = SampleStore(ones.astype(np.int32), ones, offsets, [""] * len(lengths), {})
+        store = SampleStore(
+            ones.astype(np.int32), ones, offsets, np.zeros(len(lengths), np.int32), [""] * len(lengths), {}
+        )
         rows = benchmark(epoch_of, store, capacity)
     else:
         import datasets

@@ -81,14 +81,38 @@ class WeightOptions:
     """Special tokens that the model has to write: ends of turns and of texts."""
 
 
+Format = Literal["auto", "messages", "prompt_completion", "text", "fim"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """One of several sources of training rows, ``[[data.sources]]``."""
+
+    name: str
+    files: list[str]
+    """As ``data.train``."""
+    format: Format = "auto"
+    fields: dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    """Times that an epoch goes through it: 0.5 is another half in every epoch, 2 is everything twice."""
+    tag: str = "other"
+    """Of ``data.ratios``."""
+    cap: int | None = None
+    """Rows kept, at most: a random choice by a hash of the content."""
+
+
 @dataclass(frozen=True)
 class DataOptions:
     train: list[str] = field(default_factory=list)
     """JSONL, JSONL.gz, Parquet files or Hugging Face ``datasets`` folders."""
+    sources: list[SourceOptions] = field(default_factory=list)
+    """Several sources, mixed; instead of ``train``."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Tag of sources = its part of an epoch's samples, e.g. {reasoning = 5, other = 1}; empty: as the weights say."""
     eval: list[str] = field(default_factory=list)
     """Held-out files. Empty: ``eval_fraction`` of the training records is held out instead."""
     eval_fraction: float = 0.02
-    format: Literal["auto", "messages", "prompt_completion", "text", "fim"] = "auto"
+    format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
     """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: :data:`FIELD_NAMES`."""
     max_length: int = 2048
@@ -164,8 +188,8 @@ class Config:
 
 
 for _section in (
-    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, DataOptions, OptimOptions,
-    ScheduleOptions, TrainOptions,
+    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, SourceOptions, DataOptions,
+    OptimOptions, ScheduleOptions, TrainOptions,
 ):  # fmt: skip
     setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 
@@ -224,9 +248,11 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
     for name, value in leaves.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {name}: expected a finite number, got {value!r}")
-    for key in config.data.fields:
-        if key not in FIELD_NAMES:
-            raise ConfigError(f"{where}: {unknown_key(f'data.fields.{key}', FIELD_NAMES)}")
+    tables = {f"data.sources.{i}.fields": source.fields for i, source in enumerate(config.data.sources)}
+    for table, names in {"data.fields": config.data.fields, **tables}.items():
+        for key in names:
+            if key not in FIELD_NAMES:
+                raise ConfigError(f"{where}: {unknown_key(f'{table}.{key}', FIELD_NAMES)}")
     _check_ranges(config, where)
     return config
 
@@ -266,7 +292,7 @@ def _explain(error: Any, where: str) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     node: Any = Config()
     for key in path:
-        node = getattr(node, key, None)
+        node = SourceOptions("", []) if isinstance(node, list) else getattr(node, key, None)
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
 
 
@@ -282,6 +308,15 @@ def _check_ranges(config: Config, where: str) -> None:
     if m.path is not None and config.tokenizer.train_vocab is not None:
         raise ConfigError(f"{where}: tokenizer.train_vocab: a model read from model.path keeps its own tokenizer")
     check(0 <= d.eval_fraction < 1, "data.eval_fraction", "a fraction in [0, 1)", d.eval_fraction)
+    check(not (d.train and d.sources), "data.train", "nothing beside data.sources", d.train)
+    names = [source.name for source in d.sources]
+    check(len(set(names)) == len(names), "data.sources", "different names", names)
+    for i, source in enumerate(d.sources):
+        check(len(source.files) > 0, f"data.sources.{i}.files", "at least one file", source.files)
+        check(0 <= source.weight < math.inf, f"data.sources.{i}.weight", "a finite number, at least 0", source.weight)
+        check(source.cap is None or source.cap >= 1, f"data.sources.{i}.cap", "at least 1", source.cap)
+    for tag, ratio in d.ratios.items():
+        check(ratio > 0, f"data.ratios.{tag}", "more than 0", ratio)
     check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)
     check(0 <= d.max_bad <= 1, "data.max_bad", "a share in [0, 1]", d.max_bad)
     for name, value in dataclasses.asdict(d.weights).items():

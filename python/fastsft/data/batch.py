@@ -16,12 +16,14 @@ IGNORE = -100
 class Sample:
     """One tokenised document: ``weights[i]`` is the loss weight of *predicting* ``ids[i]`` (0 = not trained on).
 
-    ``ids`` int32 [n], ``weights`` float32 [n]. ``source`` says where it came from, for messages ("a.jsonl:12").
+    ``ids`` int32 [n], ``weights`` float32 [n]. ``source`` says where it came from, for messages ("a.jsonl:12");
+    ``origin`` is the number of its entry in ``data.sources``.
     """
 
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     source: str = ""
+    origin: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class VarlenBatch:
     weights: torch.Tensor  # float32 [T]
     cu_seqlens: torch.Tensor  # int32 [B + 1]
     sources: tuple[str, ...] = ()  # one per document
+    origins: tuple[int, ...] = ()  # of each document, the number of its entry in data.sources
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +52,7 @@ def collate(samples: Sequence[Sample]) -> VarlenBatch:
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
     ids = np.concatenate([s.ids for s in samples]) if samples else np.zeros(0, np.int32)
     weights = np.concatenate([s.weights for s in samples]) if samples else np.zeros(0, np.float32)
-    return lay_out(ids, weights, lengths, tuple(s.source for s in samples))
+    return lay_out(ids, weights, lengths, tuple(s.source for s in samples), tuple(s.origin for s in samples))
 
 
 def ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -63,7 +66,8 @@ def lay_out(
     ids: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
     lengths: npt.NDArray[np.int64],
-    sources: tuple[str, ...] = (),
+    sources: tuple[str, ...],
+    origins: tuple[int, ...],
 ) -> VarlenBatch:
     """The batch of documents that already stand end to end: ids and weights [T], lengths [B]."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
@@ -82,4 +86,5 @@ def lay_out(
         torch.from_numpy(shifted),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         sources,
+        origins,
     )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.batch import VarlenBatch, ranges
+from fastsft.data.mixture import Mixture
 from fastsft.data.store import SampleStore
 
 _GROUPS = 8  # per batch; see PackedLoader
 
 
 class PackedLoader:
-    """Best-fit packing of every sample of a store into batches of at most ``capacity`` tokens, once per epoch.
+    """Best-fit packing of an epoch's samples into batches of at most ``capacity`` tokens.
+
+    An epoch has every sample of the store once, or of each source what :class:`Mixture` draws by ``weights``.
 
     Best-fit decreasing on single samples would sort them by length, and length goes with kind: batches would be all
     classes here and all one-liners there. So neighbours of a shuffled order are first joined into groups of about an
@@ -25,13 +30,17 @@ class PackedLoader:
         ValueError: a sample is longer than ``capacity``, or the store is empty.
     """
 
-    def __init__(self, store: SampleStore, *, capacity: int, seed: int) -> None:
+    def __init__(
+        self, store: SampleStore, *, capacity: int, seed: int, weights: Sequence[Fraction] | None = None
+    ) -> None:
         if len(store) == 0:
             raise ValueError("the sample store is empty: nothing to train on")
         longest = int(store.lengths.max())
         if longest > capacity:
             raise ValueError(f"capacity: expected at least the longest sample's {longest} tokens, got {capacity}")
         self.store, self.capacity, self.seed = store, capacity, seed
+        every = [Fraction(1)] * (int(store.origins.max()) + 1)
+        self._mixture = Mixture(store.origins, every if weights is None else weights, seed=seed)
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def num_batches(self, epoch: int) -> int:
@@ -45,7 +54,10 @@ class PackedLoader:
     def _make_plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """The sample numbers of each batch."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        order = rng.permutation(len(self.store))
+        order = self._mixture.draw(epoch)
+        if len(order) == 0:
+            return []
+        order = order[rng.permutation(len(order))]
         lengths = self.store.lengths[order]
         starts = np.array(_group(lengths.tolist(), self.capacity // _GROUPS))
         sizes = np.diff(starts, append=len(order))

@@ -8,12 +8,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fastsft.config import Config, ConfigError, load_config
+import numpy as np
+
+from fastsft.config import Config, ConfigError, DataOptions, load_config
 from fastsft.data.dedup import dedup, kept
 from fastsft.data.lock import hold
+from fastsft.data.mixture import passes, sources_of
 from fastsft.data.records import DataError, Problems, Record, read_records
 from fastsft.data.store import SampleStore, write_store
 from fastsft.data.tokenise import tokenise
@@ -21,7 +25,7 @@ from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 6  # raise when the same inputs would give other samples
+_VERSION = 7  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Prepared:
     eval: SampleStore
     tokenizer: Tokenizer
     report: dict[str, Any]
+    passes: tuple[Fraction, ...] | None = None
+    """Of an epoch through each source; None: every sample once."""
 
 
 def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
@@ -46,25 +52,34 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
     """
     config = load_config(config)
     tell = progress or (lambda stage, done, total: None)
-    if not config.data.train:
+    if not config.data.train and not config.data.sources:
         raise ConfigError("data.train: expected at least one file")
     key = _content_key(config)
     root = Path(config.output) / "data" / key
     if (root / "report.json").is_file():
-        return Prepared(
-            SampleStore.open(root / "train"),
-            SampleStore.open(root / "eval"),
-            Tokenizer.from_folder(root / "tokenizer"),
-            json.loads((root / "report.json").read_text()),
-        )
+        return _open(config, root)
     with hold(Path(config.output)):
-        return _build(config, key, root, tell)
+        _build(config, key, root, tell)
+    return _open(config, root)
 
 
-def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
+def _open(config: Config, root: Path) -> Prepared:
+    train = SampleStore.open(root / "train")
+    sources = len(sources_of(config.data))
+    weights = passes(config.data, np.bincount(train.origins, minlength=sources).tolist())
+    return Prepared(
+        train,
+        SampleStore.open(root / "eval"),
+        Tokenizer.from_folder(root / "tokenizer"),
+        json.loads((root / "report.json").read_text()),
+        tuple(weights),
+    )
+
+
+def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
     options = config.data
     problems = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
-    records = list(_counted(_read(config, options.train, problems), tell, "reading"))
+    records = list(_counted(_read_sources(options, problems), tell, "reading"))
     report: dict[str, Any] = {"key": key, "rows": len(records) + sum(problems.counts.values())}
     _check_share(problems, report["rows"], options.max_bad)
     if options.dedup.mode != "none":
@@ -78,8 +93,10 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
         )
         records = list(kept(records, found))
         report["dedup"] = found.to_dict()
+    records, report["capped"] = _cap(records, options, config.seed)
     if options.eval:
-        train_records, eval_records = records, list(_read(config, options.eval, problems))
+        held_out = read_records(options.eval, problems, format=options.format, fields=options.fields)
+        train_records, eval_records = records, list(held_out)
     else:
         train_records, eval_records = split(records, options.eval_fraction, config.seed)
     tokenizer = load_tokenizer(config, (r.text() for r in train_records), tell)
@@ -89,13 +106,16 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
         parts[name] = samples
     _check_share(problems, report["rows"] + (len(eval_records) if options.eval else 0), options.max_bad)
     if not parts["train"]:
-        raise DataError(f"{', '.join(options.train)}: no usable row; {_summary(problems)}")
+        raise DataError(
+            f"{', '.join(f for s in sources_of(options) for f in s.files)}: no usable row; {_summary(problems)}"
+        )
     root.mkdir(parents=True, exist_ok=True)
     (root / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(root / "tokenizer")
     stores = {name: write_store(root / name, samples) for name, samples in parts.items()}
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
+    report["sources"] = _by_source(options, stores["train"])
     if options.fim.rate > 0 and not any(r.kind == "text" for r in train_records):
         setting = f"data.fim.rate = {options.fim.rate}"
         report["without_effect"] = [f"without effect: {setting} is for rows of the format text, and there is none"]
@@ -108,7 +128,6 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> Prepared:
         stream.flush()
         os.fsync(stream.fileno())
     stage.replace(root / "report.json")
-    return Prepared(stores["train"], stores["eval"], tokenizer, report)
 
 
 def notices(report: dict[str, Any]) -> list[str]:
@@ -130,8 +149,7 @@ def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[R
     limit = int(fraction * 2**64)
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
-        digest = hashlib.blake2b(record.canonical(), digest_size=8, key=str(seed).encode())
-        sides[int.from_bytes(digest.digest(), "little") < limit].append(record)
+        sides[int.from_bytes(_digest(record, str(seed)), "little") < limit].append(record)
     return sides
 
 
@@ -151,8 +169,31 @@ def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Toke
     return Tokenizer.from_folder(folder)
 
 
-def _read(config: Config, paths: Sequence[str], problems: Problems) -> Iterator[Record]:
-    return read_records(paths, problems, format=config.data.format, fields=config.data.fields)
+def _read_sources(options: DataOptions, problems: Problems) -> Iterator[Record]:
+    for origin, source in enumerate(sources_of(options)):
+        for record in read_records(source.files, problems, format=source.format, fields=source.fields):
+            yield dataclasses.replace(record, origin=origin) if origin else record
+
+
+def _cap(records: list[Record], options: DataOptions, seed: int) -> tuple[list[Record], int]:
+    """At most ``cap`` records of each source, those with the smallest hashes; how many were left out."""
+    left_out: set[int] = set()
+    for origin, source in enumerate(sources_of(options)):
+        if source.cap is not None:
+            members = [i for i, record in enumerate(records) if record.origin == origin]
+            members.sort(key=lambda i: _digest(records[i], f"cap {seed}"))
+            left_out |= set(members[source.cap :])
+    return [r for i, r in enumerate(records) if i not in left_out], len(left_out)
+
+
+def _digest(record: Record, key: str) -> bytes:
+    return hashlib.blake2b(record.canonical(), digest_size=8, key=key.encode()).digest()
+
+
+def _by_source(options: DataOptions, store: SampleStore) -> list[dict[str, Any]]:
+    sources = sources_of(options)
+    counts = store.by_origin(len(sources))
+    return [{"name": source.name, **found} for source, found in zip(sources, counts, strict=True)]
 
 
 def _counted(items: Iterator[Any], tell: Progress, stage: str, total: int = 0) -> Iterator[Any]:
@@ -181,14 +222,16 @@ def _summary(problems: Problems) -> str:
 def _content_key(config: Config) -> str:
     """Hash of everything the samples depend on: settings, data files, tokenizer files."""
     digest = hashlib.blake2b(digest_size=12)
+    free = ("weight", "tag")  # with data.ratios they say how often samples are drawn, and not what they are
+    sources = [{k: v for k, v in dataclasses.asdict(source).items() if k not in free} for source in config.data.sources]
     settings = {
         "version": _VERSION,
         "seed": config.seed,
-        "data": dataclasses.asdict(config.data),
+        "data": {**dataclasses.asdict(config.data), "ratios": None, "sources": sources},
         "tokenizer": dataclasses.asdict(config.tokenizer),
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    for path in [*config.data.train, *config.data.eval]:
+    for path in [*(f for source in sources_of(config.data) for f in source.files), *config.data.eval]:
         where = Path(path)
         if not where.exists():
             raise DataError(f"{where}: no such file or folder")

@@ -40,9 +40,10 @@ class Record:
     parts: tuple[str, ...] = ()
     weight: float = 1.0
     tools: tuple[dict[str, Any], ...] | None = None  # what the assistant may call, for the chat template
+    origin: int = 0  # the number of its entry in data.sources
 
     def canonical(self) -> bytes:
-        """Equal for equal rows only: everything that its sample is made of, except the weight."""
+        """Equal for equal rows only: everything that its sample is made of, except the weight; wherever it is from."""
         # json and not orjson: a record built by hand may hold lone surrogates and integers of any size
         content = (self.kind, self.parts, self.messages, self.tools)
         return json.dumps(content, sort_keys=True, default=str).encode()

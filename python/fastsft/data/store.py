@@ -1,4 +1,4 @@
-"""Tokenised samples on disk, memory-mapped: int32 ids, float32 weights, int64 offsets, one source per sample."""
+"""Tokenised samples on disk, memory-mapped: int32 ids, float32 weights, int64 offsets, source and origin of each."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ class SampleStore:
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
         offsets: npt.NDArray[np.int64],
+        origins: npt.NDArray[np.int32],
         sources: list[str],
         manifest: dict[str, Any],
     ) -> None:
         self._ids, self._weights, self._offsets, self._sources = ids, weights, offsets, sources
+        self.origins = origins
         self.manifest = manifest
 
     @classmethod
@@ -41,15 +43,15 @@ class SampleStore:
         """
         folder = Path(path)
         manifest = json.loads((folder / _MANIFEST).read_text())
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "offsets")]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "offsets", "origins")]
         sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
         found = {"tokens": len(arrays[0]), "samples": len(sources)}
-        whole = (
-            len(arrays[1]) == len(arrays[0]) and len(arrays[2]) == len(sources) + 1 and arrays[2][-1] == len(arrays[0])
+        whole = len(arrays[1]) == len(arrays[0]) == arrays[2][-1] and len(arrays[2]) - 1 == len(arrays[3]) == len(
+            sources
         )
         if not whole or any(manifest[k] != v for k, v in found.items()):
             raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
-        return cls(arrays[0], arrays[1], arrays[2], sources, manifest)
+        return cls(arrays[0], arrays[1], arrays[2], arrays[3], sources, manifest)
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
@@ -60,6 +62,7 @@ class SampleStore:
             np.concatenate([s.ids for s in samples]).astype(np.int32) if samples else np.zeros(0, np.int32),
             np.concatenate([s.weights for s in samples]).astype(np.float32) if samples else np.zeros(0, np.float32),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.array([s.origin for s in samples], np.int32),
             [s.source for s in samples],
             {"samples": len(samples), "tokens": int(sum(lengths))},
         )
@@ -71,7 +74,12 @@ class SampleStore:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         begin, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        return Sample(np.asarray(self._ids[begin:end]), np.asarray(self._weights[begin:end]), self._sources[index])
+        return Sample(
+            np.asarray(self._ids[begin:end]),
+            np.asarray(self._weights[begin:end]),
+            self._sources[index],
+            int(self.origins[index]),
+        )
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> VarlenBatch:
         """The samples of these numbers, packed in this order."""
@@ -79,7 +87,8 @@ class SampleStore:
         lengths = self._offsets[numbers + 1] - begins
         tokens = ranges(begins, lengths)
         sources = tuple(self._sources[i] for i in numbers.tolist())
-        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources)
+        origins = tuple(self.origins[numbers].tolist())
+        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources, origins)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -97,9 +106,23 @@ class SampleStore:
     @property
     def trained_tokens(self) -> int:
         """Targets with a weight: a document's first token is never one."""
+        return int(self._trained().sum())
+
+    def by_origin(self, count: int) -> list[dict[str, int]]:
+        """Samples, tokens and trained tokens of each of ``count`` origins."""
+        columns = {"samples": np.ones(len(self), np.int64), "tokens": self.lengths, "trained_tokens": self._trained()}
+        members = [np.asarray(self.origins) == origin for origin in range(count)]
+        return [{name: int(column[m].sum()) for name, column in columns.items()} for m in members]
+
+    def _trained(self) -> npt.NDArray[np.int64]:
+        """Of each sample."""
         weighted = np.asarray(self._weights) > 0
-        starts = np.asarray(self._offsets[:-1])[self.lengths > 0]
-        return int(weighted.sum() - weighted[starts].sum())
+        ends = np.concatenate([[0], np.cumsum(weighted)])[np.asarray(self._offsets)]
+        starts = np.asarray(self._offsets[:-1])
+        filled = self.lengths > 0
+        counts: npt.NDArray[np.int64] = np.diff(ends)
+        counts[filled] -= weighted[starts[filled]]
+        return counts
 
 
 def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manifest: Any) -> SampleStore:
@@ -109,7 +132,13 @@ def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manif
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     store = SampleStore.from_samples(samples)
-    for name, array in (("ids", store._ids), ("weights", store._weights), ("offsets", store._offsets)):
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "ids": store._ids,
+        "weights": store._weights,
+        "offsets": store._offsets,
+        "origins": store.origins,
+    }
+    for name, array in arrays.items():
         np.save(stage / f"{name}.npy", array)
     (stage / "sources.txt").write_text("".join(f"{s}\n" for s in store._sources), encoding="utf-8")
     (stage / _MANIFEST).write_text(json.dumps({**store.manifest, **manifest}, indent=2) + "\n")

@@ -152,4 +152,4 @@ def _finish(
     content = record.parts[1] if record.kind == "prompt_completion" else record.text()
     if (name := tokenizer.control.first_in(content)) is not None:
         problems.note(record.source, "special token text", f"{name} in the content is encoded as plain text")
-    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source)
+    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source, record.origin)

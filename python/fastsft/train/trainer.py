@@ -88,7 +88,9 @@ class Trainer:
                 )
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = MasterAdamW(self.model, config.optim)
-        self.loader = PackedLoader(self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed)
+        self.loader = PackedLoader(
+            self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed, weights=self.prepared.passes
+        )
         self._first_steps = self._plan_epochs()
         self.total_steps = self._first_steps[-1]
         if config.train.max_steps is not None:

@@ -163,6 +163,8 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     for name in ("train", "eval"):
         part = prepared.report[name]
         console.print(f"{name}: {part['samples']} samples, {part['tokens']} tokens, {part['trained_tokens']} trained")
+    for source in prepared.report["sources"] if len(prepared.report["sources"]) > 1 else ():
+        console.print(f"  {source['name']}: {source['samples']} samples, {source['trained_tokens']} tokens trained")
     for line in notices(prepared.report):
         console.print(line, soft_wrap=True)
     for i in range(min(show, len(prepared.train))):

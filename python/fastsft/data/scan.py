@@ -114,7 +114,7 @@ class _Gathered:
         self._options = options
         self._bands, self._rows = options.shape
         self._arrays: dict[str, list[Any]] = {}
-        self._done: tuple[int, int] | None = None
+        self._done = (0, 0)
         self.bytes = 0
 
     def add(self, batch: TextBatch) -> None:
@@ -142,7 +142,6 @@ class _Gathered:
             self.add(_EMPTY)
             self._done = before
         arrays = {name: np.concatenate(a, axis=int(name == "keys")) for name, a in self._arrays.items()}
-        assert self._done is not None
         info = ShardInfo(
             source, len(arrays["numbers"]), self._done, last, dict(problems.counts), dict(problems.examples),
             self._bands, self._options.num_perm if "signatures" in arrays else 0,

@@ -54,7 +54,7 @@ class Shard:
 
     def __init__(self, info: ShardInfo, arrays: dict[str, Array] | None = None, path: Path | None = None) -> None:
         self.info = info
-        self._arrays = arrays
+        self._arrays = arrays or {}
         self._path = path
         self._offset = 0
 
@@ -69,13 +69,12 @@ class Shard:
 
     def save(self, path: Path) -> Shard:
         """Write it under another name, then give it its own: a reader sees all of it or nothing."""
-        assert self._arrays is not None
         stage = path.with_name(f".{path.name}.tmp")
         header = json.dumps(self.info.__dict__)
         with open(stage, "wb") as stream:
             stream.write((header + " " * (-(len(header) + 1) % 64) + "\n").encode())
             for name, (kind, _) in _layout(self.info).items():
-                np.ascontiguousarray(self._arrays[name], kind).tofile(stream)
+                np.ascontiguousarray(self.read(name), kind).tofile(stream)
         sync(stage)
         stage.replace(path)
         sync(path.parent)
@@ -83,9 +82,8 @@ class Shard:
 
     def read(self, name: str, part: int | None = None) -> Array:
         """An array, or row ``part`` of it."""
-        if self._arrays is not None:
+        if self._path is None:
             return self._arrays[name] if part is None else self._arrays[name][part]
-        assert self._path is not None
         offset = self._offset
         for other, (kind, shape) in _layout(self.info).items():
             if other == name:

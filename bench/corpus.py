@@ -9,6 +9,7 @@ to 0.95.
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import re
 import sysconfig
@@ -23,9 +24,9 @@ def default_folders() -> list[Path]:
     return [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
 
 
-def definitions(folders: Iterable[Path]) -> Iterator[str]:
-    """The source of each definition that is neither too short nor too long, file by file in a fixed order."""
-    for path in sorted({p.resolve() for folder in folders for p in folder.rglob("*.py")}):
+def definitions(paths: Iterable[Path]) -> Iterator[str]:
+    """The source of each definition in the files that is neither too short nor too long."""
+    for path in paths:
         try:
             source = path.read_text()
             with warnings.catch_warnings():
@@ -42,9 +43,12 @@ def definitions(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def natural(count: int, folders: Iterable[Path] | None = None, seed: int = 0) -> list[str]:
-    """At most ``count`` definitions, in random order."""
-    found = list(definitions(default_folders() if folders is None else folders))
-    random.Random(seed).shuffle(found)
+    """At most ``count`` definitions, sampled from the first 4 ``count`` of the files in random order."""
+    rng = random.Random(seed)
+    paths = sorted({p.resolve() for f in (default_folders() if folders is None else folders) for p in f.rglob("*.py")})
+    rng.shuffle(paths)
+    found = list(itertools.islice(definitions(paths), 4 * count))
+    rng.shuffle(found)
     return found[:count]
 
 

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "fastsft/all_pairs.h"
 #include "fastsft/duplicates.h"
 #include "fastsft/lsh.h"
 #include "fastsft/minhash.h"
@@ -141,6 +142,39 @@ void find_duplicates(py::handle texts, py::handle offsets, int64_t num_perm, int
   near_duplicates(views.data(), n, minhash, {bands, rows}, options, out);
 }
 
+void find_all_duplicates(py::handle texts, py::handle offsets, int64_t ngram, bool chars, double threshold,
+                         int64_t max_cluster, py::handle labels) {
+  Check check("near_duplicates");
+  auto* out = check.in<int64_t>("labels", labels, "N");
+  const std::vector<std::string_view> views = text_views("near_duplicates", texts, offsets);
+  const int64_t n = static_cast<int64_t>(views.size());
+  check.require(check.size("N") == n, "labels", "one per text, " + std::to_string(n), std::to_string(check.size("N")));
+  require_kernels(check, "near_duplicates");
+  const LinkOptions options{threshold, {ngram, unit_of(chars)}, true, max_cluster};
+  py::gil_scoped_release release;
+  all_pairs_clusters(views.data(), n, options, out);
+}
+
+py::tuple find_pairs(py::handle texts, py::handle offsets, double threshold, int64_t ngram, bool chars) {
+  const std::vector<std::string_view> views = text_views("similar_pairs", texts, offsets);
+  std::vector<SimilarPair> found;
+  {
+    py::gil_scoped_release release;
+    found = similar_pairs(views.data(), static_cast<int64_t>(views.size()), threshold, {ngram, unit_of(chars)});
+  }
+  const py::ssize_t count = static_cast<py::ssize_t>(found.size());
+  py::array_t<int64_t> pairs({count, py::ssize_t{2}});
+  py::array_t<double> similarity(count);
+  int64_t* xy = pairs.mutable_data();
+  double* value = similarity.mutable_data();
+  for (const SimilarPair& pair : found) {
+    *xy++ = pair.x;
+    *xy++ = pair.y;
+    *value++ = pair.similarity;
+  }
+  return py::make_tuple(std::move(pairs), std::move(similarity));
+}
+
 }  // namespace
 
 void register_minhash(py::module_& m) {
@@ -169,6 +203,11 @@ void register_minhash(py::module_& m) {
         py::arg("ngram"), py::arg("chars"), py::arg("seed"), py::arg("bands"), py::arg("rows"), py::arg("threshold"),
         py::arg("verify"), py::arg("max_cluster"), py::arg("labels"),
         "Fills labels, int64 [N]; max_cluster 0 is no limit.");
+  m.def("all_pairs_clusters", &find_all_duplicates, py::arg("texts"), py::arg("offsets"), py::arg("ngram"),
+        py::arg("chars"), py::arg("threshold"), py::arg("max_cluster"), py::arg("labels"),
+        "Fills labels, int64 [N]; max_cluster 0 is no limit.");
+  m.def("similar_pairs", &find_pairs, py::arg("texts"), py::arg("offsets"), py::arg("threshold"), py::arg("ngram"),
+        py::arg("chars"), "(int64 [P, 2], float64 [P])");
 }
 
 }  // namespace fastsft::bindings

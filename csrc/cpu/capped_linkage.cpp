@@ -31,4 +31,21 @@ std::vector<uint32_t> capped_linkage(std::vector<SimilarSets> pairs, const std::
   return parent;
 }
 
+std::vector<uint32_t> linkage_within(std::vector<SimilarSets> pairs, const std::vector<Fingerprint>& prints,
+                                     int64_t max_cluster) {
+  std::vector<uint32_t> parent(prints.size());
+  std::iota(parent.begin(), parent.end(), 0u);
+  const Forest<uint32_t> components{parent.data()};
+  for (const SimilarSets& pair : pairs) components.join(pair.x, pair.y);
+  std::vector<int64_t> size(prints.size());
+  for (uint32_t i = 0; i < parent.size(); ++i) ++size[parent[i] = components.find(i)];
+  if (max_cluster == 0) return parent;
+  std::erase_if(pairs, [&](const SimilarSets& pair) { return size[parent[pair.x]] <= max_cluster; });
+  const std::vector<uint32_t> capped = capped_linkage(std::move(pairs), prints, max_cluster);
+  for (uint32_t i = 0; i < parent.size(); ++i) {
+    if (size[parent[i]] > max_cluster) parent[i] = capped[i];
+  }
+  return parent;
+}
+
 }  // namespace fastsft

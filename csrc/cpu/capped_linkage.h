@@ -19,4 +19,9 @@ struct SimilarSets {
 std::vector<uint32_t> capped_linkage(std::vector<SimilarSets> pairs, const std::vector<Fingerprint>& prints,
                                      int64_t max_cluster);
 
+// The connected components of the pairs, in the same form; those of more than max_cluster sets (0: no limit) by
+// capped_linkage.
+std::vector<uint32_t> linkage_within(std::vector<SimilarSets> pairs, const std::vector<Fingerprint>& prints,
+                                     int64_t max_cluster);
+
 }  // namespace fastsft

@@ -19,52 +19,53 @@ Fingerprint append_distinct(Shingles shingles, ShingleTable& table, std::vector<
   return print;
 }
 
+void PrintIndex::clear() {
+  prints_.clear();
+  slots_.assign(8, 0);
+}
+
+uint32_t PrintIndex::add(const Fingerprint& print) {
+  if (slots_.size() < 2 * prints_.size() + 2) {
+    slots_.assign(std::bit_ceil(4 * prints_.size() + 8), 0);
+    for (uint32_t i = 0; i < size(); ++i) slots_[slot(prints_[i])] = i + 1;
+  }
+  uint32_t& at = slots_[slot(print)];
+  if (at == 0) {
+    prints_.push_back(print);
+    at = size();
+  }
+  return at - 1;
+}
+
+std::size_t PrintIndex::slot(const Fingerprint& print) const {
+  const std::size_t mask = slots_.size() - 1;
+  std::size_t at = print.sum & mask;
+  while (slots_[at] != 0 && prints_[slots_[at] - 1] != print) at = (at + 1) & mask;
+  return at;
+}
+
 void SetPool::clear() {
   constexpr std::size_t kKept = std::size_t{1} << 20;
   shingler_.release_if_large();
-  if (elements_.capacity() > kKept) {
-    *this = SetPool();
-    return;
-  }
+  if (elements_.capacity() > kKept) *this = SetPool();
   in_table_ = -1;
   elements_.clear();
   begins_.clear();
   prints_.clear();
-  by_print_.assign(8, 0);
 }
 
 uint32_t SetPool::add(std::string_view text, const ShingleOptions& options) {
   const int64_t count = shingler_.read(text, options);
   const int64_t begin = static_cast<int64_t>(elements_.size());
-  const Fingerprint print =
-      append_distinct(Shingles(shingler_.shingles(), static_cast<std::size_t>(count)), table_, elements_);
-  const uint32_t number = find_or_append(print, size());
-  if (number == size()) {
+  const uint32_t set =
+      prints_.add(append_distinct(Shingles(shingler_.shingles(), static_cast<std::size_t>(count)), table_, elements_));
+  if (set == begins_.size()) {
     begins_.push_back(begin);
-    prints_.push_back(print);
   } else {
     elements_.resize(static_cast<std::size_t>(begin));
   }
-  in_table_ = number;
-  return number;
-}
-
-uint32_t SetPool::find_or_append(const Fingerprint& print, uint32_t number) {
-  const auto slot = [&](const Fingerprint& wanted) {
-    std::size_t at = wanted.sum & (by_print_.size() - 1);
-    while (by_print_[at] != 0 && prints_[by_print_[at] - 1] != wanted) at = (at + 1) & (by_print_.size() - 1);
-    return at;
-  };
-  if (by_print_.size() < 2 * prints_.size() + 2) {
-    by_print_.assign(std::bit_ceil(4 * prints_.size() + 8), 0);
-    for (uint32_t i = 0; i < size(); ++i) by_print_[slot(prints_[i])] = i + 1;
-  }
-  uint32_t& at = by_print_[slot(print)];
-  if (at == 0) {
-    at = number + 1;
-    return number;
-  }
-  return at - 1;
+  in_table_ = set;
+  return set;
 }
 
 double SetPool::similarity(uint32_t x, uint32_t y, double threshold) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "shingler.h"
@@ -88,6 +89,22 @@ inline int64_t count_common(const ShingleTable& table, Shingles set, int64_t nee
   return common;
 }
 
+// Numbers distinct fingerprints in the order in which they come.
+class PrintIndex {
+ public:
+  void clear();
+  uint32_t add(const Fingerprint& print);
+  uint32_t size() const { return static_cast<uint32_t>(prints_.size()); }
+  const Fingerprint& operator[](uint32_t number) const { return prints_[number]; }
+  std::vector<Fingerprint> take() { return std::move(prints_); }
+
+ private:
+  std::size_t slot(const Fingerprint& print) const;
+
+  std::vector<Fingerprint> prints_;
+  std::vector<uint32_t> slots_;  // open addressing, at most half full: number + 1, or 0
+};
+
 // The distinct sets among some texts.
 class SetPool {
  public:
@@ -96,7 +113,7 @@ class SetPool {
   // The number of the text's set: that of an equal one if there is one already.
   uint32_t add(std::string_view text, const ShingleOptions& options);
 
-  uint32_t size() const { return static_cast<uint32_t>(prints_.size()); }
+  uint32_t size() const { return prints_.size(); }
   const Fingerprint& print(uint32_t set) const { return prints_[set]; }
 
   // Their similarity if it is at least `threshold`, otherwise -1. Fast for one y after the other with the same x.
@@ -106,15 +123,13 @@ class SetPool {
   Shingles elements(uint32_t set) const {
     return Shingles(elements_).subspan(static_cast<std::size_t>(begins_[set]), prints_[set].size);
   }
-  uint32_t find_or_append(const Fingerprint& print, uint32_t number);
 
   Shingler<uint64_t> shingler_;
   ShingleTable table_;
   int64_t in_table_ = -1;  // the set that the table holds
   std::vector<uint64_t> elements_;
   std::vector<int64_t> begins_;
-  std::vector<Fingerprint> prints_;
-  std::vector<uint32_t> by_print_;  // open addressing, at most half full: number + 1, or 0
+  PrintIndex prints_;
 };
 
 }  // namespace fastsft

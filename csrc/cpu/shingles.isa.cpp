@@ -36,7 +36,8 @@ inline uint64_t finalise(uint64_t h) {
 }
 
 // Lower-cases 64 bytes in place and returns one bit per byte: is it part of a word? Intrinsics, because the compiler
-// makes no mask register or movemask of a vector of truth values: with them the whole pass takes two thirds of the time.
+// makes no mask register or movemask of a vector of truth values: with them the whole pass takes two thirds of the
+// time.
 #if defined(__AVX512BW__)
 inline uint64_t classify(uint8_t* bytes) {
   const auto within = [](__m512i c, char first, char count) {

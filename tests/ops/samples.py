@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,3 +20,19 @@ def noisy_copies(rng: np.random.Generator, families: int, copies: int, num_perm:
     flip = rng.random((families, copies, num_perm)) < rng.random((families, copies, 1)) * 0.4
     rows = np.where(flip, noise, base).reshape(-1, num_perm)
     return rows[rng.permutation(len(rows))]
+
+
+def family_texts(seed: int, families: int = 12, copies: int = 5, length: int = 60) -> list[str]:
+    """Copies of random texts with words replaced at assorted rates, with exact and trivial duplicates among them."""
+    rng = random.Random(seed)
+    texts = ["", " ;\n", "one two"]
+    for _ in range(families):
+        base = [f"w{rng.randrange(3000)}" for _ in range(rng.randrange(5, length))]
+        texts.append(" ".join(base))
+        for _ in range(copies):
+            rate = rng.random() * 0.12
+            texts.append("\n".join(f"v{rng.randrange(3000)}" if rng.random() < rate else w for w in base))
+        texts.append(" ".join(base).upper())
+        texts.append(" ".join(base) + " é 日本 " + base[0])
+    rng.shuffle(texts)
+    return texts

@@ -13,27 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import family_texts
 
 from fastsft import _C, ops
 from fastsft.ops import reference
 
 Labels = npt.NDArray[np.int64]
-
-
-def family_texts(seed: int, families: int = 12, copies: int = 5, length: int = 60) -> list[str]:
-    """Copies of random texts with words replaced at assorted rates, with exact and trivial duplicates among them."""
-    rng = random.Random(seed)
-    texts = ["", " ;\n", "one two"]
-    for _ in range(families):
-        base = [f"w{rng.randrange(3000)}" for _ in range(rng.randrange(5, length))]
-        texts.append(" ".join(base))
-        for _ in range(copies):
-            rate = rng.random() * 0.12
-            texts.append("\n".join(f"v{rng.randrange(3000)}" if rng.random() < rate else w for w in base))
-        texts.append(" ".join(base).upper())
-        texts.append(" ".join(base) + " é 日本 " + base[0])
-    rng.shuffle(texts)
-    return texts
 
 
 def arena(texts: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -30,6 +30,7 @@ STEMS = {
     "lsh_keys": "minhash",
     "link_similar": "duplicates",
     "near_duplicates": "duplicates",
+    "similar_pairs": "all_pairs",
     "pack_sequences": "pack",
     "jsonl_fields": "jsonl",
     "text_digests": "digest",

@@ -4,6 +4,7 @@
 """
 
 from fastsft.ops.activation import swiglu
+from fastsft.ops.all_pairs import similar_pairs
 from fastsft.ops.attention import attention_plan, varlen_attention
 from fastsft.ops.digest import text_digests
 from fastsft.ops.duplicates import link_similar, near_duplicates
@@ -41,6 +42,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "sample",
+    "similar_pairs",
     "swiglu",
     "text_digests",
     "varlen_attention",

@@ -23,6 +23,7 @@ def near_duplicates(
     verify: bool = True,
     max_cluster: int | None = None,
     seed: int = 0,
+    mode: str = "lsh",
 ) -> npt.NDArray[np.int64]:
     """Clusters of near-duplicates: MinHash signatures, bands, exact verification and connected components in one call.
 
@@ -46,6 +47,8 @@ def near_duplicates(
             nothing in common. A component above it is made anew: its links, in order of descending similarity (and of
             the two texts' hashes among equal ones), join their clusters unless the result would be above the limit.
             This compares all candidate pairs of such a component. None: no limit.
+        mode: "lsh", or "all_pairs": no pair is missed (:func:`fastsft.ops.similar_pairs`), for a few times the time;
+            ``threshold`` is above 0 then, and ``num_perm``, ``bands``, ``rows``, ``verify`` and ``seed`` play no part.
 
     Returns:
         int64 [N]: for each text, the smallest index in its cluster; ``labels == arange(N)`` keeps one of each.
@@ -56,15 +59,20 @@ def near_duplicates(
     """
     op = "near_duplicates"
     chars = _texts.check_unit(op, unit)
+    limit = _texts.check_max_cluster(op, max_cluster)
+    if mode not in ("lsh", "all_pairs"):
+        raise ValueError(f"{op}: mode: expected 'lsh' or 'all_pairs', got {mode!r}")
+    data, offsets, count = _texts.native(op, texts)
+    labels = np.empty(count, np.int64)
+    if mode == "all_pairs":
+        _C.all_pairs_clusters(data, offsets, ngram, chars, float(threshold), limit, labels)
+        return labels
     _texts.check_minhash(op, num_perm, seed)
     _check_threshold(op, threshold)
     if (bands is None) != (rows is None):
         raise ValueError(f"{op}: bands, rows: expected both or neither, got {bands} and {rows}")
     if bands is None or rows is None:
         bands, rows = lsh_shape(num_perm, threshold)
-    limit = _texts.check_max_cluster(op, max_cluster)
-    data, offsets, count = _texts.native(op, texts)
-    labels = np.empty(count, np.int64)
     _C.near_duplicates(
         data, offsets, num_perm, ngram, chars, seed, bands, rows, float(threshold), verify, limit, labels
     )

@@ -11,7 +11,7 @@ from fastsft.ops.reference.attention import (
     visible,
 )
 from fastsft.ops.reference.digest import text_digests
-from fastsft.ops.reference.duplicates import link_similar, near_duplicates
+from fastsft.ops.reference.duplicates import link_similar, near_duplicates, similar_pairs
 from fastsft.ops.reference.fim import fim_permute, fim_rows
 from fastsft.ops.reference.jsonl import jsonl_fields
 from fastsft.ops.reference.layers import (
@@ -72,6 +72,7 @@ __all__ = [
     "round_to_int8",
     "sample",
     "shingles",
+    "similar_pairs",
     "swiglu",
     "text_digests",
     "text_units",

@@ -27,7 +27,10 @@ def near_duplicates(
     verify: bool = True,
     max_cluster: int | None = None,
     seed: int = 0,
+    mode: str = "lsh",
 ) -> npt.NDArray[np.int64]:
+    if mode == "all_pairs":
+        return _clusters(texts, [range(len(texts))], threshold, ngram=ngram, unit=unit, max_cluster=max_cluster)
     if bands is None or rows is None:
         bands, rows = lsh_shape(num_perm, threshold)
     signatures = minhash_signatures(texts, num_perm=num_perm, ngram=ngram, unit=unit, seed=seed)
@@ -38,6 +41,15 @@ def near_duplicates(
     return _clusters(
         texts, buckets.values(), threshold if verify else 0.0, ngram=ngram, unit=unit, max_cluster=max_cluster
     )
+
+
+def similar_pairs(
+    texts: Sequence[str], *, threshold: float = 0.7, ngram: int = 5, unit: str = "word"
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    sets = [frozenset(shingles(t, ngram, unit)) for t in texts]
+    every = [(i, j, similarity(sets[i], sets[j])) for i, j in itertools.combinations(range(len(texts)), 2)]
+    found = [pair for pair in every if pair[2] >= threshold]
+    return np.array([p[:2] for p in found], np.int64).reshape(-1, 2), np.array([p[2] for p in found], np.float64)
 
 
 def link_similar(

@@ -1,0 +1,58 @@
+// From pairs of sets to pairs of texts, and to clusters. Texts with equal sets are pairs of similarity 1.
+#include "fastsft/all_pairs.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "fastsft/common.h"
+#include "forest.h"
+#include "similarity_join.h"
+
+namespace fastsft {
+namespace {
+
+void check(const char* op, const std::string_view* texts, int64_t n, double threshold, int64_t ngram) {
+  FASTSFT_CHECK(threshold > 0.0 && threshold <= 1.0, op, ": threshold: expected a number in (0, 1], got ", threshold);
+  FASTSFT_CHECK(ngram >= 1, op, ": ngram: expected >= 1, got ", ngram);
+  FASTSFT_CHECK(n < 0xFFFFFFFF, op, ": texts: expected fewer than 2^32 - 1, got ", n);
+  check_lengths(op, texts, n);
+}
+
+}  // namespace
+
+std::vector<SimilarPair> similar_pairs(const std::string_view* texts, int64_t n, double threshold,
+                                       const ShingleOptions& shingles) {
+  check("similar_pairs", texts, n, threshold, shingles.ngram);
+  const SimilarityJoin join = join_all_pairs(texts, n, threshold, shingles);
+  std::vector<std::vector<int64_t>> texts_of(join.prints.size());
+  for (int64_t i = 0; i < n; ++i) texts_of[join.set_of[i]].push_back(i);
+  std::vector<SimilarPair> pairs;
+  for (const auto& same : texts_of) {
+    for (std::size_t i = 0; i < same.size(); ++i) {
+      for (std::size_t j = i + 1; j < same.size(); ++j) pairs.push_back({same[i], same[j], 1.0});
+    }
+  }
+  for (const SimilarSets& sets : join.pairs) {
+    for (const int64_t x : texts_of[sets.x]) {
+      for (const int64_t y : texts_of[sets.y]) pairs.push_back({std::min(x, y), std::max(x, y), sets.similarity});
+    }
+  }
+  std::sort(pairs.begin(), pairs.end(),
+            [](const SimilarPair& a, const SimilarPair& b) { return a.x != b.x ? a.x < b.x : a.y < b.y; });
+  return pairs;
+}
+
+void all_pairs_clusters(const std::string_view* texts, int64_t n, const LinkOptions& options, int64_t* labels) {
+  check("near_duplicates", texts, n, options.threshold, options.shingles.ngram);
+  FASTSFT_CHECK(options.max_cluster >= 0, "near_duplicates: max_cluster: expected >= 1, got ", options.max_cluster);
+  SimilarityJoin join = join_all_pairs(texts, n, options.threshold, options.shingles);
+  const std::vector<uint32_t> cluster = linkage_within(std::move(join.pairs), join.prints, options.max_cluster);
+  std::vector<int64_t> first(join.prints.size(), -1);
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t& label = first[cluster[join.set_of[i]]];
+    if (label < 0) label = i;
+    labels[i] = label;
+  }
+}
+
+}  // namespace fastsft

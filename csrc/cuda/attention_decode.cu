@@ -11,10 +11,16 @@
 // values in flight (12 kB at D = 128), a multiprocessor 8 warps at D >= 128, 12 at 80 and 96, 16 at 32 and 64: 96 kB at
 // D = 128 and 256, 48 kB at D = 64.
 //
-// One warp works alone on a unit: (sequence, segment of keys, 16 query rows, key head). Warps share nothing, so there
-// are no barriers and one warp's waiting is another's work. Units are dealt out in turn, key heads first, so that what
-// runs at one time reads neighbouring rows of the cache. Where the partial results would need too much memory (many
-// query rows: chunked prefill), a unit is all segments of its rows, folded into one partial result in the same order.
+// Decoding: one warp works alone on a unit: (sequence, segment of keys, 16 query rows, key head). Warps share nothing,
+// so there are no barriers and one warp's waiting is another's work. Units are dealt out in turn, key heads first, so
+// that what runs at one time reads neighbouring rows of the cache. Where the partial results would need too much memory
+// (many query rows: chunked prefill), a unit is all segments of its rows, folded into one partial result in the same
+// order.
+//
+// Chunked prefill: a sequence with 64 query rows per key head or more (32 at D = 256) is cut into units of so many,
+// each a block's: its warps share the tiles of keys and values, which are read once per 64 rows instead of once per 16.
+// That is 64 flop per byte from the L2, above the balance of an A100 (50), and the matrix instructions and ldmatrix
+// bound it.
 #include <algorithm>
 #include <initializer_list>
 #include <tuple>
@@ -33,13 +39,26 @@ constexpr float kLog2e = 1.44269504088896341f;
 template <typename T, int kDim>
 __global__ void __launch_bounds__(Tiling<kDim>::kWarps* kWarp, Tiling<kDim>::kBlocks)
     decode_kernel(const __grid_constant__ Arguments a) {
-  UnitList units(a);
-  Worker<T, kDim> worker(a);
+  UnitList<1> units(a);
+  Worker<T, kDim, 1> worker(a);
   Sequence sequence;
   int64_t within;
   const int64_t stride = int64_t{gridDim.x} * Tiling<kDim>::kWarps;
   for (int64_t unit = blockIdx.x + int64_t{gridDim.x} * warp_id(); units.find(unit, &sequence, &within);
        unit += stride) {
+    worker.run(sequence, within);
+  }
+}
+
+// One block per unit: every warp finds the same ones.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(Tiling<kDim>::kWarps* kWarp, Tiling<kDim>::kBlocks)
+    prefill_kernel(const __grid_constant__ Arguments a) {
+  UnitList<Tiling<kDim>::kWarps> units(a);
+  Worker<T, kDim, Tiling<kDim>::kWarps> worker(a);
+  Sequence sequence;
+  int64_t within;
+  for (int64_t unit = blockIdx.x; units.find(unit, &sequence, &within); unit += gridDim.x) {
     worker.run(sequence, within);
   }
 }
@@ -82,14 +101,25 @@ void check_aligned(const char* name, const void* data, std::initializer_list<std
 }
 
 template <typename T, int kDim>
-void start(const Arguments& a, void* stream) {
+void start(Arguments a, void* stream) {
   using Layout = Tiling<kDim>;
-  const int64_t rows = int64_t{a.total_q} * a.shape.num_q_heads;
-  const int64_t units = (rows / a.shape.num_kv_heads / kRows + a.batch) * a.shape.num_kv_heads * a.splits;
-  const int64_t blocks = std::min<int64_t>((units + Layout::kWarps - 1) / Layout::kWarps,
-                                           int64_t{multiprocessor_count()} * Layout::kBlocks);
-  launch<decode_kernel<T, kDim>>(dim3(static_cast<unsigned>(blocks)), Layout::kWarps * kWarp,
-                                 Layout::kWarps * Layout::kWarpBytes, stream, a);
+  constexpr int kTeamRows = Layout::kWarps * kRows;
+  const int64_t rows = int64_t{a.total_q} * a.shape.num_q_heads, rows_per_head = rows / a.shape.num_kv_heads;
+  const int64_t resident = int64_t{multiprocessor_count()} * Layout::kBlocks;
+  const auto launch_units = [&]<auto kKernel>(int64_t blocks) {
+    launch<kKernel>(dim3(static_cast<unsigned>(std::min(blocks, resident))), Layout::kWarps * kWarp,
+                    Layout::kWarps * Layout::kWarpBytes, stream, a);
+  };
+  // The lengths are on the device. With a query for every sequence, the longest has at most these: in plain decoding,
+  // one. Where sequences without queries make the bound too low, single warps do the work of teams.
+  const bool has_teams = int64_t{a.total_q - a.batch + 1} * a.group >= kTeamRows;
+  a.team_rows = has_teams ? kTeamRows : INT64_MAX;
+  if (has_teams) {  // a tile that is not full only after full ones
+    launch_units.template operator()<prefill_kernel<T, kDim>>(2 * (rows_per_head / kTeamRows) * a.shape.num_kv_heads *
+                                                              a.splits);
+  }
+  const int64_t units = (rows_per_head / kRows + a.batch) * a.shape.num_kv_heads * a.splits;
+  launch_units.template operator()<decode_kernel<T, kDim>>((units + Layout::kWarps - 1) / Layout::kWarps);
   if (a.splits == 1) return;
   constexpr int kPerBlock = kMergeThreads / kWarp;
   launch<merge_kernel<T, kDim>>(dim3(static_cast<unsigned>((rows + kPerBlock - 1) / kPerBlock)), kMergeThreads, 0,

@@ -18,9 +18,11 @@ struct Tiling {
   static constexpr int kStride = kDim + 8;  // an odd number of 16-byte chunks: no bank conflicts in load_matrix
   static constexpr int kTile = kStep * kStride;
   static constexpr bool kQueryInShared = kDim > 128;  // where the accumulators leave too few registers
+  static constexpr int kTilesBytes = 2 * kStages * kTile * 2;
   static constexpr int kQueryBytes = kQueryInShared ? kRows * kDim * 2 : 0;
   static constexpr int kSlotBytes = kSegment * static_cast<int>(sizeof(int2));
-  static constexpr int kWarpBytes = 2 * kStages * kTile * 2 + kQueryBytes + kSlotBytes;
+  static constexpr int kOwnBytes = kQueryBytes + kSlotBytes;  // what the warps of a team do not share
+  static constexpr int kWarpBytes = kTilesBytes + kOwnBytes;
 };
 
 struct Arguments {
@@ -31,6 +33,7 @@ struct Arguments {
   int batch, total_q, group;
   int64_t window_left, window_right;  // causal counted in; -1: unbounded
   int splits;                         // partial results per query row; 1: a unit is all segments of its rows
+  int64_t team_rows;                  // sequences with so many query rows per key head are left to teams
   float score_scale, cap_scale;       // score * score_scale, or, with a cap, tanh(score * score_scale) * cap_scale
   void* out;
   float* sums;     // [total_q * num_q_heads, splits, head_dim]
@@ -72,14 +75,18 @@ __device__ inline Range keys_of(const Arguments& a, const Sequence& s, int query
   return {static_cast<int>(begin), static_cast<int>(end)};
 }
 
-// Finds the unit of a number in the list of all units. The numbers asked for must ascend. Every lane of a warp calls
-// and gets the same answer.
+// Finds the unit of a number in the list of all units of single warps (kTeam = 1) or of teams. The numbers asked for
+// must ascend. Every lane of a warp calls and gets the same answer.
+template <int kTeam>
 class UnitList {
  public:
+  static constexpr int kTileRows = kTeam * kRows;
+
   __device__ explicit UnitList(const Arguments& a) : a_(a) {}
 
   __device__ static int tiles(const Arguments& a, const Sequence& s) {
-    return (s.queries * a.group + kRows - 1) / kRows;
+    const int rows = s.queries * a.group;
+    return (rows >= a.team_rows) == (kTeam > 1) ? (rows + kTileRows - 1) / kTileRows : 0;
   }
 
   // False after the last unit; else its sequence and its number within that.

@@ -5,19 +5,22 @@
 
 namespace fastsft::cuda::paged {
 
-// What one warp does.
-template <typename T, int kDim>
+// What one warp does, by itself (kTeam = 1) or as one of the kTeam warps of a block, which take 16 query rows each and
+// share tiles of 16 kTeam keys. A team's steps of 16 keys are those of a single warp: a row's bits are the same.
+template <typename T, int kDim, int kTeam>
 class Worker {
   using Layout = Tiling<kDim>;
   using Word = typename T::Word;
+  static_assert(kTeam == 1 || kTeam == Layout::kWarps);  // a team's barrier is the block's
+  static constexpr int kTileKeys = kTeam * kStep;
   static constexpr int kSteps = kDim / 16;   // of the matrix product over D
   static constexpr int kColumns = kDim / 8;  // 8-wide tiles of the output
 
  public:
   __device__ __forceinline__ explicit Worker(const Arguments& a) : a_(a) {
-    unsigned char* shared = shared_memory() + warp_id() * Layout::kWarpBytes;
+    unsigned char* shared = shared_memory() + warp_id() / kTeam * kTeam * Layout::kWarpBytes;
     tiles_ = reinterpret_cast<Word*>(shared);
-    shared += 2 * kStages * Layout::kTile * 2;
+    shared += kTeam * Layout::kTilesBytes + warp_id() % kTeam * Layout::kOwnBytes;
     query_words_ = reinterpret_cast<uint4*>(shared);
     slots_ = reinterpret_cast<int2*>(shared + Layout::kQueryBytes);
   }
@@ -26,18 +29,21 @@ class Worker {
     s_ = s;
     head_ = static_cast<int>(within % a_.shape.num_kv_heads);
     within /= a_.shape.num_kv_heads;
-    const int tiles = UnitList::tiles(a_, s);
-    first_row_ = static_cast<int>(within % tiles) * kRows;
+    const int tiles = UnitList<kTeam>::tiles(a_, s), tile_row = static_cast<int>(within % tiles) * kTeam * kRows;
     const int split = static_cast<int>(within / tiles);
+    first_row_ = tile_row + warp_id() % kTeam * kRows;
     for (int i = 0; i < 2; ++i) seen_[i] = keys_of(a_, s, query_of(i));
-    const int last_row = min(first_row_ + kRows, s.queries * a_.group) - 1;
-    const int begin = keys_of(a_, s, first_row_ / a_.group).begin, end = keys_of(a_, s, last_row / a_.group).end;
+    const Range range = keys_of_rows(tile_row, kTeam * kRows);
     load_query();
     const bool alone = a_.splits == 1;
-    const int last = alone ? s.segments : split + 1;
-    for (int i = alone ? 0 : split; i < last; ++i) {
-      attend(s.first_segment + i, begin, end);
-      if (alone && i > 0) fold_stored();
+    int first = split, last = split + 1;
+    if (alone) {  // one segment at least, which writes the result; the others without keys would change no bit
+      first = max(range.begin / kSegment - s.first_segment, 0);
+      last = max((range.end + kSegment - 1) / kSegment - s.first_segment, first + 1);
+    }
+    for (int i = first; i < last; ++i) {
+      attend(s.first_segment + i, range.begin, range.end);
+      if (alone && i > first) fold_stored();
       if (alone && i + 1 == last) {
         write_output();
       } else {
@@ -55,6 +61,13 @@ class Worker {
   __device__ __forceinline__ int64_t row_index(int i) const {  // in [total_q, num_q_heads]
     const int query = query_of(i), in_group = row_of(i) % a_.group;
     return static_cast<int64_t>(s_.begin + query) * a_.shape.num_q_heads + head_ * a_.group + in_group;
+  }
+
+  // What `count` rows from `first` see together.
+  __device__ __forceinline__ Range keys_of_rows(int first, int count) const {
+    const int last = min(first + count, s_.queries * a_.group) - 1;
+    if (last < first) return {0, 0};
+    return {keys_of(a_, s_, first / a_.group).begin, keys_of(a_, s_, last / a_.group).end};
   }
 
   __device__ __forceinline__ void load_query() {
@@ -114,14 +127,15 @@ class Worker {
     return warp_any(bad);
   }
 
-  // Starts copying 16 rows of the cache, those of `slots`; zeros where there is no key.
+  // Starts copying kTileKeys rows of the cache, those of `slots`; zeros where there is no key.
   __device__ __forceinline__ void copy_tile(Word* to, const void* data, const int64_t (&strides)[3],
                                             const int2* slots) {
-    constexpr int kChunks = kDim / 8;
+    constexpr int kChunks = kDim / 8, kThreads = kTeam * kWarp;
+    const int thread = warp_id() % kTeam * kWarp + lane_id();
     const Word* from = static_cast<const Word*>(data) + head_ * strides[2];
-#pragma unroll
-    for (int i = 0; i < kStep * kChunks / kWarp; ++i) {
-      const int chunk = i * kWarp + lane_id(), row = chunk / kChunks, column = chunk % kChunks * 8;
+#pragma unroll(kTeam > 1 && kDim > 128 ? 4 : 16)  // all, or as many as there are registers for
+    for (int i = 0; i < kTileKeys * kChunks / kThreads; ++i) {
+      const int chunk = i * kThreads + thread, row = chunk / kChunks, column = chunk % kChunks * 8;
       const int2 slot = slots[row];
       const bool valid = slot.x >= 0;
       const Word* source = from + column + (valid ? slot.x * strides[0] + slot.y * strides[1] : 0);
@@ -129,8 +143,8 @@ class Worker {
     }
   }
 
-  __device__ __forceinline__ Word* key_tile(int stage) { return tiles_ + 2 * stage * Layout::kTile; }
-  __device__ __forceinline__ Word* value_tile(int stage) { return tiles_ + (2 * stage + 1) * Layout::kTile; }
+  __device__ __forceinline__ Word* key_tile(int stage) { return tiles_ + 2 * stage * kTeam * Layout::kTile; }
+  __device__ __forceinline__ Word* value_tile(int stage) { return tiles_ + (2 * stage + 1) * kTeam * Layout::kTile; }
 
   // The accumulators, maxima and sums over the keys of one segment that lie in [begin, end).
   __device__ __forceinline__ void attend(int segment, int begin, int end) {
@@ -145,7 +159,23 @@ class Worker {
     begin = max(begin, base);
     end = min(end, base + kSegment);
     const bool bad = find_slots(base, begin, end);
-    const int first_step = (begin - base) / kStep, steps = begin < end ? (end - base + kStep - 1) / kStep : 0;
+    const int first = (begin - base) / kTileKeys, steps = begin < end ? (end - base + kTileKeys - 1) / kTileKeys : 0;
+    if constexpr (kTeam == 1) {
+      walk_alone(base, first, steps);
+    } else {
+      walk_together(base, first, steps);
+    }
+    copy_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      part_[i].sum += shuffle_xor(part_[i].sum, 1);
+      part_[i].sum += shuffle_xor(part_[i].sum, 2);
+      if (bad || s_.broken) part_[i].sum = NAN;
+    }
+  }
+
+  // Steps [first, steps) of the segment from `base`: keys and values come separately, to have more of them under way.
+  __device__ __forceinline__ void walk_alone(int base, int first, int steps) {
     const auto start_keys = [&](int step) {
       if (step < steps) copy_tile(key_tile(step % kStages), a_.cache.k, a_.cache.k_strides, slots_ + step * kStep);
       copy_async_commit();
@@ -155,10 +185,10 @@ class Worker {
       copy_async_commit();
     };
     for (int stage = 0; stage < kStages; ++stage) {
-      start_keys(first_step + stage);
-      start_values(first_step + stage);
+      start_keys(first + stage);
+      start_values(first + stage);
     }
-    for (int step = first_step; step < steps; ++step) {
+    for (int step = first; step < steps; ++step) {
       copy_async_wait<2 * kStages - 1>();
       sync_warp();
       float scores[2][4] = {};
@@ -173,12 +203,39 @@ class Worker {
       sync_warp();
       start_values(step + kStages);
     }
-    copy_async_wait<0>();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      part_[i].sum += shuffle_xor(part_[i].sum, 1);
-      part_[i].sum += shuffle_xor(part_[i].sum, 2);
-      if (bad || s_.broken) part_[i].sum = NAN;
+  }
+
+  // Whether row i of the lane sees any of the 16 keys from `key`.
+  __device__ __forceinline__ bool sees(int i, int key) const {
+    return key < seen_[i].end && seen_[i].begin < key + kStep;
+  }
+
+  // The same in steps of kTileKeys, of which a warp leaves out the 16 keys that none of its rows sees.
+  __device__ __forceinline__ void walk_together(int base, int first, int steps) {
+    const auto start = [&](int step) {
+      if (step < steps) {
+        const int2* const slots = slots_ + step * kTileKeys;
+        copy_tile(key_tile(step % kStages), a_.cache.k, a_.cache.k_strides, slots);
+        copy_tile(value_tile(step % kStages), a_.cache.v, a_.cache.v_strides, slots);
+      }
+      copy_async_commit();
+    };
+    for (int stage = 0; stage < kStages; ++stage) start(first + stage);
+    for (int step = first; step < steps; ++step) {
+      copy_async_wait<kStages - 1>();
+      __syncthreads();
+#pragma unroll 1
+      for (int part = 0; part < kTeam; ++part) {
+        const int key = base + step * kTileKeys + part * kStep;
+        if (!warp_any(sees(0, key) || sees(1, key))) continue;
+        float scores[2][4] = {};
+        uint32_t probabilities[4];
+        multiply_keys(key_tile(step % kStages) + part * Layout::kTile, scores);
+        softmax(key, scores, probabilities);
+        multiply_values(value_tile(step % kStages) + part * Layout::kTile, probabilities);
+      }
+      __syncthreads();  // all are done with the stage
+      start(step + kStages);
     }
   }
 

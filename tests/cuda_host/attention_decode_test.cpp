@@ -221,6 +221,45 @@ TEST(bits_of_a_row_are_its_own) {
   cuda_host::multiprocessors = before;
 }
 
+// Sequences with 64 query rows per key head (32 for head size 256) are cut into units of blocks.
+TEST(long_chunks) {
+  const std::vector<int> queries{70, 1, 40, 0, 31, 33}, contexts{70, 300, 330, 5, 290, 40};
+  DType dtype = DType::kFloat16;
+  for (Options o : {Options{.dim = 32}, Options{.heads_q = 6, .left = 40}, Options{.heads_q = 2, .dim = 80},
+                    Options{.dim = 96, .block_size = 7, .left = 0, .softcap = 2.0f},
+                    Options{.heads_q = 7, .heads_k = 1, .dim = 128, .scale = 0.1f},
+                    Options{.heads_q = 1, .heads_k = 1, .dim = 256, .scale = 0.06f},
+                    Options{.causal = false, .left = 3, .right = 20, .extra_blocks = kManyBlocks}}) {
+    o.dtype = dtype;
+    dtype = dtype == DType::kFloat16 ? DType::kBFloat16 : DType::kFloat16;
+    const Problem all(o, queries, contexts);
+    all.check_accuracy("long chunk");
+    const Words expected = all.run();
+    const int row = o.heads_q * o.dim;
+    if (!o.causal) continue;  // a part's context ends with its last query
+    for (std::size_t b : {0, 2, 4}) {
+      for (int i = all.cu_q[b] + 3; i < all.cu_q[b + 1]; i += 13) {
+        for (int64_t extra_blocks : {int64_t{0}, kManyBlocks}) {
+          const Words alone = all.part(b, i - all.cu_q[b], i - all.cu_q[b] + 1, extra_blocks).run();
+          CHECK(std::equal(alone.begin(), alone.end(), expected.begin() + i * row));
+        }
+      }
+    }
+  }
+}
+
+// Strides over a single token, head or block mean nothing.
+TEST(strides_of_one) {
+  Problem p({.heads_q = 1, .heads_k = 1, .block_size = 1, .extra_blocks = 0}, {1}, {1});
+  const Words expected = p.run();
+  PagedCache cache = p.cache();
+  for (int i = 0; i < 3; ++i) cache.k_strides[i] = cache.v_strides[i] = 1;
+  Words out(p.q.size());
+  cuda::paged_attention_forward(p.shape(), p.cu_q.data(), 1, 1, {p.q.data(), 1, 1}, cache, out.data(), nullptr,
+                                nullptr);
+  CHECK(out == expected);
+}
+
 TEST(both_ways_of_sharing_out_segments) {
   CHECK(cuda::paged_scratch(4, 64, 0).floats == 0 && cuda::paged_scratch(4, 64, 256).floats == 0);
   CHECK(cuda::paged_scratch(4, 64, 257).splits == 2 && cuda::paged_scratch(4, 64, 257).floats == 4 * (2 * 66 + 1));

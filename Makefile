@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTHON_ENV ?= .venv
+ARCHS ?=
 GPU_ARGS ?=
 
 .PHONY: demo test test-python test-cpp ptxas lint format build bench gpu-check wheel stubs clean
@@ -28,9 +29,9 @@ test-cpp-%: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$*
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/$* --output-on-failure
 
-# Registers and local memory of every CUDA kernel, where nvcc is at hand.
+# Registers and local memory of every CUDA kernel, where nvcc is at hand; ARCHS="100 120": for the release's others.
 ptxas: $(VENV)/ready
-	$(BIN)/python tests/cuda_host/ptxas.py
+	$(BIN)/python tests/cuda_host/ptxas.py $(ARCHS)
 
 lint: build
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Check and time the CUDA kernels against their rivals: ``python bench/gpu_check.py``; see docs/benchmarks-gpu.md.
 
 Every case passes its correctness gate before it is timed. A rival that is not installed or fails is named and skipped.
-Writes bench/results/<gpu>/<date>.json after every case; ends with status 1 if a result of ours is wrong or missing.
+Writes bench/results/<gpu>/<date>.json after every case; ends with status 1 if a result of ours is wrong or missing, or
+compute-sanitizer finds something.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import gpu_loss
 import torch
 from gpu_case import Case, Entry, Setting
 from gpu_present import require_gpu
+from gpu_sanitizer import TESTS, sanitize
 from gpu_timing import Limits, Stopwatch, Timing, summary, wall_clock
 from record import ROOT, machine
 
@@ -31,6 +33,7 @@ from fastsft.gpu import gpus
 
 ENTRIES = [*gpu_attention.ENTRIES, *gpu_loss.ENTRIES, *gpu_layers.ENTRIES, *gpu_data.ENTRIES]
 HOST_REPEATS = 5
+SECONDS = 480  # for all: compute-sanitizer gets what the cases leave of them
 
 Row = dict[str, Any]
 
@@ -91,6 +94,8 @@ def line(row: Row) -> str:
     name = f"  {row['contestant']}"
     if "problem" in row:
         return f"{name:44} {row['problem']}"
+    if "note" in row:
+        return f"{name:44} {row['note']}"
     shares = [f"{row[key]:.0%} {key[3:]}" for key in ("of_matmul", "of_copy") if key in row]
     ratio = f"{row['times_ours']:.2f}" if "times_ours" in row else ""
     error = f"{row['error']:.2f}" if "error" in row else ""
@@ -141,6 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     if path is None and setting.cuda:
         path = results_path(result["machine"]["gpu"]["name"], date)
     rows: list[Row] = []
+
+    def keep(title: str, found: list[Row]) -> None:
+        print("\n".join([title, *map(line, found)]), flush=True)
+        rows.extend({"group": title, **row} for row in found)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+
     peak = result["machine"].get("gpu", {}).get("memory_gbytes_per_s")
     share = f" of the memory's {peak:,}" if peak else ""
     print(
@@ -155,14 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
             found: list[Row] = [{"contestant": "fastsft", "problem": f"not run: {options.limit:.0f} s are over"}]
         else:
             found = run_case(entry, setting, watch, limits)
-        print("\n".join([title, *map(line, found)]), flush=True)
-        rows += [{"group": title, **row} for row in found]
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        keep(title, found)
         gc.collect()
         if setting.cuda:
             torch.cuda.empty_cache()
+    if setting.cuda and not options.only:
+        keep(f"compute-sanitizer: {TESTS}", sanitize(SECONDS - (time.perf_counter() - start)))
     print(f"{time.perf_counter() - start:.0f} s" + (f", {path}" if path else ""))
     return int(any("problem" in row for row in rows if row["contestant"].startswith("fastsft")))
 

@@ -1,5 +1,7 @@
 """Compiles every CUDA kernel and prints what the assembler says of it: registers, shared memory, local memory.
 
+    python tests/cuda_host/ptxas.py [architecture ...]      by default 80 and 90a; the release also has 100 and 120
+
 Fails if a kernel uses local memory (spills, or an array indexed at run time), or if the assembler had to serialise
 wgmma products or ignore setmaxnreg. Needs nvcc, no GPU.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = ("80", "90a")
+DEFAULT = ("80", "90a")
 
 # Part of a kernel's name -> why local memory is all right there.
 ALLOWED: dict[str, str] = {}
@@ -81,7 +83,7 @@ def main() -> None:
     if nvcc is None:
         print("no nvcc: nothing to check")
         return
-    jobs = [(source, a) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in ARCHITECTURES]
+    jobs = [(source, a) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in sys.argv[1:] or DEFAULT]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda job: compile_file(nvcc, *job), jobs))
     kernels = [kernel for found, _ in results for kernel in found]

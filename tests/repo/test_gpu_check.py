@@ -54,6 +54,51 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
     assert "median" not in row
 
 
+CLEAN = "echo '========= ERROR SUMMARY: 0 errors'"
+FOUND = "echo '========= Invalid __shared__ read of size 4'; echo '========= ERROR SUMMARY: 1 error'; exit 99"
+LATE = "sleep 60 & wait"
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "row"),
+    [
+        (CLEAN, 30, {"contestant": "fastsft, memcheck", "note": "ERROR SUMMARY: 0 errors"}),
+        (
+            FOUND,
+            30,
+            {
+                "contestant": "fastsft, memcheck",
+                "problem": "ERROR SUMMARY: 1 error: Invalid __shared__ read of size 4",
+            },
+        ),
+        ("exit 3", 30, {"contestant": "fastsft, memcheck", "problem": "status 3, no summary: "}),
+        (LATE, 2, {"contestant": "fastsft, memcheck", "note": "not finished after 1 s"}),
+        (CLEAN, 1, {"contestant": "memcheck", "note": "not run: no time was left"}),
+        (None, 30, {"contestant": "memcheck", "note": "not run: compute-sanitizer was not found"}),
+    ],
+)
+def test_sanitizer_rows(tmp_path: Path, script: str | None, seconds: int, row: dict[str, str]) -> None:
+    """A stand-in for compute-sanitizer, which needs a GPU."""
+    if script is not None:
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    code = f"""
+import json, shutil, sys
+sys.path.insert(0, "bench")
+import gpu_sanitizer
+gpu_sanitizer.SHORTEST = 0.9
+which = shutil.which
+gpu_sanitizer.shutil.which = lambda name, path: which(name, path={str(tmp_path)!r})
+print(json.dumps(gpu_sanitizer.sanitize({seconds})))
+"""
+    done = run(code=code)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows[0] == row
+    assert [r["contestant"].rpartition(" ")[2] for r in rows] == ["memcheck", "racecheck"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["gpu_check.py", "gpu_present.py"])
 def test_without_a_gpu_it_says_so(script: str) -> None:

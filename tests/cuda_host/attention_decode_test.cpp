@@ -246,6 +246,8 @@ TEST(long_chunks) {
       }
     }
   }
+  Problem({.heads_q = 1, .heads_k = 1, .dim = 32, .left = 20, .extra_blocks = kManyBlocks}, {1, 330}, {4, 600})
+      .check_accuracy("keys from the second segment on");
 }
 
 // Strides over a single token, head or block mean nothing.

@@ -7,8 +7,8 @@
 // and come back, transposed by ldmatrix, as the left operand of dq. Bound by memory: about 5 n D multiply-adds, n <=
 // 64, per 8 D bytes.
 //
-// Not up to 128: tiles of 128 rows take 111 kB of shared memory at D = 64, 143 kB at 96 and 176 kB at 128, one block per
-// multiprocessor of an A100 or none, where two of these overlap copies with products (docs/LOG.md).
+// Not up to 128: tiles of 128 rows take 111 kB of shared memory at D = 64, 143 kB at 96 and 176 kB at 128, one block
+// per multiprocessor of an A100 or none, where two of these overlap copies with products (docs/LOG.md).
 #pragma once
 
 #include "attention_bwd_sm80.cuh"

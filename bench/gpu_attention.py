@@ -11,6 +11,7 @@ from gpu_case import Case, Contestant, Entry, Setting, within_rule
 from shapes import GSM8K_DECILES, LLAMA_8B, NL2BASH_DECILES, Heads, Mix, from_deciles, uniform
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from fastsft.ops import attention_plan, paged_attention, varlen_attention
 
@@ -204,34 +205,37 @@ def training(mix: Mix, small: Mix, heads: Heads, mode: str) -> Callable[[Setting
     return build
 
 
-def decode(sequences: int, context: int) -> Callable[[Setting], Case]:
-    """One new token for each sequence; nothing but the cache matters to the time."""
+def decode(sequences: int, context: int, queries: int = 1) -> Callable[[Setting], Case]:
+    """The last ``queries`` tokens of each sequence: with one, nothing but the cache matters to the time."""
 
     def build(setting: Setting) -> Case:
-        count, length, heads = (3, 40, TINY) if setting.small else (sequences, context, LLAMA_8B)
+        count, length, heads = (3, 200, TINY) if setting.small else (sequences, context, LLAMA_8B)
+        new = min(queries, 70) if setting.small else queries
         block_size = 16
         per_sequence = -(-length // block_size)
         g = setting.generator()
         shape = (count * per_sequence, block_size, heads.key, heads.dim)
         k, v = (torch.randn(shape, generator=g, device=setting.device).to(torch.bfloat16) for _ in range(2))
-        q = torch.randn(count, heads.query, heads.dim, generator=g, device=setting.device).to(torch.bfloat16)
+        q = torch.randn(count * new, heads.query, heads.dim, generator=g, device=setting.device).to(torch.bfloat16)
         table = torch.randperm(len(k), generator=g, device=setting.device).int().view(count, -1)
-        cu = torch.arange(count + 1, dtype=torch.int32, device=setting.device)
+        cu = torch.arange(count + 1, dtype=torch.int32, device=setting.device) * new
+        mask = None if new == 1 else causal_lower_right(new, length)
         lengths = torch.full((count,), length, dtype=torch.int32, device=setting.device)
 
         def gathered(x: torch.Tensor) -> torch.Tensor:
             return x[table.long()].flatten(1, 2)[:, :length].transpose(1, 2)
 
         def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            out = functional.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)
-            return out[:, :, 0]
+            q = q.unflatten(0, (-1, new)).transpose(1, 2)
+            out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1)
 
         def by_sequence(dtype: torch.dtype) -> torch.Tensor:
             rows = []
             for i in range(count):
                 blocks = table[i].long()
                 keys, values = (x[blocks].flatten(0, 1)[None, :length].transpose(1, 2).to(dtype) for x in (k, v))
-                rows.append(attend(q[i : i + 1].to(dtype), keys, values))
+                rows.append(attend(q[i * new : (i + 1) * new].to(dtype), keys, values))
             return torch.cat(rows)
 
         keys, values = gathered(k).contiguous(), gathered(v).contiguous()
@@ -246,7 +250,8 @@ def decode(sequences: int, context: int) -> Callable[[Setting], Case]:
                 "gather + SDPA": Contestant(lambda: attend(q, gathered(k), gathered(v)), judge),
                 "SDPA, already gathered": Contestant(lambda: attend(q, keys, values), judge),
             },
-            moved=2 * count * length * heads.key * heads.dim * 2,
+            flops=4 * count * heads.query * heads.dim * sum(range(length - new + 1, length + 1)),
+            moved=2 * (2 * count * length * heads.key + 2 * count * new * heads.query) * heads.dim,
         )
 
     return build
@@ -274,4 +279,5 @@ ENTRIES = [
     Entry("attention", "512 x 64, forward+backward", training(uniform(512, 64), SMALL, LLAMA_8B, "forward+backward")),
     *(long_document(length, mode) for length in (8192, 16384) for mode in ("forward", "backward")),
     Entry("decode", "64 sequences x 4k", decode(64, 4096)),
+    Entry("decode", "8 chunks of 512 at the end of 4k", decode(8, 4096, 512)),
 ]

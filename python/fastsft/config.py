@@ -46,7 +46,7 @@ class TokenizerOptions:
 class DedupOptions:
     mode: Literal["none", "exact", "near"] = "none"
     threshold: float = 0.7
-    """Estimated Jaccard similarity of word 5-grams from which two records count as near duplicates."""
+    """Jaccard similarity of the sets of word 5-grams from which two records are near duplicates."""
     num_perm: int = 128
 
 

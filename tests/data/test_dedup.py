@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_list_may_name_files(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="mode: expected 'near' or 'exact', got 'fuzzy'"):
+    with pytest.raises(ValueError, match="mode: expected 'near', 'all_pairs' or 'exact', got 'fuzzy'"):
         dedup(["a"], mode="fuzzy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threshold"):
         dedup(["a", "b"], threshold=1.5)
@@ -130,3 +131,74 @@ def test_labels_name_the_first_of_a_cluster() -> None:
     report = dedup(texts, mode="exact")
     assert all(texts[i] == texts[label] and label <= i for i, label in enumerate(report.labels))
     assert all(report.labels[label] == label for label in report.labels)
+
+
+def numbered(count: int) -> list[Record]:
+    """Records that differ by a word in sixty, so that all are near duplicates."""
+    base = [f"w{i}" for i in range(60)]
+    return [Record("text", f"a.jsonl:{i}", parts=(" ".join([*base, f"x{i}"]),), weight=float(i)) for i in range(count)]
+
+
+def test_which_record_stays() -> None:
+    records = [
+        *numbered(3),
+        Record("text", "b.jsonl:1", parts=(numbered(1)[0].parts[0] + " and much more",)),
+        Record("text", "b.jsonl:2", parts=("something else",)),
+    ]
+
+    def stay(**options: Any) -> list[str]:
+        report = dedup(records, **options)
+        assert report.labels.tolist() == [0, 0, 0, 0, 4]
+        assert report.near_duplicates == 3
+        return [r.source for r in kept(records, report)]
+
+    assert stay() == ["a.jsonl:0", "b.jsonl:2"]
+    assert stay(keep="longest") == ["b.jsonl:1", "b.jsonl:2"]
+    assert stay(keep="score") == ["a.jsonl:2", "b.jsonl:2"]
+    assert stay(keep="score", score=lambda r: -r.weight) == ["a.jsonl:0", "b.jsonl:2"]
+    assert stay(keep="source", prefer=[Path("b.jsonl"), "a.jsonl"]) == ["b.jsonl:1", "b.jsonl:2"]
+    assert stay(keep="source", prefer=["c.jsonl"]) == ["a.jsonl:0", "b.jsonl:2"]
+
+
+def test_chosen_fields() -> None:
+    pairs = [
+        Record("prompt_completion", f"a:{i}", parts=(p, c))
+        for i, (p, c) in enumerate([("ask one", "x"), ("ask one", "y"), ("Ask, one!", "z"), ("ask two", "x")])
+    ]
+    assert dedup(pairs).keep.all()
+    by_prompt = dedup(pairs, on=["prompt"])
+    assert by_prompt.labels.tolist() == [0, 0, 0, 3]
+    assert (by_prompt.exact_duplicates, by_prompt.near_duplicates) == (1, 1)
+    assert dedup(pairs, on=["completion"]).labels.tolist() == [0, 1, 2, 0]
+    assert dedup(pairs, on=["completion", "prompt"]).keep.all()
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    chats = [Record("messages", "c:1", messages=turns), Record("messages", "c:2", messages=(turns[0], turns[0]))]
+    assert dedup(chats[:1] * 2, on=["assistant"]).labels.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="on: c:2: expected one of assistant, got a record with"):
+        dedup(chats, on=["assistant"])
+
+
+def test_large_clusters_are_cut() -> None:
+    """A window that slides over a long text: each is similar to the next, the ends have nothing in common."""
+    words = [f"w{i}" for i in range(15_000)]
+    texts = [" ".join(words[at : at + 60]) for at in range(0, 2 * 1500, 2)]
+    sizes = dedup(texts, num_perm=256).histogram()
+    assert 500 < max(sizes) <= 1000
+    assert max(dedup(texts, num_perm=256, max_cluster=None).histogram()) == 1500
+    assert dedup(texts, mode="all_pairs", max_cluster=None).labels.max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": "newest"}, "keep: expected one of .*, got 'newest'"),
+        ({"keep": "source"}, "prefer: expected files with keep='source' and only then"),
+        ({"prefer": ["a"]}, "prefer: expected files with keep='source' and only then"),
+        ({"score": len}, "score: expected with keep='score' only, got keep='first'"),
+        ({"keep": "score", "score": lambda r: float("nan")}, "score: expected a number for every record, got NaN for"),
+        ({"max_cluster": 0}, "max_cluster: expected None or >= 1, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_choices(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dedup(["a", "b"], **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
-from fastsft.data.records import Problems, Record, read_records
+from fastsft.data.keep import Keep, choose
+from fastsft.data.records import FIELDS, Problems, Record, read_records
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+MAX_CLUSTER = 1000  # different texts in one cluster
 
 
 @dataclass(frozen=True)
 class DedupReport:
-    """``keep[i]`` tells whether record i stays; ``labels[i]`` is the number of the first record of its cluster."""
+    """``keep[i]`` tells whether record i stays, one of each cluster; ``labels[i]`` is the number of the first record of
+    its cluster."""
 
     keep: npt.NDArray[np.bool_]
     labels: npt.NDArray[np.int64]
@@ -63,56 +67,86 @@ def dedup(
     num_perm: int = 128,
     ngram: int = 5,
     unit: Literal["word", "char"] = "word",
-    mode: Literal["near", "exact"] = "near",
+    mode: Literal["near", "all_pairs", "exact"] = "near",
+    on: Sequence[str] | None = None,
+    keep: Keep = "first",
+    prefer: Sequence[str | os.PathLike[str]] = (),
+    score: Callable[[Record], float] | None = None,
+    verify: bool = True,
+    max_cluster: int | None = MAX_CLUSTER,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DedupReport:
-    """Find duplicates among records, texts or the rows of files; the first of each cluster is kept.
+    """Find duplicates among records, texts or the rows of files, and choose one of each cluster.
 
-    Near duplicates are texts whose MinHash signatures (Broder 1997) agree in at least ``threshold`` of ``num_perm``
-    places, found by banded locality-sensitive hashing: an estimate of the Jaccard similarity of their sets of word (or
-    character) ``ngram``-grams, with standard error sqrt(J (1 - J) / num_perm).
+    Near duplicates are texts whose sets of word (or character) ``ngram``-grams have a Jaccard similarity of at least
+    ``threshold``, directly or through others. The candidates are found by MinHash (Broder 1997) and bands, and compared
+    exactly: see :func:`fastsft.ops.near_duplicates`.
 
     Args:
         records: one path to a JSONL(.gz)/Parquet file or datasets folder; or a list of records, texts (strings) and
             files (:class:`pathlib.Path`).
+        mode: "near" and "all_pairs" (which misses no pair) include exact duplicates; "exact" finds nothing else.
+        on: what is compared, by default the whole record: names among "text"; "prompt", "completion"; "prefix",
+            "suffix", "middle"; and the roles of messages, such as "user" and "assistant".
+        keep, prefer, score: which record of a cluster stays, see :func:`fastsft.data.keep.choose`; ``prefer`` lists
+            files for ``keep="source"``, ``score`` rates a record for ``keep="score"``.
+        verify: False takes all candidates for near duplicates.
+        max_cluster: limit of the different texts in one cluster, against chains of similar texts whose ends have
+            nothing in common. The default keeps at least one in a thousand whatever the data are, and real clusters
+            are smaller; None is no limit.
 
     Raises:
-        DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range.
+        DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range, a record that has
+            none of the fields in ``on``.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {threshold}")
-    if mode not in ("near", "exact"):
-        raise ValueError(f"dedup: mode: expected 'near' or 'exact', got {mode!r}")
+    if mode not in ("near", "all_pairs", "exact"):
+        raise ValueError(f"dedup: mode: expected 'near', 'all_pairs' or 'exact', got {mode!r}")
     rows: list[Record] = []
     for i, given in enumerate([Path(records)] if isinstance(records, str | os.PathLike) else records):
         if isinstance(given, os.PathLike):
             rows += read_records([given], Problems("fail"))
         else:
             rows.append(Record("text", f"#{i}", parts=(given,)) if isinstance(given, str) else given)
-    texts = [r.text() for r in rows]
+    texts = [r.text() if on is None else _chosen_text(r, on) for r in rows]
+    contents = (r.canonical() for r in rows) if on is None else (t.encode("utf-8", "surrogatepass") for t in texts)
 
     first: dict[bytes, int] = {}
     exact = np.fromiter(
-        (first.setdefault(hashlib.blake2b(r.canonical(), digest_size=16).digest(), i) for i, r in enumerate(rows)),
+        (first.setdefault(hashlib.blake2b(c, digest_size=16).digest(), i) for i, c in enumerate(contents)),
         np.int64, len(rows),
     )  # fmt: skip
     unique = np.flatnonzero(exact == np.arange(len(texts)))
     labels = exact
-    if mode == "near" and len(unique):
-        chunks = []
-        for begin in range(0, len(unique), 8192):
-            part = [texts[i] for i in unique[begin : begin + 8192]]
-            chunks.append(ops.minhash_signatures(part, num_perm=num_perm, ngram=ngram, unit=unit, seed=seed))
-            if progress:
-                progress("signatures", begin + len(part), len(unique))
-        near = ops.lsh_clusters(np.concatenate(chunks), threshold=threshold)
+    if mode != "exact" and len(unique):
+        if progress:
+            progress("near duplicates", 0, len(unique))
+        near = ops.near_duplicates(
+            [texts[i] for i in unique], threshold=threshold, num_perm=num_perm, ngram=ngram, unit=unit, verify=verify,
+            max_cluster=max_cluster, seed=seed, mode="lsh" if mode == "near" else mode,
+        )  # fmt: skip
+        if progress:
+            progress("near duplicates", len(unique), len(unique))
         root = np.arange(len(texts))
         root[unique] = unique[near]
         labels = root[exact]
-    keep = labels == np.arange(len(texts))
+    keep_mask = choose(rows, labels, texts, keep, prefer=[os.fspath(p) for p in prefer], score=score)
     removed_exact = len(texts) - len(unique)
-    return DedupReport(keep, labels, removed_exact, int((~keep).sum()) - removed_exact, [r.source for r in rows], texts)
+    near_count = int((~keep_mask).sum()) - removed_exact
+    return DedupReport(keep_mask, labels, removed_exact, near_count, [r.source for r in rows], texts)
+
+
+def _chosen_text(record: Record, on: Sequence[str]) -> str:
+    if record.kind == "messages":
+        chosen = [replace(record, messages=(m,)).text() for m in record.messages if m["role"] in on]
+    else:
+        chosen = [part for name, part in zip(FIELDS[record.kind], record.parts, strict=True) if name in on]
+    if not chosen:
+        has = [m["role"] for m in record.messages] or FIELDS[record.kind]
+        raise ValueError(f"dedup: on: {record.source}: expected one of {', '.join(on)}, got a record with {has}")
+    return "\n".join(chosen)
 
 
 def kept(records: Sequence[Record], report: DedupReport) -> Iterator[Record]:

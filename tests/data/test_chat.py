@@ -218,7 +218,7 @@ def test_spans_fuzz(data: st.DataObject) -> None:
     text = data.draw(st.text(st.sampled_from("ab c\n👩é你"), max_size=40))
     bounds = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     segments = [(a, b, i + 1.0) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b and i % 3]
-    ids, offsets = SHARED.encode_rendered(text)
+    ((ids, offsets),) = SHARED.encode_rendered([text])
     assert len(ids) == len(offsets)
     weight_of = {c: weight for a, b, weight in segments for c in range(a, b)}
     expected = [next((weight_of[c] for c in range(a, b) if c in weight_of), 0.25) for a, b in offsets]

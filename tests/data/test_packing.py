@@ -150,7 +150,7 @@ def test_store_on_disk_equals_the_one_in_memory(tmp_path: object) -> None:
             disk[index]
 
 
-@pytest.mark.parametrize("damage", ["ids", "weights", "offsets", "sources"])
+@pytest.mark.parametrize("damage", ["ids", "weights", "lengths", "origins", "sources"])
 def test_damaged_store_is_refused(damage: str, tmp_path: object) -> None:
     write_store(f"{tmp_path}/store", [store_of([3, 4])[i] for i in range(2)])
     if damage == "sources":

@@ -114,22 +114,6 @@ def _plain(config: Config) -> dict[str, Any]:
     return {k: v for k, v in to_dict(config).items() if k != "seed"}
 
 
-def test_interrupted_preparation_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(tmp_path, jsonl(tmp_path / "a.jsonl", texts(20)))
-    write = module.write_store
-
-    def killed(path: Path, samples: Any) -> Any:
-        if path.name == "eval":
-            raise KeyboardInterrupt
-        return write(path, samples[:3])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_store", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
-    assert len(prepare(config).train) == 20
-
-
 # --- what is left out -----------------------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

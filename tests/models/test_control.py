@@ -47,7 +47,7 @@ def test_marked_tokens_are_encoded_as_ever(name: str) -> None:
     """Behind a mark the segmentation, and with it the space that some put behind each special token, is unchanged."""
     tokenizer = family(name)
     text = "<s><|im_start|>user\nhello <|im_end|> world</s>  x<|im_end|>"
-    ids, offsets = tokenizer.encode_rendered(tokenizer.control.mark(text))
+    ((ids, offsets),) = tokenizer.encode_rendered([tokenizer.control.mark(text)])
     assert ids == tokenizer.encode(text)
     assert len(offsets) == len(ids)
 
@@ -67,7 +67,7 @@ def test_markers_that_are_not_declared_special() -> None:
     (ids,) = tokenizer.encode_text(["<|repo|><think>"])
     assert tokenizer.token_id("<|repo|>") not in ids
     assert tokenizer.token_id("<think>") in ids
-    assert tokenizer.encode_rendered(f"{CONTROL}<|repo|>")[0] == [tokenizer.token_id("<|repo|>")]
+    assert tokenizer.encode_rendered([f"{CONTROL}<|repo|>"])[0][0] == [tokenizer.token_id("<|repo|>")]
 
 
 def test_longest_name_wins_and_content_stays_content() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -41,7 +40,7 @@ class PackedLoader:
         self.store, self.capacity, self.seed = store, capacity, seed
         every = [Fraction(1)] * (int(store.origins.max()) + 1)
         self._mixture = Mixture(store.origins, every if weights is None else weights, seed=seed)
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
+        self._plans: dict[int, list[npt.NDArray[np.int64]]] = {}
 
     def num_batches(self, epoch: int) -> int:
         """Batches of ``epoch``; may differ by a few from epoch to epoch."""
@@ -51,8 +50,15 @@ class PackedLoader:
         """Batch ``index`` of ``epoch``, in [0, num_batches(epoch))."""
         return self.store.batch(self._plan(epoch)[index])
 
+    def _plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """The sample numbers of each batch; of the last two epochs asked for, they are kept."""
+        if epoch not in self._plans:
+            for old in list(self._plans)[:-1]:
+                del self._plans[old]
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
+
     def _make_plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """The sample numbers of each batch."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = self._mixture.draw(epoch)
         if len(order) == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,17 +16,17 @@ from typing import Any
 import numpy as np
 
 from fastsft.config import Config, ConfigError, DataOptions, load_config
+from fastsft.data.cache import tokenise_to_store
 from fastsft.data.dedup import dedup, kept
 from fastsft.data.lock import hold
 from fastsft.data.mixture import passes, sources_of
 from fastsft.data.records import DataError, Problems, Record, read_records
-from fastsft.data.store import SampleStore, write_store
-from fastsft.data.tokenise import tokenise
+from fastsft.data.store import SampleStore
 from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 7  # raise when the same inputs would give other samples
+_VERSION = 8  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,20 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
     else:
         train_records, eval_records = split(records, options.eval_fraction, config.seed)
     tokenizer = load_tokenizer(config, (r.text() for r in train_records), tell)
-    parts = {}
-    for name, part in (("train", train_records), ("eval", eval_records)):
-        samples = list(_counted(tokenise(part, tokenizer, config, problems), tell, f"tokenising {name}", len(part)))
-        parts[name] = samples
+    root.mkdir(parents=True, exist_ok=True)
+    stores = {
+        name: tokenise_to_store(
+            root / name, part, tokenizer, config, problems, functools.partial(tell, f"tokenising {name}")
+        )
+        for name, part in (("train", train_records), ("eval", eval_records))
+    }
     _check_share(problems, report["rows"] + (len(eval_records) if options.eval else 0), options.max_bad)
-    if not parts["train"]:
+    if len(stores["train"]) == 0:
         raise DataError(
             f"{', '.join(f for s in sources_of(options) for f in s.files)}: no usable row; {_summary(problems)}"
         )
-    root.mkdir(parents=True, exist_ok=True)
     (root / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(root / "tokenizer")
-    stores = {name: write_store(root / name, samples) for name, samples in parts.items()}
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
     report["sources"] = _by_source(options, stores["train"])

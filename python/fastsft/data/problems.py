@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+_PLACES = 5  # kept of each kind
 
 
 class DataError(ValueError):
@@ -36,5 +38,17 @@ class Problems:
         """Count it and keep the place, without stopping."""
         self.counts[reason] += 1
         places = self.examples.setdefault(reason, [])
-        if len(places) < 5:
+        if len(places) < _PLACES:
             places.append(f"{source}: {reason}{': ' if detail else ''}{detail}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, for :meth:`merge`."""
+        return {"counts": dict(self.counts), "examples": self.examples, "unusable": self.unusable}
+
+    def merge(self, later: dict[str, Any]) -> None:
+        """Add what was found in rows after these."""
+        self.counts.update(later["counts"])
+        self.unusable += later["unusable"]
+        for reason, places in later["examples"].items():
+            mine = self.examples.setdefault(reason, [])
+            mine += places[: _PLACES - len(mine)]

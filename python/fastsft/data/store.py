@@ -1,11 +1,11 @@
-"""Tokenised samples on disk, memory-mapped: int32 ids, float32 weights, int64 offsets, source and origin of each."""
+"""Tokenised samples on disk, memory-mapped: ids and weights; of each sample its length, source and origin."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,16 @@ class SampleStore:
         """
         folder = Path(path)
         manifest = json.loads((folder / _MANIFEST).read_text())
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "offsets", "origins")]
-        sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        found = {"tokens": len(arrays[0]), "samples": len(sources)}
-        whole = len(arrays[1]) == len(arrays[0]) == arrays[2][-1] and len(arrays[2]) - 1 == len(arrays[3]) == len(
-            sources
+        ids, weights, lengths, origins = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "lengths", "origins")
         )
+        sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        found = {"tokens": len(ids), "samples": len(sources)}
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        whole = len(weights) == len(ids) == offsets[-1] and len(lengths) == len(origins) == len(sources)
         if not whole or any(manifest[k] != v for k, v in found.items()):
             raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
-        return cls(arrays[0], arrays[1], arrays[2], arrays[3], sources, manifest)
+        return cls(ids, weights, offsets, origins, sources, manifest)
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
@@ -127,21 +128,36 @@ class SampleStore:
 
 def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manifest: Any) -> SampleStore:
     """Write a store under a temporary name, sync it and rename it, so that it exists whole or not at all."""
+    return join_stores(path, [SampleStore.from_samples(samples)], **manifest)
+
+
+def join_stores(path: str | os.PathLike[str], stores: Sequence[SampleStore], **manifest: Any) -> SampleStore:
+    """The samples of several stores in one, written like :func:`write_store` does; only one is in memory at a time."""
     folder = Path(path)
     stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    store = SampleStore.from_samples(samples)
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "ids": store._ids,
-        "weights": store._weights,
-        "offsets": store._offsets,
-        "origins": store.origins,
+    counts = {"samples": sum(map(len, stores)), "tokens": sum(s.num_tokens for s in stores)}
+    columns: dict[str, tuple[Any, int, Callable[[SampleStore], npt.NDArray[Any]]]] = {
+        "ids": (np.int32, counts["tokens"], lambda s: s._ids),
+        "weights": (np.float32, counts["tokens"], lambda s: s._weights),
+        "lengths": (np.int64, counts["samples"], lambda s: s.lengths),
+        "origins": (np.int32, counts["samples"], lambda s: s.origins),
     }
-    for name, array in arrays.items():
-        np.save(stage / f"{name}.npy", array)
-    (stage / "sources.txt").write_text("".join(f"{s}\n" for s in store._sources), encoding="utf-8")
-    (stage / _MANIFEST).write_text(json.dumps({**store.manifest, **manifest}, indent=2) + "\n")
+    for name, (dtype, length, column) in columns.items():
+        with open(stage / f"{name}.npy", "wb") as stream:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                "fortran_order": False,
+                "shape": (length,),
+            }
+            np.lib.format.write_array_header_1_0(stream, header)
+            for store in stores:
+                stream.write(np.ascontiguousarray(column(store), dtype).data)
+    with open(stage / "sources.txt", "w", encoding="utf-8") as text:
+        for store in stores:
+            text.writelines(f"{s}\n" for s in store._sources)
+    (stage / _MANIFEST).write_text(json.dumps({**counts, **manifest}, indent=2) + "\n")
     sync_tree(stage)
     shutil.rmtree(folder, ignore_errors=True)
     stage.rename(folder)

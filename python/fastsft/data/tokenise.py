@@ -29,10 +29,12 @@ def tokenise(
     problems: Problems,
     *,
     limit: str = "data.max_length",
+    first: int = 0,
 ) -> Iterator[Sample]:
     """Samples of the usable records, in order; the rest goes to ``problems``.
 
     Args:
+        first: the number of the first record, where these are a part of all: random draws depend on it.
         limit: what data.max_length stands for, in messages.
     """
     options = config.data
@@ -40,7 +42,7 @@ def tokenise(
     marks = fim.find_format(tokenizer, options.fim) if needs_fim else None
     for begin in range(0, len(records), _CHUNK):
         drafts: list[tuple[Record, Draft | ChatDraft]] = []
-        for index, record in enumerate(records[begin : begin + _CHUNK], begin):
+        for index, record in enumerate(records[begin : begin + _CHUNK], first + begin):
             if any(RESERVED.search(part) for part in record.parts):
                 problems.add(record.source, "noncharacter", "one of U+FDD0 to U+FDD3, which mark control tokens here")
                 continue
@@ -85,12 +87,16 @@ def _drafts(
 
 
 def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterator[list[Part]]:
-    """Each draft's pieces as ids and weights, in one batch call for each form; a conversation is a single piece."""
+    """Each draft's pieces as ids and weights, in one batch call for each form; a conversation is a single piece.
+
+    The tokenizer shares a batch out among all cores, whatever the lengths of its texts.
+    """
     texts: dict[str, list[str]] = {"prompt": [], "start": [], "inner": []}
     for d in drafts:
         for piece in d.pieces if isinstance(d, Draft) else ():
             if isinstance(piece.content, str) and not piece.segments:
                 texts[piece.form].append(piece.content)
+    rendered = iter(tokenizer.encode_rendered([d.text for d in drafts if isinstance(d, ChatDraft)]))
     encoded = {
         "prompt": iter(tokenizer.encode_batch(texts["prompt"])),
         "start": iter(tokenizer.encode_text(texts["start"])),
@@ -98,13 +104,13 @@ def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterato
     }
     for d in drafts:
         if isinstance(d, ChatDraft):
-            ids, offsets = tokenizer.encode_rendered(d.text)
+            ids, offsets = next(rendered)
             yield [(ids, [w * d.weight for w in token_weights(offsets, d.segments, d.prompt_weight)])]
             continue
         parts: list[Part] = []
         for p in d.pieces:
             if isinstance(p.content, str) and p.segments:
-                ids, offsets = tokenizer.encode_rendered(p.content, continues=p.form == "inner")
+                ((ids, offsets),) = tokenizer.encode_rendered([p.content], continues=p.form == "inner")
                 parts.append((ids, [w * d.weight for w in token_weights(offsets, p.segments, p.weight)]))
             else:
                 ids = [p.content] if isinstance(p.content, int) else next(encoded[p.form])

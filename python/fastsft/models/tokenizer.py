@@ -216,14 +216,13 @@ class Tokenizer:
         backend = self._continuing if continues else self._marking
         return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_rendered(self, text: str, *, continues: bool = False) -> tuple[list[int], list[Span]]:
-        """Ids of what :meth:`render` wrote and, for each, the half-open range of characters that it covers.
+    def encode_rendered(self, texts: Sequence[str], *, continues: bool = False) -> list[tuple[list[int], list[Span]]]:
+        """Ids of texts that :meth:`render` wrote and, for each id, the half-open range of characters that it covers.
 
         ``continues``: as in :meth:`encode_text`.
         """
         backend = self._continuing if continues else self._marking
-        encoding = backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return [(e.ids, e.offsets) for e in backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def head(self, text: str, count: int) -> str:
         """The beginning of a text: about its first ``count`` tokens."""
@@ -240,7 +239,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **extra: Any) -> list[int]:
         """Its ids. The template writes every special token: none is added, and none is taken from a content."""
-        return self.encode_rendered(self.render(messages, **extra)[0])[0]
+        return self.encode_rendered([self.render(messages, **extra)[0]])[0][0]
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, **extra: Any

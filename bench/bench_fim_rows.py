@@ -5,6 +5,11 @@ byte-level BPE that is trained on them. Rivals: for characters, decode, cut and 
 ``tokenizers``, the only way to the same ids so far; for tokens, numpy, one document at a time, which builds the same
 three arrays. Gates, before any time is taken: every row of ours is the one that encoding the pieces whole gives. One
 thread each; ``extra_info`` holds documents per second.
+
+Packed rows of 8,192 tokens: ours keeps and repacks every token; the rival splits at the documents' ends, decodes,
+encodes and cuts off what no longer fits, as Megatron-LM's fork for StarCoder does. Python syntax: the scan for
+statements, blocks and brackets against tree-sitter's parse alone, without its choice of a node; the gate is the share of
+the scan's spans that are nodes of the tree.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from fastsft import _C, ops
+from fastsft.data.fim_context import refill
+from fastsft.models.fim import FORMATS, Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import ByteBpe
-from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX
+from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
 
 PRE, SUF, MID = 90_001, 90_002, 90_003
 PSM, SPM = (PRE, PREFIX, SUF, SUFFIX, MID, MIDDLE), (PRE, SUF, SUFFIX, MID, PREFIX, MIDDLE)
@@ -54,7 +61,7 @@ def texts() -> tuple[str, ...]:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    found = Tokenizer.train(texts(), VOCABULARY)
+    found = Tokenizer.train(texts(), VOCABULARY, FORMATS["qwen"].required)
     found.backend.normalizer = None  # the rival may not pay for what the documents need not
     return found
 
@@ -175,3 +182,82 @@ def test_tokens(benchmark, rate, contestant):
         DOCUMENTS,
         group,
     )
+
+
+ROW = 8192
+
+
+@functools.cache
+def packed() -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ROW tokens, documents end to end with an end token behind each, cut wherever a row is full."""
+    end = tokenizer().eos_id
+    flat = [i for row in documents()[0] for i in [*row, end]]
+    tokens = np.array(flat[: len(flat) // ROW * ROW], np.int32)
+    return tokens, np.arange(0, len(tokens) + 1, ROW)
+
+
+def refilled() -> Any:
+    tokens, cu = packed()
+    end = tokenizer().eos_id
+    return refill(tokens, cu, Fim.find(tokenizer()), end_id=end, capacity=ROW, seed=0, rate=1.0, encoder=encoder())
+
+
+def split_and_encode(rows: int) -> list[list[int]]:
+    backend, end, rng = tokenizer().backend, tokenizer().eos_id, np.random.default_rng(0)
+    out = []
+    for row in packed()[0].reshape(-1, ROW)[:rows]:
+        found: list[int] = []
+        for piece in np.split(row, np.flatnonzero(row == end) + 1):
+            text = backend.decode(piece[piece != end].tolist())
+            x, y = np.sort(rng.integers(0, len(text), 2, endpoint=True))
+            pieces = [backend.encode(part).ids for part in (text[:x], text[x:y], text[y:])]
+            found += [*lay_out(pieces, rng.random() < 0.5), end]
+        out.append(found[:ROW])
+    return out
+
+
+@pytest.mark.parametrize("contestant", ["fastsft", "tokenizers"])
+def test_packed_rows(benchmark, contestant):
+    tokens, _ = packed()
+    benchmark.group = f"FIM between characters on packed rows of {ROW}, rate 1.0"
+    rows = len(tokens) // ROW if contestant == "fastsft" else 12
+    if contestant == "fastsft":  # gate: every character is still there
+        found = refilled()
+        texts_of = [
+            Fim.find(tokenizer()).restore(found.fragments.tokens[a:b].tolist(), tokenizer())
+            for a, b in itertools.pairwise(found.fragments.cu_seqlens)
+        ]
+        size = sum(len(tokenizer().decode([i])) for i in np.unique(tokens))  # warm
+        size = len(tokenizer().decode(tokens[tokens != tokenizer().eos_id].tolist()))
+        assert sum(len(t or "") for t in texts_of) >= 0.99 * size
+        assert found.not_exact == 0
+    function = refilled if contestant == "fastsft" else lambda: split_and_encode(rows)
+    function()
+    benchmark.pedantic(function, rounds=9, iterations=1)
+    benchmark.extra_info["tokens_per_second"] = rows * ROW / benchmark.stats["median"]
+
+
+@pytest.mark.parametrize("contestant", ["fastsft", "tree-sitter"])
+def test_syntax(benchmark, contestant):
+    tree_sitter, language = pytest.importorskip("tree_sitter"), pytest.importorskip("tree_sitter_python")
+    parser = tree_sitter.Parser(tree_sitter.Language(language.language()))
+    data = [text.encode() for text in texts()]
+    benchmark.group = "Spans of Python syntax"
+    if contestant == "fastsft":
+        spans = nodes = 0
+        for source in data[:1000]:
+            waiting, found = [parser.parse(source).root_node], set()
+            while waiting:
+                node = waiting.pop()
+                found.add((node.start_byte, node.end_byte))
+                waiting += node.children
+            scanned = _C.code_spans(source)
+            spans += len(scanned)
+            nodes += sum(span in found for span in scanned)
+        benchmark.extra_info["share_that_are_nodes"] = nodes / spans
+        assert nodes >= 0.95 * spans
+        function = lambda: fim_cuts(texts(), seed=0, rate=1.0, unit="syntax")  # noqa: E731
+    else:
+        function = lambda: [parser.parse(source) for source in data]  # noqa: E731
+    benchmark.pedantic(function, rounds=9, iterations=1, warmup_rounds=1)
+    benchmark.extra_info["documents_per_second"] = len(data) / benchmark.stats["median"]

@@ -92,8 +92,10 @@ void cut_texts(const std::vector<py::bytes>& texts, py::handle doc_ids, const Fi
                 view_of(mode).describe());
   const std::vector<std::string_view> views(texts.begin(), texts.end());  // `texts` keeps the bytes alive
   py::gil_scoped_release release;
+  FimScratch scratch;
   for (std::size_t i = 0; i < views.size(); ++i) {
-    const FimCut cut = fim_cut_text(views[i], static_cast<uint64_t>(ids ? ids[i] : static_cast<int64_t>(i)), options);
+    const FimCut cut =
+        fim_cut_text(views[i], static_cast<uint64_t>(ids ? ids[i] : static_cast<int64_t>(i)), options, scratch);
     modes[i] = static_cast<int8_t>(cut.mode);
     middles[2 * i] = cut.begin;
     middles[2 * i + 1] = cut.end;
@@ -124,6 +126,17 @@ void register_fim(py::module_& m) {
            py::arg("train_context"), py::arg("plain"), py::arg("psm"), py::arg("spm"));
   register_rows<int32_t>(m, "FimRowsInt32");
   register_rows<int64_t>(m, "FimRowsInt64");
+  m.def(
+      "code_spans",
+      [](const py::bytes& text) {
+        CodeScanner scanner;
+        std::vector<CodeSpan> spans;
+        scanner.scan(std::string_view(text), spans);
+        std::vector<std::pair<int64_t, int64_t>> pairs;
+        for (const CodeSpan& span : spans) pairs.emplace_back(span.begin, span.end);
+        return pairs;
+      },
+      py::arg("text"), "Statements, blocks and brackets of Python source, as bytes [begin, end).");
   m.def("fim_cuts", &cut_texts, py::arg("texts"), py::arg("doc_ids"), py::arg("options"), py::arg("mode"),
         py::arg("cuts"), "Draws the mode and the middle, in bytes, of UTF-8 texts.");
 }

@@ -58,11 +58,19 @@ void check_layout(const std::vector<int64_t>& layout, const char* name, std::ini
 
 }  // namespace
 
-FimCut fim_cut_text(std::string_view text, uint64_t doc_id, const FimRowOptions& options) {
+FimCut fim_cut_text(std::string_view text, uint64_t doc_id, const FimRowOptions& options, FimScratch& scratch) {
   const int64_t places = options.unit == FimUnit::kLine ? lines(text) : characters(text);
   FASTSFT_CHECK(places < 0xFFFFFFFF, "fim_rows: expected a text of fewer than 2^32 - 1 characters, got ", places);
   const FimDraw draw = fim_draw(options.seed, doc_id, places, fim_threshold(options.rate, "rate"),
                                 fim_threshold(options.spm_rate, "spm_rate"), -1);
+  if (options.unit == FimUnit::kSyntax && draw.mode != FimMode::kNone) {
+    scratch.scanner.scan(text, scratch.spans);
+    if (!scratch.spans.empty()) {
+      const uint32_t bits = philox(options.seed, doc_id, kFimIndex).x[2];
+      const CodeSpan span = scratch.spans[uniform_below(bits, static_cast<uint32_t>(scratch.spans.size()))];
+      return {draw.mode, span.begin, span.end};
+    }
+  }
   const auto at = options.unit == FimUnit::kLine ? line_at : character_at;
   const int64_t begin = at(text, draw.begin);
   const auto rest = text.substr(static_cast<std::size_t>(begin));
@@ -74,6 +82,7 @@ struct FimRows<Token>::Task {
   std::string text;
   std::vector<int64_t> starts;  // byte at which each token begins, and the text's length
   std::vector<uint32_t> unknown;
+  FimScratch scratch;
 };
 
 template <typename Token>
@@ -151,7 +160,7 @@ void FimRows<Token>::plan(int64_t doc, Task& task, std::vector<int32_t>& store) 
       return whole(kFimNotExact);
     }
     limit = static_cast<int64_t>(task.text.size());
-    const FimCut cut = fim_cut_text(task.text, id, options_);
+    const FimCut cut = fim_cut_text(task.text, id, options_, task.scratch);
     plan.begin = cut.begin;
     plan.end = cut.end;
   }

@@ -63,6 +63,9 @@ class FimOptions:
     """How a sample is written; "auto": the format whose tokens the vocabulary has."""
     markers: list[str] = field(default_factory=list)
     """Instead of a format: the tokens before prefix, suffix and middle."""
+    spans: Literal["char", "token", "line", "syntax", "tree_sitter"] = "char"
+    """What the middle is: what lies between two random characters, tokens or lines, or a part of Python's syntax, found
+    by a fast scan or by tree-sitter."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsft.data.fim import cut, draft_fim, draft_record
+from fastsft.data.fim import Spans, cut, draft_fim, draft_record
 from fastsft.data.records import Record
 from fastsft.data.tokenise import encode, join
 from fastsft.models.fim import Fim
@@ -40,9 +40,15 @@ def parts_of(ids: list[int], *, spm: bool) -> tuple[list[int], list[int], list[i
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=40), st.booleans(), st.integers(0, 1000))
-def test_restore_gives_the_document(text: str, spm: bool, index: int) -> None:
-    found = cut(text, seed=3, index=index, rate=1.0, spm_rate=float(spm))
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=40) | st.text("if x:\n\t()[]'#é", max_size=40),
+    st.booleans(), st.integers(0, 1000), st.sampled_from(["char", "token", "line", "syntax"]),
+)  # fmt: skip
+def test_restore_gives_the_document(text: str, spm: bool, index: int, spans: Spans) -> None:
+    found = cut(text, seed=3, index=index, rate=1.0, spm_rate=float(spm), spans=spans, tokenizer=TOKENIZER)
+    if not text:
+        assert found is None
+        return
     assert found is not None
     prefix, middle, suffix, order = found
     assert order is spm
@@ -95,3 +101,32 @@ def test_cut_is_a_function_of_seed_and_index() -> None:
     more = [cut(text, seed=1, index=i, rate=0.9, spm_rate=0.5) for i in range(50)]
     assert all(a == b for a, b in zip(once, more, strict=True) if a is not None)
     assert all(cut(text, seed=1, index=i, rate=0.0, spm_rate=0.5) is None for i in range(50))
+
+
+CODE = "def f(a):\n    if a:\n        return [a, (1)]\n    return None\n\n\nx = f({1: 2})\n"
+
+
+def middles(spans: Spans, text: str = CODE, count: int = 300) -> set[str]:
+    found = [cut(text, seed=1, index=i, rate=1.0, spm_rate=0.5, spans=spans, tokenizer=TOKENIZER) for i in range(count)]
+    return {f[1] for f in found if f is not None}
+
+
+def test_spans() -> None:
+    lines = CODE.splitlines(keepends=True)
+    assert middles("line") == {"".join(lines[i:j]) for i in range(len(lines) + 1) for j in range(i, len(lines) + 1)}
+    assert {"return [a, (1)]", "[a, (1)]", "(1)", "({1: 2})", "{1: 2}", "x = f({1: 2})", "(a)"} <= middles("syntax")
+    ends = {0, *(end for _, end in TOKENIZER.encode_rendered(CODE)[1])}
+    for middle in middles("token"):
+        assert any(CODE[i:].startswith(middle) and i + len(middle) in ends for i in ends), middle
+    assert len(middles("char")) > 200
+    for spans in ("syntax", "tree_sitter"):
+        if spans == "tree_sitter":
+            pytest.importorskip("tree_sitter_python")
+        assert len(middles(spans, "   ")) > 1, "no statement: as between characters"
+
+
+def test_nodes_of_tree_sitter() -> None:
+    pytest.importorskip("tree_sitter_python")
+    found = middles("tree_sitter", count=900)
+    assert {"return [a, (1)]", "[a, (1)]", "(1)", "({1: 2})", "{1: 2}", "x = f({1: 2})", "(a)", "a", "None"} <= found
+    assert CODE not in found

@@ -131,7 +131,7 @@ def test_the_encoder_is_the_tokenizer(family: str) -> None:
         assert encoder(family).encode(normal) == expected, text
 
 
-@pytest.mark.parametrize("unit", ["character", "line"])
+@pytest.mark.parametrize("unit", ["character", "line", "syntax"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_piece_has_the_ids_the_tokenizer_gives_it(family: str, unit: str) -> None:
     """25,000 cuts per family between characters, with many short documents, in which both cuts share a window."""

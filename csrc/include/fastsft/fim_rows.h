@@ -11,12 +11,14 @@
 #include <vector>
 
 #include "fastsft/bpe.h"
+#include "fastsft/code_spans.h"
 #include "fastsft/fim.h"
 
 namespace fastsft {
 
 // Where a document may be cut. kToken: between any two tokens. kCharacter: between any two characters. kLine: where a
-// line begins, and at the end. kSyntax: before and after a node of code_spans.h, where there is one, as kCharacter.
+// line begins, and at the end. kSyntax: the middle is a span of code_spans.h, each as likely as the others, or as for
+// kCharacter where there is none.
 enum class FimUnit : int8_t { kToken = 0, kCharacter = 1, kLine = 2, kSyntax = 3 };
 
 // In a layout, in place of a token id: where a piece of the document goes. Each must be there once.
@@ -38,8 +40,14 @@ struct FimCut {
   int64_t begin, end;
 };
 
+// What fim_cut_text keeps between calls, to save allocations.
+struct FimScratch {
+  CodeScanner scanner;
+  std::vector<CodeSpan> spans;
+};
+
 // The pieces that (seed, doc_id) gives a text of whole characters; kToken is not for texts. Empty ones stay whole.
-FimCut fim_cut_text(std::string_view text, uint64_t doc_id, const FimRowOptions& options);
+FimCut fim_cut_text(std::string_view text, uint64_t doc_id, const FimRowOptions& options, FimScratch& scratch);
 
 // What a document became when its text needs the tokenizer itself: it stays as it is. Where an id of it is no plain
 // piece of text its cut is -1, -1; the other reason is a pretoken of more than kMaxPretoken bytes.

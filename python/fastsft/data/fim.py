@@ -6,16 +6,19 @@ How a family of models writes the pieces is in :mod:`fastsft.models.fim`.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import numpy as np
+from typing import Literal
 
 from fastsft.config import FimOptions
 from fastsft.data.chat import Draft, Piece
 from fastsft.data.records import Record
 from fastsft.models.fim import MIDDLE, PREFIX, SUFFIX, Fim
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.ops.fim_rows import fim_cuts
+from fastsft.ops.reference import philox
 
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text
+Spans = Literal["char", "token", "line", "syntax", "tree_sitter"]
+_STREAM = 0x46494D << 32  # kFimIndex of fim.h
 Part = tuple[list[int], list[float]]  # a piece's ids and weights
 
 
@@ -32,24 +35,63 @@ def find_format(tokenizer: Tokenizer, options: FimOptions) -> Fim:
 
 
 def cut(
-    text: str, *, seed: int, index: int, rate: float, spm_rate: float, head: Callable[[str], str] | None = None
+    text: str,
+    *,
+    seed: int,
+    index: int,
+    rate: float,
+    spm_rate: float,
+    spans: Spans = "char",
+    tokenizer: Tokenizer | None = None,
+    head: Callable[[str], str] | None = None,
 ) -> tuple[str, str, str, bool] | None:
     """Where document ``index`` is cut: (prefix, middle, suffix, spm), or None with probability 1 - rate.
 
-    Both cuts are uniform over the len + 1 places between characters, so an empty part is possible. A pure function of
-    its arguments.
+    A pure function of its arguments. An empty document is never cut.
 
     Args:
+        spans: the middle is what lies between two uniform places (any part may be empty): between characters ("char"),
+            tokens ("token") or lines ("line"); or a statement, block or bracket of Python source ("syntax"), or a node
+            of its syntax tree ("tree_sitter"), each as likely as the others, and as for "char" where there is none.
+        tokenizer: for "token".
         head: what is kept of a document that is cut, before the places are drawn.
+
+    Raises:
+        ImportError: "tree_sitter", which is not installed.
     """
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-    chosen, order = rng.random(2)
-    if chosen >= rate:
+    unit = {"line": "line", "syntax": "syntax"}.get(spans, "character")
+    (mode,), (places,) = fim_cuts([text], seed=seed, rate=rate, spm_rate=spm_rate, unit=unit, doc_ids=[index])
+    if mode == 0:
         return None
     if head is not None:
         text = head(text)
-    first, second = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
-    return text[:first], text[first:second], text[second:], bool(order < spm_rate)
+        _, (places,) = fim_cuts([text], seed=seed, rate=rate, spm_rate=spm_rate, unit=unit, doc_ids=[index])
+    first, second = places.tolist()
+    data = text.encode()
+    draw = philox(seed, index, _STREAM)[2:]
+    if spans == "token" and tokenizer is not None:
+        starts = (begin for begin, _ in tokenizer.encode_rendered(text)[1])
+        between = [*dict.fromkeys([0, *starts, len(text)])]  # once where several tokens share a character
+        first, second = (len(text[: between[bits * len(between) >> 32]].encode()) for bits in sorted(draw))
+    elif spans == "tree_sitter" and (nodes := _nodes(data)):
+        first, second = nodes[draw[0] * len(nodes) >> 32]
+    prefix, middle, suffix = (part.decode() for part in (data[:first], data[first:second], data[second:]))
+    return prefix, middle, suffix, bool(mode == 2)
+
+
+def _nodes(source: bytes) -> list[tuple[int, int]]:
+    """The named nodes below the root of Python source, as bytes, in order; of equal ones the first."""
+    from tree_sitter import Language, Parser
+    from tree_sitter_python import language
+
+    found: dict[tuple[int, int], None] = {}
+    waiting = list(Parser(Language(language())).parse(source).root_node.named_children)
+    while waiting:
+        node = waiting.pop()
+        if node.end_byte > node.start_byte:
+            found[node.start_byte, node.end_byte] = None
+        waiting += node.named_children
+    return sorted(found)
 
 
 def draft_fim(

@@ -69,7 +69,8 @@ def _drafts(
         (text,) = record.parts
         room = config.data.max_length - len(tokenizer.prefix_ids) - fim.MARKERS
         cut = fim.cut(
-            text, seed=config.seed, index=index, rate=options.rate, spm_rate=options.spm_rate,
+            text, seed=config.seed, index=index, rate=options.rate, spm_rate=options.spm_rate, spans=options.spans,
+            tokenizer=tokenizer,
             # Only the head fits, so that is what the places are drawn in: the middle and its end are then kept.
             head=(lambda whole: tokenizer.head(whole, room)) if config.data.on_long == "truncate" else None,
         )  # fmt: skip

@@ -21,7 +21,7 @@ _library.record(
     cuda=_library.Implementation("none", "rows are made on the CPU, where the texts are"),
 )
 
-UNITS = ("token", "character", "line")
+UNITS = ("token", "character", "line", "syntax")
 PREFIX, MIDDLE, SUFFIX = -1, -2, -3  # in a layout, in place of a token id
 PLAIN, PSM, SPM, NOT_EXACT = 0, 1, 2, -1  # values of FimRows.mode
 
@@ -61,7 +61,8 @@ def fim_rows(
     and positions.
 
     With unit "token" the cuts and the draws are those of :func:`fim_permute`. With "character" or "line" a document is
-    cut between two characters or where a line begins (or ends the text), and every piece has exactly the ids that the
+    cut between two characters or where a line begins (or ends the text); with "syntax" around a statement, block or
+    pair of brackets of Python source, or as with "character" where it has none. Every piece has exactly the ids that the
     tokenizer gives it by itself: only the few tokens next to a cut are encoded anew. Draws come from Philox keyed by
     (seed, document id), so that a row depends neither on the other documents nor on threads.
 
@@ -74,7 +75,7 @@ def fim_rows(
         seed: 0 <= seed < 2^63.
         rate: probability that a document is rearranged. Empty documents never are.
         spm_rate: among those, the probability of ``spm``.
-        unit: "token", "character" or "line".
+        unit: "token", "character", "line" or "syntax".
         encoder: the tokenizer's vocabulary, for every unit but "token".
         spans: integers [B, 2]: the middle as [begin, end), in tokens for unit "token" and in bytes of the UTF-8 text
             otherwise, in place of the random cuts.
@@ -131,14 +132,14 @@ def fim_cuts(
     rate: float = 0.5,
     spm_rate: float = 0.5,
     unit: str = "character",
-    doc_ids: Array | None = None,
+    doc_ids: Sequence[int] | Array | None = None,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]:
     """Where :func:`fim_rows` cuts these texts: for tokenizers that have to encode each piece themselves.
 
     Args:
         texts: N strings.
         seed, rate, spm_rate, doc_ids: as in :func:`fim_rows`.
-        unit: "character" or "line".
+        unit: "character", "line" or "syntax".
 
     Returns:
         mode int8 [N] (0, 1 PSM, 2 SPM) and the middle int64 [N, 2], in bytes of the UTF-8 text.

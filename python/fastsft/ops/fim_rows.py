@@ -62,9 +62,9 @@ def fim_rows(
 
     With unit "token" the cuts and the draws are those of :func:`fim_permute`. With "character" or "line" a document is
     cut between two characters or where a line begins (or ends the text); with "syntax" around a statement, block or
-    pair of brackets of Python source, or as with "character" where it has none. Every piece has exactly the ids that the
-    tokenizer gives it by itself: only the few tokens next to a cut are encoded anew. Draws come from Philox keyed by
-    (seed, document id), so that a row depends neither on the other documents nor on threads.
+    pair of brackets of Python source, or as with "character" where it has none. Every piece has exactly the ids that
+    the tokenizer gives it by itself: only the few tokens next to a cut are encoded anew. Draws come from Philox keyed
+    by (seed, document id), so that a row depends neither on the other documents nor on threads.
 
     Args:
         tokens: [T] int32 or int64 on the CPU, documents one after the other; torch or numpy. Except with "token": the

@@ -4,7 +4,7 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'active_isa', 'advise_huge_pages', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class ByteBpe:
     """
     A byte-level BPE vocabulary; see bpe.h.
@@ -61,6 +61,10 @@ def active_isa() -> str:
 def advise_huge_pages(tensor: typing.Any) -> None:
     """
     Ask for huge pages under a fresh CPU tensor, before it is first written.
+    """
+def all_pairs_clusters(texts: typing.Any, offsets: typing.Any, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, threshold: typing.SupportsFloat | typing.SupportsIndex, max_cluster: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
+    """
+    Fills labels, int64 [N]; max_cluster 0 is no limit.
     """
 def attention_plan(cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, total_q: typing.SupportsInt | typing.SupportsIndex, total_k: typing.SupportsInt | typing.SupportsIndex, causal: bool, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, plan: typing.Any) -> None:
     ...
@@ -178,6 +182,10 @@ def set_isa(name: str) -> None:
     ...
 def set_num_threads(n: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
+def similar_pairs(texts: typing.Any, offsets: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool) -> tuple:
+    """
+    (int64 [P, 2], float64 [P])
+    """
 def swiglu(gate: typing.Any, up: typing.Any, out: typing.Any) -> None:
     ...
 def swiglu_backward(gate: typing.Any, up: typing.Any, grad: typing.Any, d_gate: typing.Any, d_up: typing.Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dedup_cases import lines_of, rows_of, texts
 
 from fastsft import ops
 from fastsft.data.dedup import DedupReport
@@ -23,27 +23,6 @@ from fastsft.data.link import LinkOptions
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.records import read_records
 from fastsft.data.scan import SketchOptions
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    """Families of texts around the threshold, with exact copies."""
-    rng = random.Random(seed)
-    out: list[str] = []
-    while len(out) < count:
-        base = [f"w{rng.randrange(300)}" for _ in range(rng.randint(3, 80))]
-        for _ in range(rng.choice((1, 1, 1, 2, 5, 12))):
-            share = rng.choice((0, 0.01, 0.03, 0.05, 0.3))
-            out.append(" ".join(f"x{rng.randrange(999)}" if rng.random() < share else w for w in base))
-    rng.shuffle(out)
-    return out[:count]
-
-
-def rows_of(texts: list[str]) -> list[dict[str, Any]]:
-    return [{"id": i, "text": t} for i, t in enumerate(texts)]
-
-
-def lines_of(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(r) + "\n" for r in rows).encode()
 
 
 def run(paths: list[Path], output: Path | None = None, mode: str = "fail", **options: Any) -> DedupReport:

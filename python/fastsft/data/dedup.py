@@ -36,9 +36,11 @@ class DedupReport:
     def clusters(self, limit: int | None = None) -> list[npt.NDArray[np.int64]]:
         """Members of each cluster of two or more, largest first."""
         order = np.argsort(self.labels, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1) if len(order) else []
-        large = sorted((g for g in groups if len(g) > 1), key=lambda g: (-len(g), int(g[0])))
-        return large[:limit]
+        begins = np.flatnonzero(np.append(True, np.diff(self.labels[order]) != 0))[: len(order)]
+        sizes = np.diff(np.append(begins, len(order)))
+        large = np.flatnonzero(sizes > 1)
+        large = large[np.lexsort((order[begins[large]], -sizes[large]))][:limit]
+        return [order[b : b + n] for b, n in zip(begins[large].tolist(), sizes[large].tolist(), strict=True)]
 
     def histogram(self) -> dict[int, int]:
         """Cluster size -> number of clusters of that size, singletons included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,12 +62,11 @@ def dedup_files(
         DataError: unusable rows or files, an output that cannot take the rows, a file that changed meanwhile.
         ConfigError: another process uses the work folder.
     """
-    sources = [s for p in paths for s in find_sources(p)]
-    folder = len(paths) > 1 or (paths[0].is_dir() and sources[0].path != paths[0])
-    plan = {**plan_of(sources, sketch), "output": str(output.resolve()) if output is not None else None}
+    sources, folder = find_all(paths)
+    plan = plan_of(sources, sketch, output)
     if output is not None:
         check_target(sources, output, folder=folder, ours=work is not None and _planned(work) == plan)
-    limit = memory or UNLIMITED
+    limit = memory_left(memory)
     with _work_folder(work, plan) as stage:
         shards = scan(sources, sketch, problems, folder=stage, memory=limit, progress=progress)
         first, labels = link(sources, shards, sketch, how, memory=limit, folder=stage, progress=progress)
@@ -74,6 +74,21 @@ def dedup_files(
         if output is not None:
             write_kept(sources, shards, kept, output, folder=folder, progress=progress)
         return report(sources, shards, first, labels, kept, sketch)
+
+
+def memory_left(memory: int | None) -> int:
+    """What the stages may hold: the limit less what the process has already."""
+    if memory is None:
+        return UNLIMITED
+    with open("/proc/self/statm") as stream:
+        resident = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return max(memory - resident, memory // 8)
+
+
+def find_all(paths: Sequence[Path]) -> tuple[list[Source], bool]:
+    """The sources of all paths, and whether they go to a folder of files."""
+    sources = [s for p in paths for s in find_sources(p)]
+    return sources, len(paths) > 1 or (paths[0].is_dir() and sources[0].path != paths[0])
 
 
 def choose(labels: Ints, shards: Shards, keep: Keep) -> npt.NDArray[np.bool_]:
@@ -90,10 +105,10 @@ def choose(labels: Ints, shards: Shards, keep: Keep) -> npt.NDArray[np.bool_]:
 
 
 def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.bool_], output: Path, *, folder: bool,
-               progress: Progress | None = None) -> None:  # fmt: skip
+               base: int = 0, progress: Progress | None = None) -> None:  # fmt: skip
     target = Output(output, folder=folder)
     for index, source in enumerate(sources):
-        span = shards.of_source(index)
+        span = shards.of_source(base + index)
         rows = np.flatnonzero(kept[span]) + span.start
         target.write(source, shards.chosen("starts", rows), shards.chosen("sizes", rows))
         if progress:
@@ -104,9 +119,10 @@ def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.b
 def report(sources: Sequence[Source], shards: Shards, first: Ints, labels: Ints, kept: npt.NDArray[np.bool_],
            sketch: SketchOptions) -> DedupReport:  # fmt: skip
     exact = int((first != np.arange(len(first))).sum())
+    places = shards.loaded("numbers", "starts", "sizes")
     return DedupReport(
         kept, labels, exact, int((~kept).sum()) - exact,
-        _Lazy(sources, shards, sketch, "source"), _Lazy(sources, shards, sketch, "text"),
+        _Lazy(sources, places, sketch, "source"), _Lazy(sources, places, sketch, "text"),
     )  # fmt: skip
 
 
@@ -114,8 +130,7 @@ class _Lazy(Sequence[str]):
     """Places or texts of rows, looked up when asked for."""
 
     def __init__(self, sources: Sequence[Source], shards: Shards, sketch: SketchOptions, what: str) -> None:
-        self._sources, self._sketch, self._what = sources, sketch, what
-        self._shards = shards.loaded("numbers", "starts", "sizes")
+        self._sources, self._shards, self._sketch, self._what = sources, shards, sketch, what
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -178,11 +193,14 @@ def write_json(path: Path, value: Any) -> None:
     sync(path.parent)
 
 
-def plan_of(sources: Sequence[Source], sketch: SketchOptions) -> dict[str, Any]:
-    """What shards depend on, files by their path, size and time."""
+def plan_of(sources: Sequence[Source], sketch: SketchOptions, output: Path | None) -> dict[str, Any]:
+    """What a run depends on, files by their path, size and time."""
     files = []
     for source in sources:
         for path in sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]:
             status = path.stat()
             files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return {"version": _VERSION, "sketch": dataclasses.asdict(sketch), "files": files}
+    return {
+        "version": _VERSION, "sketch": dataclasses.asdict(sketch), "files": files,
+        "output": str(output.resolve()) if output is not None else None,
+    }  # fmt: skip

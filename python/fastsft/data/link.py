@@ -10,6 +10,8 @@ Memory, in bytes a row: 8 for the first of equal rows, 8 for the clusters; besid
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from fastsft.data.texts import reread_texts
 from fastsft.ops import link_similar
 
 Ints = npt.NDArray[np.int64]
+_ROW_BYTES = 160  # what sorting a row's hash takes at its peak
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def equal_rows(shards: Shards, *, memory: int) -> Ints:
     """int64 [n]: for each row, the first with the same digest."""
     n = len(shards)
     first = np.arange(n)
-    for rows, digests in _parts(shards, "digests", None, n, memory // 40):
+    for rows, digests in _parts(shards, "digests", None, n, memory // _ROW_BYTES):
         order = np.argsort(digests[:, 0])
         ordered = digests[order]
         same = ordered[1:] == ordered[:-1]
@@ -70,10 +73,11 @@ def equal_rows(shards: Shards, *, memory: int) -> Ints:
     return first
 
 
-def band_buckets(shards: Shards, band: int, alone: npt.NDArray[np.bool_], *, memory: int) -> Buckets:
-    """Rows with the same key in a band, of those that are not exact duplicates of an earlier one (``alone``)."""
+def band_buckets(shards: Shards, band: int, alone: npt.NDArray[np.bool_], *, since: int = 0, memory: int) -> Buckets:
+    """Rows with the same key in a band, of those that are not exact duplicates of an earlier one (``alone``); only
+    buckets with a row from ``since`` on."""
     members, sizes = [], []
-    for rows, keys in _parts(shards, "keys", band, len(shards), memory // 40):
+    for rows, keys in _parts(shards, "keys", band, len(shards), memory // _ROW_BYTES):
         mine = alone[rows]
         rows, keys = rows[mine], keys[mine]
         order = np.argsort(keys)
@@ -82,7 +86,10 @@ def band_buckets(shards: Shards, band: int, alone: npt.NDArray[np.bool_], *, mem
         counts = np.diff(np.append(begins, len(rows)))
         members.append(rows[order][np.repeat(counts > 1, counts)])
         sizes.append(counts[counts > 1])
-    return Buckets(np.concatenate(members), np.cumsum(np.concatenate([[0], *sizes])))
+    found = Buckets(np.concatenate(members), np.cumsum(np.concatenate([[0], *sizes])))
+    if since and len(found):
+        found = found.select(np.maximum.reduceat(found.members, found.offsets[:-1]) >= since)
+    return found
 
 
 def _parts(shards: Shards, name: str, part: int | None, n: int, limit: int) -> Iterator[tuple[Ints, Any]]:
@@ -101,47 +108,29 @@ def _parts(shards: Shards, name: str, part: int | None, n: int, limit: int) -> I
 
 
 class CandidateTexts:
-    """The texts of some rows, read again: in memory, or in a temporary file where they do not fit."""
+    """The texts of some rows, which ascend: in memory, or in a temporary file where they do not fit."""
 
-    def __init__(self, sources: Sequence[Source], shards: Shards, rows: Ints, options: SketchOptions, *,
-                 memory: int, folder: Path | None) -> None:  # fmt: skip
+    def __init__(self, rows: Ints, *, in_file: bool, folder: Path | None) -> None:
         self.rows = rows
-        sizes = shards.chosen("sizes", rows)
-        self._file: IO[bytes] | None = None
-        self._data: list[Any] = []
-        if int(sizes.sum()) > memory:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        lengths = []
-        for index, source in enumerate(sources):
-            span = shards.of_source(index)
-            mine = rows[np.searchsorted(rows, span.start) : np.searchsorted(rows, span.stop)]
-            if len(mine):
-                lengths += self._read(source, shards, mine, options, memory)
-        self.offsets = np.cumsum([0, *(n for part in lengths for n in part)])
-        self._texts = np.concatenate(self._data) if self._data else np.empty(0, np.uint8)
-        self._data = []
+        self.offsets = np.zeros(1, np.int64)
+        self._file: IO[bytes] | None = tempfile.TemporaryFile(dir=folder) if in_file else None  # noqa: SIM115
+        self._pieces: list[npt.NDArray[np.uint8]] = []
+        self._lengths: list[Ints] = []
+        self._texts = np.empty(0, np.uint8)
 
-    def _read(self, source: Source, shards: Shards, rows: Ints, options: SketchOptions, memory: int) -> list[Any]:
-        digests = shards.chosen("digests", rows)
-        starts, sizes = shards.chosen("starts", rows), shards.chosen("sizes", rows)
-        batch_bytes = max(1 << 16, min(1 << 22, memory // 8))
-        done = 0
-        lengths = []
-        for batch in reread_texts(source, starts, sizes, fields=options.fields, batch_bytes=batch_bytes):
-            if not np.array_equal(batch.digests, digests[done : done + len(batch)]):
-                break
-            data, offsets = batch.texts
-            used = data[offsets[0] : offsets[-1]]
-            if self._file is not None:
-                self._file.write(used.data)
-            else:
-                self._data.append(used.copy())
-            lengths.append(np.diff(offsets))
-            done += len(batch)
-        if done != len(rows):
-            number = shards.chosen("numbers", rows[done : done + 1])[0]
-            raise DataError(f"{source.path}:{number}: changed since it was read first")
-        return lengths
+    def append(self, data: npt.NDArray[np.uint8], lengths: Ints) -> None:
+        if self._file is None:
+            self._pieces.append(data.copy())
+        else:
+            self._file.write(data.data)
+        self._lengths.append(lengths)
+
+    def finish(self) -> CandidateTexts:
+        self.offsets = np.cumsum(np.concatenate([[0], *self._lengths]))
+        self._texts = np.concatenate([self._texts, *self._pieces])
+        self._pieces.clear()
+        self._lengths.clear()
+        return self
 
     def take(self, rows: Ints) -> tuple[npt.NDArray[np.uint8], Ints]:
         """The texts of some of the rows, which ascend, as one buffer with offsets."""
@@ -166,6 +155,66 @@ class CandidateTexts:
         return sizes
 
 
+def candidate_texts(sources: Sequence[Source], shards: Shards, rows: Ints, options: SketchOptions, *,
+                    memory: int, folder: Path | None) -> CandidateTexts:  # fmt: skip
+    """The rows' texts, read again in one pass over the files.
+
+    Raises:
+        DataError: a row is not what it was.
+    """
+    texts = CandidateTexts(rows, in_file=int(shards.chosen("lengths", rows).sum()) > memory, folder=folder)
+    for index, source in enumerate(sources):
+        span = shards.of_source(index)
+        mine = rows[np.searchsorted(rows, span.start) : np.searchsorted(rows, span.stop)]
+        if not len(mine):
+            continue
+        digests = shards.chosen("digests", mine)
+        starts, sizes = shards.chosen("starts", mine), shards.chosen("sizes", mine)
+        batch_bytes = max(1 << 16, min(1 << 22, memory // 8))
+        done = 0
+        if source.path.exists():
+            for batch in reread_texts(source, starts, sizes, fields=options.fields, batch_bytes=batch_bytes):
+                if not np.array_equal(batch.digests, digests[done : done + len(batch)]):
+                    break
+                data, offsets = batch.texts
+                texts.append(data[offsets[0] : offsets[-1]], np.diff(offsets))
+                done += len(batch)
+        if done != len(mine):
+            number = shards.chosen("numbers", mine[done : done + 1])[0]
+            raise DataError(
+                f"{source.path}:{number}: changed since it was read first; candidates cannot be compared exactly "
+                "(--verify signature compares their signatures)"
+            )
+    return texts.finish()
+
+
+def signature_texts(shards: Shards, rows: Ints, *, memory: int, folder: Path | None) -> CandidateTexts:
+    """Signatures as texts of one word for each column and value: m equal columns of P are a Jaccard similarity of
+    m / (2 P - m)."""
+    num_perm = shards.shards[0].info.num_perm if shards.shards else 0
+    width = 13
+    texts = CandidateTexts(rows, in_file=len(rows) * num_perm * width > memory, folder=folder)
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    columns = np.arange(num_perm, dtype=">u2").view(np.uint8).reshape(num_perm, 2)
+    step = max(1, min(memory, 1 << 26) // (8 * width * max(num_perm, 1)))
+    for begin in range(0, len(rows), step):
+        part = rows[begin : begin + step]
+        values = shards.chosen("signatures", part).astype(">u4").view(np.uint8).reshape(len(part), num_perm, 4)
+        words = np.full((len(part), num_perm, width), ord(" "), np.uint8)
+        words[:, :, 0:4:2], words[:, :, 1:4:2] = digits[columns >> 4], digits[columns & 15]
+        words[:, :, 4:12:2], words[:, :, 5:12:2] = digits[values >> 4], digits[values & 15]
+        texts.append(words.reshape(-1), np.full(len(part), num_perm * width))
+    return texts.finish()
+
+
+def _for_signatures(options: SketchOptions) -> SketchOptions:
+    """The options that compare :func:`signature_texts`; half a column is a margin for rounding."""
+    needed = math.ceil(options.threshold * options.num_perm - 1e-9) - 0.5
+    return dataclasses.replace(
+        options, threshold=needed / (2 * options.num_perm - needed), ngram=1, unit="word", fields={}
+    )  # fmt: skip
+
+
 def link(
     sources: Sequence[Source],
     shards: Shards,
@@ -174,9 +223,13 @@ def link(
     *,
     memory: int,
     folder: Path | None = None,
+    known: Ints | None = None,
     progress: Progress | None = None,
 ) -> tuple[Ints, Ints]:
     """(first, labels), int64 [n]: the first row of equal content, and the first row of the cluster.
+
+    Args:
+        known: labels of the first rows, from a call with these alone; only what came since is compared with others.
 
     Raises:
         DataError: a file changed since it was scanned.
@@ -185,24 +238,31 @@ def link(
     if options.mode == "exact":
         return first, first
     alone = first == np.arange(len(first))
-    buckets = []
-    for band in range(options.shape[0]):
-        buckets.append(band_buckets(shards, band, alone, memory=memory))
+    since = 0 if known is None else len(known)
+    buckets = _Bands(shards, options.shape[0], alone, since, memory)
+    candidate = np.zeros(len(first), np.bool_)
+    for done, part in enumerate(buckets):
+        candidate[part.members] = True
         if progress:
-            progress("candidates", band + 1, options.shape[0])
+            progress("candidates", done + 1, len(buckets))
+    rows = np.flatnonzero(candidate)
     parent = np.arange(len(first))
-    rows = np.unique(np.concatenate([b.members for b in buckets]))
-    texts = CandidateTexts(sources, shards, rows, options, memory=memory // 4, folder=folder)
-    link_buckets(buckets, texts, parent, options, how.max_cluster, memory=memory // 4, progress=progress)
+    if known is not None:
+        parent[:since] = known
+    if how.verify == "exact":
+        texts = candidate_texts(sources, shards, rows, options, memory=memory // 8, folder=folder)
+    else:
+        texts = signature_texts(shards, rows, memory=memory // 8, folder=folder)
+        options = _for_signatures(options)
+    link_buckets(buckets, texts, parent, options, how.max_cluster, memory=memory // 16, progress=progress)
     return first, roots(parent)[first]
 
 
 def link_buckets(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints, options: SketchOptions,
                  max_cluster: int | None, *, memory: int, progress: Progress | None = None) -> None:  # fmt: skip
     """Join the similar rows of all buckets in ``parent``."""
-    every = Buckets(np.concatenate([b.members for b in buckets]), _joined([b.offsets for b in buckets]))
     if int(texts.offsets[-1]) <= memory:
-        _compare(every, texts, parent, options, max_cluster)
+        _compare(_joined(buckets), texts, parent, options, max_cluster)
         return
     for done, part in enumerate(buckets):
         for batch in _batches(_unconnected(part, parent), texts, memory):
@@ -213,14 +273,44 @@ def link_buckets(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints
         return
     found = roots(parent)
     sizes = np.bincount(found[texts.rows], minlength=len(parent))
-    for root in np.flatnonzero(sizes > max_cluster).tolist():
+    large = sizes > max_cluster
+    parts = _joined([_within(part, large[found]) for part in buckets])
+    for root in np.flatnonzero(large).tolist():  # a bucket holds rows of several components, of which one counts here
         inside = found == root
         parent[inside] = np.flatnonzero(inside)
-        # a bucket holds rows of several components: those of this one remain candidates of each other
-        mine = inside[every.members]
-        counts = np.add.reduceat(mine, every.offsets[:-1])
-        part = Buckets(every.members[mine], np.cumsum([0, *counts]))
-        _compare(part.select(np.diff(part.offsets) > 1), texts, parent, options, max_cluster)
+        _compare(_within(parts, inside), texts, parent, options, max_cluster)
+
+
+class _Bands(Sequence[Buckets]):
+    """The buckets of each band, made anew when asked for where all of them would be too much."""
+
+    def __init__(self, shards: Shards, count: int, alone: npt.NDArray[np.bool_], since: int, memory: int) -> None:
+        self._shards, self._alone, self._since, self._memory = shards, alone, since, memory
+        self._count = count
+        self._kept: list[Buckets] | None = None
+        if 16 * count * len(shards) <= memory // 4:
+            self._kept = [self._make(band) for band in range(count)]
+
+    def _make(self, band: int) -> Buckets:
+        return band_buckets(self._shards, band, self._alone, since=self._since, memory=self._memory)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, band: Any) -> Any:
+        if not 0 <= band < self._count:
+            raise IndexError(band)
+        return self._make(band) if self._kept is None else self._kept[band]
+
+
+def _within(buckets: Buckets, inside: npt.NDArray[np.bool_]) -> Buckets:
+    """The buckets' members that are ``inside``, where there are two of them."""
+    if not len(buckets):
+        return buckets
+    mine = inside[buckets.members]
+    counts = np.add.reduceat(mine, buckets.offsets[:-1], dtype=np.int64)
+    part = Buckets(buckets.members[mine], np.cumsum(np.append(0, counts)))
+    return part.select(counts > 1)
 
 
 def roots(parent: Ints) -> Ints:
@@ -232,9 +322,9 @@ def roots(parent: Ints) -> Ints:
         parent = above
 
 
-def _joined(offsets: Sequence[Ints]) -> Ints:
-    sizes = [np.diff(o) for o in offsets]
-    return np.cumsum(np.concatenate([[0], *sizes]))
+def _joined(buckets: Sequence[Buckets]) -> Buckets:
+    sizes = [np.diff(b.offsets) for b in buckets]
+    return Buckets(np.concatenate([b.members for b in buckets]), np.cumsum(np.concatenate([[0], *sizes])))
 
 
 def _unconnected(buckets: Buckets, parent: Ints) -> Buckets:

@@ -53,16 +53,18 @@ def scan(
     *,
     folder: Path | None,
     memory: int,
+    base: int = 0,
     progress: Progress | None = None,
 ) -> Shards:
-    """All rows of the sources. With a ``folder``, shards lie there, and those there already are not made again.
+    """All rows of the sources, which are numbered from ``base`` on. With a ``folder``, shards lie there, and those
+    there already are not made again.
 
     Raises:
         DataError: an unusable row, where ``problems`` says so.
     """
     found: list[Shard] = []
     rows = 0
-    for index, source in enumerate(sources):
+    for index, source in enumerate(sources, base):
         for shard in scan_source(index, source, options, problems, folder=folder, memory=memory):
             for reason, count in shard.info.skipped.items():
                 problems.counts[reason] += count

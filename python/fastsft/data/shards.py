@@ -6,6 +6,7 @@ then the arrays of :func:`_layout` one behind the other, little-endian.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Shard:
         fields = json.loads(header)
         shard = Shard(ShardInfo(**{**fields, "done": tuple(fields["done"])}), path=path)
         shard._offset = len(header)
+        return shard
+
+    def with_source(self, source: int) -> Shard:
+        shard = Shard(dataclasses.replace(self.info, source=source), self._arrays, self._path)
+        shard._offset = self._offset
         return shard
 
     def save(self, path: Path) -> Shard:

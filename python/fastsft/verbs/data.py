@@ -30,9 +30,11 @@ def dedup(
     unit: Literal["word", "char"] = "word",
     mode: Literal["near", "exact"] = "near",
     keep: Literal["first", "longest"] = "first",
-    max_cluster: int | None = None,
+    max_cluster: int | None = 1000,
     memory: str | None = None,
     work: Path | None = None,
+    index: Path | None = None,
+    verify: Literal["exact", "signature"] = "exact",
     on_bad: Literal["fail", "skip"] = "fail",
     json: bool = False,
 ) -> None:
@@ -51,15 +53,19 @@ def dedup(
         unit: of what shingles are made.
         mode: near (includes exact) or exact only.
         keep: the first row of a cluster in the order of the sources, or the one with the longest text.
-        max_cluster: limit of the different texts in one cluster, against chains that join texts with nothing in common.
+        max_cluster: limit of the different texts in one cluster, against chains that join texts with nothing in common;
+            the clusters of an index have none.
         memory: what to hold at most, e.g. 4GiB, for sources that do not fit; by default everything is held.
         work: folder for the files of the stages, by default beside the output; after an interruption the same command
             takes them up, at the end they are removed.
+        index: folder that remembers rows: the sources are compared with all that were added to it earlier, and added.
+        verify: compare candidates by their texts, which reads them again, or by their signatures alone, an estimate.
         on_bad: a broken row stops the command, or is counted and left out.
         json: machine-readable summary.
     """
     from fastsft.config import FIELD_NAMES, unknown_key
     from fastsft.data.dedup_files import dedup_files
+    from fastsft.data.index import dedup_with_index
     from fastsft.data.link import LinkOptions
     from fastsft.data.problems import Problems
     from fastsft.data.scan import SketchOptions
@@ -75,17 +81,26 @@ def dedup(
     if report is not None and report.is_dir():
         raise UsageError(f"dedup: --report: expected a file, got the folder {report}")
     limit = None if memory is None else _bytes("--memory", memory)
-    if limit is not None and work is None:
+    if limit is not None and work is None and index is None:
         if output is None:
             raise UsageError("dedup: --memory: expected --work or --output as well, for the files of the stages")
         work = output.with_name(f".{output.name}.work")
     problems = Problems(on_bad, skip="--on-bad skip")
-    sketch = SketchOptions(mode, threshold, num_perm, ngram, unit, fields=fields or {})
+    sketch = SketchOptions(
+        mode, threshold, num_perm, ngram, unit, fields=fields or {}, keep_signatures=verify == "signature"
+    )  # fmt: skip
+    how = LinkOptions(verify, max_cluster if index is None else None)
     with bars() as tell:
-        found = dedup_files(
-            sources, output, problems, sketch=sketch, how=LinkOptions(max_cluster=max_cluster), keep=keep, memory=limit,
-            work=work, progress=tell,
-        )  # fmt: skip
+        if index is None:
+            found = dedup_files(
+                sources, output, problems, sketch=sketch, how=how, keep=keep, memory=limit, work=work, progress=tell
+            )  # fmt: skip
+        elif keep != "first":
+            raise UsageError("dedup: --keep: with --index, earlier rows stay: expected first")
+        else:
+            found = dedup_with_index(
+                sources, output, problems, index, sketch=sketch, how=how, memory=limit, progress=tell
+            )  # fmt: skip
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
         write_text(report, to_json(summary))

@@ -1,0 +1,130 @@
+"""A folder that remembers rows, so that new files are compared with all earlier ones without reading those again.
+
+It keeps the shards of the stages, signatures included (about 700 bytes a row), and a label for each row.
+``index.json``, replaced in one step, says what counts: what an interrupted run left beside it is taken up by the same
+run and ignored by any other. Rows of earlier files are read again only where they are candidates, by their place, and
+compared with their digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsft.data.dedup import DedupReport
+from fastsft.data.dedup_files import find_all, memory_left, plan_of, report, write_json, write_kept
+from fastsft.data.link import LinkOptions, link
+from fastsft.data.lock import hold
+from fastsft.data.problems import DataError, Problems
+from fastsft.data.scan import Progress, SketchOptions, scan
+from fastsft.data.shards import Shards, open_shards
+from fastsft.data.sources import Source
+from fastsft.data.writers import check_target
+from fastsft.files import sync
+
+_VERSION = 1
+
+
+def dedup_with_index(
+    paths: Sequence[Path],
+    output: Path | None,
+    problems: Problems,
+    index: Path,
+    *,
+    sketch: SketchOptions,
+    how: LinkOptions,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> DedupReport:
+    """Keep the rows of new files that have no duplicate in the index or before them, and add all of them to it.
+
+    The clusters are those of all files in one run; which of a cluster is kept is decided when its file comes, so that
+    two rows kept earlier stay so when a later one turns out to be similar to both. The report is about the new rows;
+    labels below 0 mean a row of the index. The same command, after an interruption, gives the same.
+
+    Raises:
+        DataError: as :func:`fastsft.data.dedup_files.dedup_files`; an index made with other options; a file that is in
+            the index already; with exact verification, an earlier file that is gone or changed.
+        ConfigError: another process uses the index.
+    """
+    if how.max_cluster is not None:
+        raise ValueError("dedup: max_cluster: expected None with an index, whose clusters grow")
+    sketch = dataclasses.replace(sketch, keep_signatures=True)
+    sources, folder = find_all(paths)
+    with hold(index, "index"):
+        state = _read(index, sketch)
+        known = [Source(Path(f["path"]), f["kind"]) for f in state["files"]]
+        for source in sources:
+            if source.path.resolve() in {s.path for s in known}:
+                raise DataError(f"{source.path}: is in the index {index} already")
+        base = len(known)
+        plan = {**plan_of(sources, sketch, output), "base": base}
+        pending = index / "pending.json"
+        resumed = pending.is_file() and json.loads(pending.read_text()) == plan
+        if output is not None:
+            check_target(sources, output, folder=folder, ours=resumed)
+        if not resumed:
+            _forget(index / "shards", base)
+            write_json(pending, plan)
+        old = Shards([s for s in open_shards(index / "shards").shards if s.info.source < base])
+        limit = memory_left(memory)
+        new = scan(
+            sources, sketch, problems, folder=index / "shards", memory=min(limit, 1 << 32), base=base, progress=progress
+        )
+        shards = Shards([*old.shards, *new.shards])
+        labels = np.fromfile(index / state["labels"], "<i8") if state["labels"] else np.empty(0, np.int64)
+        first, labels = link(
+            [*known, *sources], shards, sketch, how, memory=limit, folder=index, known=labels, progress=progress
+        )
+        kept = labels == np.arange(len(labels))
+        if output is not None:
+            write_kept(sources, shards, kept, output, folder=folder, base=base, progress=progress)
+        _commit(index, state, sources, sketch, labels)
+        pending.unlink()
+        n = len(old)
+        return report(sources, Shards(_renumbered(new, base)), first[n:] - n, labels[n:] - n, kept[n:], sketch)
+
+
+def _renumbered(shards: Shards, base: int) -> list[Any]:
+    return [s.with_source(s.info.source - base) for s in shards.shards]
+
+
+def _read(index: Path, sketch: SketchOptions) -> dict[str, Any]:
+    (index / "shards").mkdir(exist_ok=True)
+    path = index / "index.json"
+    if not path.is_file():
+        return {"files": [], "labels": None}
+    state: dict[str, Any] = json.loads(path.read_text())
+    if state["version"] != _VERSION:
+        raise DataError(f"{index}: an index of version {state['version']}, expected {_VERSION}")
+    for name, value in _options(sketch).items():
+        if state["options"][name] != value:
+            raise DataError(f"{index}: made with {name} = {state['options'][name]!r}, got {value!r}")
+    return state
+
+
+def _options(sketch: SketchOptions) -> dict[str, Any]:
+    names = ("mode", "threshold", "num_perm", "ngram", "unit", "seed")
+    return {name: getattr(sketch, name) for name in names}
+
+
+def _forget(shards: Path, base: int) -> None:
+    """Remove what another run left."""
+    for path in sorted(shards.glob("*.shard"), reverse=True):
+        if int(path.name.partition("-")[0]) >= base:
+            path.unlink()
+
+
+def _commit(index: Path, state: dict[str, Any], sources: Sequence[Source], sketch: SketchOptions, labels: Any) -> None:
+    name = f"labels-{len(state['files']) + len(sources):06d}.bin"
+    labels.astype("<i8").tofile(index / name)
+    sync(index / name)
+    files = [*state["files"], *({"path": str(s.path.resolve()), "kind": s.kind} for s in sources)]
+    write_json(index / "index.json", {"version": _VERSION, "options": _options(sketch), "files": files, "labels": name})
+    if state["labels"]:
+        (index / state["labels"]).unlink()

@@ -233,7 +233,8 @@ __device__ __forceinline__ void consume_backward(Tile& tile, const HopperBackwar
         start_scores<Element, kDim, kColumns>(s, rows[0], columns[0]);
         start_scores<Element, kDim, kColumns>(dp, rows[1], columns[1]);
         wgmma_wait<1>(s);
-        // Under the product for dp.
+        // Under the product for dp, past whose wait ptxas does not move what is inside a branch. With softcap the slope
+        // comes first, and needs dp.
         if (scale.is_capped) {
           cap_scores(s, scale);
         } else {

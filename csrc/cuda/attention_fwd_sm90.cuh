@@ -164,13 +164,18 @@ __device__ __forceinline__ void consume_forward(Tile& tile, const HopperForwardA
     }
     float s[kKeys / 2], shrink[2];
     const auto soften = [&](int number) {
+      const auto step = [&] {
+        if (!walk.is_whole(number)) mask_scores<kKeys>(s, item.rows + warp_row, walk.first(number));
+        softmax_step(s, state, shrink, scale.multiplier);
+      };
+      // In both branches: what follows them ptxas moves past the waits below, for head size 256 all of softmax.
       if (scale.is_capped) {
         cap_scores(s, scale);
-      } else if (scale.is_transformed) {
-        negate_scores(s);
+        step();
+      } else {
+        if (scale.is_transformed) negate_scores(s);
+        step();
       }
-      if (!walk.is_whole(number)) mask_scores<kKeys>(s, item.rows + warp_row, walk.first(number));
-      softmax_step(s, state, shrink, scale.multiplier);
     };
 
     skip(walk.begin);
@@ -197,8 +202,7 @@ __device__ __forceinline__ void consume_forward(Tile& tile, const HopperForwardA
         release(&tile.k_empty[k.at]);
         k.advance();
         soften(i);
-        // The next values are waited for here, since ptxas does not move the wait for the products before this loop; in
-        // front of softmax it would end what softmax is to run under.
+        // The next values are waited for here: ptxas does not move the wait for the products before this loop.
         uint64_t* const read = &tile.v_empty[v.at];
         v.advance();
         mbarrier_wait(&tile.v_full[v.at], v.parity);

@@ -251,24 +251,33 @@ TEST(expanded_heads) {
   Problem p = make_problem({70}, {70}, 2, 2, 64);
   p.shape.dtype = DType::kBFloat16;
   Floats one_head;
-  for (Floats* x : {&p.q, &p.k, &p.v}) *x = widen(p.shape.dtype, narrow(p.shape.dtype, *x));
+  for (Floats* x : {&p.q, &p.k, &p.v, &p.dout}) *x = widen(p.shape.dtype, narrow(p.shape.dtype, *x));
   for (std::size_t i = 0; i < p.k.size(); ++i) {
     if (i / 64 % 2 == 1) p.k[i] = p.k[i - 64];
     if (i / 64 % 2 == 0) one_head.push_back(p.k[i]);
   }
-  const Tensor q(narrow(p.shape.dtype, p.q), 70, 2, 64, 0), v(narrow(p.shape.dtype, p.v), 70, 2, 64, 0);
-  const Tensor k(narrow(p.shape.dtype, one_head), 70, 1, 64, 0);
+  const auto tensor = [&p](const Floats& x, int64_t heads) {
+    return Tensor(narrow(p.shape.dtype, x), 70, heads, 64, 0);
+  };
+  const Tensor q = tensor(p.q, 2), k = tensor(one_head, 1), v = tensor(p.v, 2), dout = tensor(p.dout, 2);
   std::vector<int32_t> memory(cuda::attention_plan_size(70, 70));
   const cuda::AttentionPlan plan = cuda::attention_plan_at(memory.data(), 70, 70);
   cuda::make_attention_plan(p.shape, p.batch(), plan, nullptr);
-  Words out(p.q.size(), 0xffff);
-  Floats lse(p.dlse.size());
+  Words out(p.q.size(), 0xffff), dq = out, dk = out, dv = out;
+  Floats lse(p.dlse.size()), delta(p.dlse.size());
   AttentionInput keys = k.input();
   keys.head_stride = 0;
   cuda_host::compute_capability = 90;
   cuda::varlen_attention_forward(p.shape, p.batch(), plan, q.input(), keys, v.input(), out.data(), lse.data(), nullptr);
+  const Tensor result(out, 70, 2, 64, 0);
+  cuda::varlen_attention_backward(p.shape, p.batch(), plan, dout.input(), q.input(), keys, v.input(), result.input(),
+                                  lse.data(), p.dlse.data(), delta.data(), dq.data(), dk.data(), dv.data(), nullptr);
   cuda_host::compute_capability = 80;
-  CHECK(close_in(p.shape.dtype, "out", out, reference(p).out, 1.5));
+  const Result exact = reference(p);
+  CHECK(close_in(p.shape.dtype, "out", out, exact.out, 1.5));
+  CHECK(close_in(p.shape.dtype, "dq", dq, exact.dq, 4));
+  CHECK(close_in(p.shape.dtype, "dk", dk, exact.dk, 4));
+  CHECK(close_in(p.shape.dtype, "dv", dv, exact.dv, 4));
 }
 
 // On sm_90a: 64 rows of a tile see nothing of some tiles of keys, at either end; the rings of buffers go round.

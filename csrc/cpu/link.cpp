@@ -207,8 +207,9 @@ class Linker {
 
     std::vector<Fingerprint> prints;
     for (Row set = 0; set < pool_.size(); ++set) prints.push_back(pool_.print(set));
-    const std::vector<Row> cluster =
-        capped_linkage(pairs(shared, begin, end, redone), prints, shared.options.max_cluster);
+    CappedLinkage linkage(prints, shared.options.max_cluster);
+    link_pairs(shared, begin, end, redone, linkage);
+    const std::vector<Row> cluster = linkage.clusters();
     const auto mine = [&](Row text) { return redone[shared.set_of[text]] != 0; };
     for (const Row text : texts_) {
       if (mine(text)) shared.links.parent[text] = text;
@@ -218,9 +219,9 @@ class Linker {
     }
   }
 
-  // All linked pairs of the sets to be redone, each once: in the first of the buckets that have both.
-  std::vector<SimilarSets> pairs(const Shared& shared, const int64_t* begin, const int64_t* end,
-                                 const std::vector<char>& redone) {
+  // All linked pairs of the sets to be redone, each from the first of the buckets that have both.
+  void link_pairs(const Shared& shared, const int64_t* begin, const int64_t* end, const std::vector<char>& redone,
+                  CappedLinkage& linkage) {
     const double threshold = shared.options.verify ? shared.options.threshold : 0.0;
     std::vector<std::vector<Row>> sets_of, buckets_of(pool_.size());
     for (const int64_t* b = begin; b < end; ++b) {
@@ -233,17 +234,18 @@ class Linker {
       for (const Row set : sets) buckets_of[set].push_back(static_cast<Row>(sets_of.size()));
       sets_of.push_back(std::move(sets));
     }
-    std::vector<SimilarSets> found;
-    for (Row b = 0; b < sets_of.size(); ++b) {
-      for (const Row x : sets_of[b]) {
-        for (const Row y : sets_of[b]) {
-          if (y >= x) break;
-          if (first_common(buckets_of[x], buckets_of[y]) != b) continue;
-          if (const double s = pool_.similarity(x, y, threshold); s >= 0) found.push_back({s, x, y});
+    FirstPairs first(linkage);
+    do {
+      for (Row b = 0; b < sets_of.size(); ++b) {
+        for (const Row x : sets_of[b]) {
+          for (const Row y : sets_of[b]) {
+            if (y >= x) break;
+            if (!linkage.open(x, y) || first_common(buckets_of[x], buckets_of[y]) != b) continue;
+            if (const double s = pool_.similarity(x, y, threshold); s >= 0) first.offer({s, x, y});
+          }
         }
       }
-    }
-    return found;
+    } while (first.join());
   }
 
   static Row first_common(const std::vector<Row>& x, const std::vector<Row>& y) {

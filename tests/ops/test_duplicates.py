@@ -82,6 +82,16 @@ def test_a_chain_is_cut_where_it_is_weakest() -> None:
     assert (identical[200:] == identical[0]).all()  # the same text counts once
 
 
+def test_more_pairs_than_are_held_at_a_time() -> None:
+    """The 4.3 million links in one component, in several passes; the join of all pairs holds them all."""
+    words = [f"w{i}" for i in range(9)]
+    texts = [" ".join([*words, f"x{i}", f"y{i // 2}"]) for i in range(2950)]
+    options: dict[str, Any] = {"threshold": 0.6, "ngram": 1, "max_cluster": 100}
+    got = ops.near_duplicates(texts, bands=128, rows=1, **options)
+    assert np.array_equal(got, ops.near_duplicates(texts, mode="all_pairs", **options))
+    assert np.unique(got, return_counts=True)[1].max() == 100
+
+
 def permuted(labels: Labels, order: list[int]) -> set[frozenset[int]]:
     """The clusters, in the numbering before the texts were permuted."""
     return {frozenset(order[i] for i in np.flatnonzero(labels == label)) for label in np.unique(labels)}

@@ -6,7 +6,8 @@
 // the same for any order of the texts, number of threads and instruction set. Where max_cluster > 0, a component of
 // more than max_cluster distinct sets is made anew: its links, in order of descending similarity and, among equal ones,
 // of the two sets' hashes, join their clusters unless the result would hold more than max_cluster distinct sets
-// (single linkage with a limit of size). That compares all candidate pairs of such a component.
+// (single linkage with a limit of size). That compares all candidate pairs of such a component, within a limit of
+// memory.
 #pragma once
 
 #include <cstdint>

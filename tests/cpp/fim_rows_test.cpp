@@ -11,7 +11,7 @@ using namespace fastsft;
 
 namespace {
 
-// Every byte is a token, and 256: "ab", 257: "abc", 258: " x" in this order of rank.
+// Every byte is a token, and 256: "ab", 257: "abc", 258: " x", 259: "sx", 260: the end of U+017F and x, by rank.
 struct Vocabulary {
   std::vector<uint8_t> classes = std::vector<uint8_t>(kCodePoints);
 
@@ -23,9 +23,10 @@ struct Vocabulary {
     }
     std::vector<std::string> pieces;
     for (int byte = 0; byte < 256; ++byte) pieces.emplace_back(1, static_cast<char>(byte));
-    pieces.insert(pieces.end(), {"ab", "abc", " x", ""});
-    const int32_t merges[9] = {'a', 'b', 256, 256, 'c', 257, ' ', 'x', 258};
-    return {pieces, merges, 3, classes.data(), split};
+    pieces.insert(pieces.end(), {"ab", "abc", " x", "sx", "\xBFx", ""});
+    const int32_t merges[15] = {'a', 'b', 256, 256, 'c', 257, ' ', 'x', 258, 's', 'x', 259, 0xBF, 'x', 260};
+    classes[0x17F] = 128 | 1;
+    return {pieces, merges, 5, classes.data(), split};
   }
 };
 
@@ -74,6 +75,15 @@ TEST(encoder_merges_by_rank_within_pretokens) {
   CHECK(static_cast<int64_t>(encode(bpe, std::string(kMaxPretoken, 'a')).size()) == kMaxPretoken);
 }
 
+TEST(contractions_are_pretokens) {
+  Vocabulary v;
+  const ByteBpe gpt2 = v.bpe(), gpt4 = v.bpe({.pattern = BpePattern::kGpt4});
+  CHECK((encode(gpt2, "'sx sx") == std::vector<int32_t>{'\'', 's', 'x', ' ', 259}));
+  CHECK((encode(gpt4, "'sx") == std::vector<int32_t>{'\'', 's', 'x'}));
+  CHECK((encode(gpt4, "'\xC5\xBFx") == std::vector<int32_t>{'\'', 0xC5, 0xBF, 'x'}));  // the long s is an s there
+  CHECK((encode(gpt2, "'\xC5\xBFx") == std::vector<int32_t>{'\'', 0xC5, 260}));
+}
+
 TEST(seams_lie_behind_letters) {
   Vocabulary v;
   const ByteBpe bpe = v.bpe();
@@ -112,7 +122,7 @@ TEST(special_ids_are_left_alone) {
   Vocabulary v;
   const ByteBpe bpe = v.bpe();
   CHECK(
-      (row({256, 259, 256}, options(FimUnit::kCharacter), nullptr, &bpe) == std::vector<int32_t>{256, 259, 256, 900}));
+      (row({256, 261, 256}, options(FimUnit::kCharacter), nullptr, &bpe) == std::vector<int32_t>{256, 261, 256, 900}));
   CHECK((row({256, 1000}, options(FimUnit::kCharacter), nullptr, &bpe) == std::vector<int32_t>{256, 1000, 900}));
 }
 

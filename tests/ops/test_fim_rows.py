@@ -112,6 +112,14 @@ def test_token_rows_equal_the_reference(lengths: list[int], wide: bool, **option
     assert rows_of(found) == untouched, "the cut of a document that stays whole is not used"
 
 
+def test_the_longest_row_that_fits() -> None:
+    tokens, cu = packed([[10] * 16])
+    for limit, mode in ((20, True), (19, False)):
+        found = ops.fim_rows(tokens, cu, seed=0, rate=1.0, max_len=limit, **LAYOUTS)
+        assert bool(found.mode[0] > 0) is mode
+        assert len(found.tokens) == (20 if mode else 17)
+
+
 def test_token_rows_are_those_of_fim_permute() -> None:
     tokens, cu = packed([list(range(100, 100 + n % 53)) for n in range(500)])
     marks = {"psm": LAYOUTS["psm"][:-1], "spm": LAYOUTS["spm"][:-1]}

@@ -115,7 +115,7 @@ def test_spans() -> None:
     lines = CODE.splitlines(keepends=True)
     assert middles("line") == {"".join(lines[i:j]) for i in range(len(lines) + 1) for j in range(i, len(lines) + 1)}
     assert {"return [a, (1)]", "[a, (1)]", "(1)", "({1: 2})", "{1: 2}", "x = f({1: 2})", "(a)"} <= middles("syntax")
-    ends = {0, *(end for _, end in TOKENIZER.encode_rendered(CODE)[1])}
+    ends = {0, *(end for _, end in TOKENIZER.encode_rendered([CODE])[0][1])}
     for middle in middles("token"):
         assert any(CODE[i:].startswith(middle) and i + len(middle) in ends for i in ends), middle
     assert len(middles("char")) > 200

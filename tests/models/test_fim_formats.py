@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from tokenizer_cases import family
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from fastsft import ops
 from fastsft.config import FimOptions
 from fastsft.data.fim import draft_fim
 from fastsft.data.tokenise import encode, join
 from fastsft.models.fim import FORMATS, Fim, FimParts, detect
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.ops.bpe import NotExactError
 
 SENTENCEPIECE = ("codellama", "codestral", "codegemma")
 
@@ -174,3 +177,26 @@ def test_the_inverse_in_other_vocabularies(name: str) -> None:
         for spm in (False, True):
             (found,) = encode([draft_fim(parts, tokenizer, fim, spm=spm, train_context=True)], tokenizer)
             assert fim.restore(join(found)[0], tokenizer) == "".join(parts), (parts, spm)
+
+
+@pytest.mark.parametrize("name", ["prepend", "metaspace first", "unigram", "byte level with a space"])
+def test_what_is_no_byte_level_bpe_is_refused(name: str) -> None:
+    with pytest.raises(NotExactError):
+        family(name).byte_bpe  # noqa: B018
+
+
+def test_rows_of_text_with_a_control_tokens_name() -> None:
+    tokenizer = Tokenizer.train(["ab <|im_end|> cd"], 300, FORMATS["qwen"].required)
+    fim = Fim.find(tokenizer)
+    text = "ab <|im_end|> cd" * 3
+    (ids,) = tokenizer.encode_text([text])
+    for seed in range(20):
+        rows = ops.fim_rows(
+            np.array(ids), np.array([0, len(ids)]), psm=fim.layout(False), seed=seed, rate=1.0, unit="character",
+            encoder=tokenizer.byte_bpe,
+        )  # fmt: skip
+        assert fim.restore(rows.tokens.tolist(), tokenizer) == text
+        begin, end = rows.cuts[0]
+        expected = tokenizer.encode_text([text[:begin], text[begin:end], text[end:]])
+        bounds = rows.bounds[0].reshape(3, 2).tolist()
+        assert [rows.tokens[a:b].tolist() for a, b in bounds] == expected

@@ -70,7 +70,7 @@ def cut(
     data = text.encode()
     draw = philox(seed, index, _STREAM)[2:]
     if spans == "token" and tokenizer is not None:
-        starts = (begin for begin, _ in tokenizer.encode_rendered(text)[1])
+        starts = (begin for begin, _ in tokenizer.encode_rendered([text])[0][1])
         between = [*dict.fromkeys([0, *starts, len(text)])]  # once where several tokens share a character
         first, second = (len(text[: between[bits * len(between) >> 32]].encode()) for bits in sorted(draw))
     elif spans == "tree_sitter" and (nodes := _nodes(data)):

@@ -15,6 +15,7 @@ import tokenizers
 from fastsft.files import sync
 from fastsft.models.control import CONTROL, ControlTokens, continuing, marking
 from fastsft.models.template import CHATML, CHATML_TOKENS, Span, TemplateError, render
+from fastsft.ops.bpe import ByteBpe
 
 END_OF_TEXT = "<|endoftext|>"
 # How Qwen's tokenizers split text. Each digit stands alone, and a line's end is apart from the next line's indentation.
@@ -189,6 +190,15 @@ class Tokenizer:
     @functools.cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
         return continuing(self._marking)
+
+    @functools.cached_property
+    def byte_bpe(self) -> ByteBpe:
+        """The vocabulary for :func:`fastsft.ops.fim_rows`, whose ids are those of :meth:`encode_text`.
+
+        Raises:
+            NotExactError: a tokenizer that cannot be encoded natively, such as SentencePiece's; the message says why.
+        """
+        return ByteBpe(self._marking)
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)

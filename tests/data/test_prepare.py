@@ -13,8 +13,9 @@ import pytest
 
 from fastsft.config import Config, ConfigError, load_config
 from fastsft.data import prepare as module
-from fastsft.data.prepare import Prepared, prepare, split
+from fastsft.data.prepare import Prepared, notices, prepare, split
 from fastsft.data.records import DataError, Record
+from fastsft.models.fim import Fim
 from fastsft.models.template import CHATML
 from fastsft.models.tokenizer import Tokenizer
 
@@ -260,3 +261,17 @@ def test_a_config_object_is_validated(tmp_path: Path) -> None:
     wrong: Any = dataclasses.replace(config.data, on_long="cut")
     with pytest.raises(ConfigError, match=r"data\.on_long: .* got 'cut'"):
         prepare(dataclasses.replace(config, data=wrong))
+
+
+@pytest.mark.parametrize(("name", "order"), [("deepseek", "psm"), ("codestral", "spm"), ("qwen", None)])
+def test_a_format_with_one_order_is_told(tmp_path: Path, name: str, order: str | None) -> None:
+    path = jsonl(tmp_path / "a.jsonl", texts(20))
+    raw = {
+        "output": str(tmp_path / "run"), "tokenizer": {"train_vocab": 400},
+        "data": {"train": [str(path)], "fim": {"rate": 1.0, "format": name}},
+    }  # fmt: skip
+    prepared = prepare(load_config(raw))
+    line = f"without effect: data.fim.spm_rate = 0.5; this format has the order {order} alone"
+    assert (line in notices(prepared.report)) is (order is not None)
+    fim = Fim.find(prepared.tokenizer)
+    assert all(fim.inverse(sample) is not None for sample in ids(prepared))

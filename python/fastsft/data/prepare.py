@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsft.config import Config, ConfigError, DataOptions, load_config
+from fastsft.config import Config, ConfigError, DataOptions, FimOptions, load_config
 from fastsft.data.cache import tokenise_to_store
 from fastsft.data.dedup import dedup, kept
+from fastsft.data.fim import find_format
 from fastsft.data.lock import hold
 from fastsft.data.mixture import passes, sources_of
 from fastsft.data.records import DataError, Problems, Record, read_records
@@ -26,7 +27,7 @@ from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 8  # raise when the same inputs would give other samples
+_VERSION = 9  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,8 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
     report["sources"] = _by_source(options, stores["train"])
-    if options.fim.rate > 0 and not any(r.kind == "text" for r in train_records):
-        setting = f"data.fim.rate = {options.fim.rate}"
-        report["without_effect"] = [f"without effect: {setting} is for rows of the format text, and there is none"]
+    if options.fim.rate > 0:
+        report["without_effect"] = _idle(options.fim, tokenizer, any(r.kind == "text" for r in train_records))
     report["skipped"] = dict(problems.counts)
     report["skipped_examples"] = problems.examples
     # The report comes last: its presence says that everything before it is complete.
@@ -130,6 +130,16 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     stage.replace(root / "report.json")
+
+
+def _idle(options: FimOptions, tokenizer: Tokenizer, has_texts: bool) -> list[str]:
+    """Settings of ``data.fim`` that change nothing in this run."""
+    if not has_texts:
+        return [f"without effect: data.fim.rate = {options.rate} is for rows of the format text, and there is none"]
+    if None in ((found := find_format(tokenizer, options)).psm, found.spm):
+        order = "psm" if found.spm is None else "spm"
+        return [f"without effect: data.fim.spm_rate = {options.spm_rate}; this format has the order {order} alone"]
+    return []
 
 
 def notices(report: dict[str, Any]) -> list[str]:

@@ -84,6 +84,47 @@ class WeightOptions:
     """Special tokens that the model has to write: ends of turns and of texts."""
 
 
+@dataclass(frozen=True)
+class FilterOptions:
+    """What leaves a row out, and what is masked. Shares are in [0, 1]; a limit that is unset does nothing."""
+
+    min_chars: int | None = None
+    """Characters of what the model learns to write; so are all the following."""
+    max_chars: int | None = None
+    min_words: int | None = None
+    """Words: what stands between whitespace."""
+    max_words: int | None = None
+    min_mean_word: float | None = None
+    """Mean length of words. Gopher: 3 to 10."""
+    max_mean_word: float | None = None
+    min_alphabetic: float | None = None
+    """Share of words with a letter. Gopher: 0.8."""
+    min_stop_words: int | None = None
+    """Of the, be, to, of, and, that, have, with. Gopher: 2."""
+    min_sentences: int | None = None
+    """C4: 3."""
+    min_terminal: float | None = None
+    """Share of lines that end in . ! ? : or ;."""
+    max_symbols: float | None = None
+    """Number signs and ellipses per word. Gopher: 0.1."""
+    max_bullets: float | None = None
+    """Share of lines that begin with a bullet. Gopher: 0.9."""
+    max_ellipses: float | None = None
+    """Share of lines that end in an ellipsis. Gopher: 0.3."""
+    max_duplicate_lines: float | None = None
+    """Share of lines that were there before. Gopher: 0.3."""
+    max_line: int | None = None
+    """Characters of the longest line. StarCoder: 1000."""
+    placeholders: bool = False
+    """Leave out text such as "lorem ipsum" and "your code here"."""
+    text_language: str | None = None
+    """Rows of the formats text and fim must parse as this language."""
+    fenced_languages: list[str] = field(default_factory=list)
+    """Code blocks marked as one of these languages must parse."""
+    mask: list[Literal["email", "ip"]] = field(default_factory=list)
+    """Replace e-mail addresses by <EMAIL> and public IP addresses by <IP_ADDRESS>, everywhere in a row."""
+
+
 Format = Literal["auto", "messages", "prompt_completion", "text", "fim"]
 
 
@@ -129,6 +170,7 @@ class DataOptions:
     """Turns of the assistant's that are trained: all in one sample, the last alone, or each in a sample of its own."""
     thinking: Literal["keep", "drop", "empty"] = "keep"
     """Reasoning of messages: kept, removed, or removed and the template's own non-thinking mode switched on."""
+    filters: FilterOptions = field(default_factory=FilterOptions)
     dedup: DedupOptions = field(default_factory=DedupOptions)
     fim: FimOptions = field(default_factory=FimOptions)
 
@@ -191,7 +233,7 @@ class Config:
 
 
 for _section in (
-    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, SourceOptions, DataOptions,
+    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, FilterOptions, SourceOptions, DataOptions,
     OptimOptions, ScheduleOptions, TrainOptions,
 ):  # fmt: skip
     setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
@@ -318,6 +360,9 @@ def _check_ranges(config: Config, where: str) -> None:
         check(len(source.files) > 0, f"data.sources.{i}.files", "at least one file", source.files)
         check(0 <= source.weight < math.inf, f"data.sources.{i}.weight", "a finite number, at least 0", source.weight)
         check(source.cap is None or source.cap >= 1, f"data.sources.{i}.cap", "at least 1", source.cap)
+    for name, limit in dataclasses.asdict(d.filters).items():
+        if name.partition("_")[0] in ("min", "max") and limit is not None:
+            check(limit >= 0, f"data.filters.{name}", "at least 0", limit)
     for tag, ratio in d.ratios.items():
         check(ratio > 0, f"data.ratios.{tag}", "more than 0", ratio)
     check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsft.config import Config, ConfigError, DataOptions, FimOptions, load_config
+from fastsft.config import Config, ConfigError, DataOptions, FilterOptions, FimOptions, load_config
+from fastsft.data import filters
 from fastsft.data.cache import tokenise_to_store
 from fastsft.data.dedup import dedup, kept
 from fastsft.data.fim import find_format
@@ -82,8 +83,10 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
     options = config.data
     problems = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
     records = list(_counted(_read_sources(options, problems), tell, "reading"))
-    report: dict[str, Any] = {"key": key, "rows": len(records) + sum(problems.counts.values())}
+    report: dict[str, Any] = {"key": key, "rows": len(records) + problems.unusable}
     _check_share(problems, report["rows"], options.max_bad)
+    if options.filters != FilterOptions():
+        records = list(_counted(filters.apply(records, options.filters, problems), tell, "filtering", len(records)))
     if options.dedup.mode != "none":
         found = dedup(
             records,
@@ -142,13 +145,19 @@ def _idle(options: FimOptions, tokenizer: Tokenizer, has_texts: bool) -> list[st
     return []
 
 
+# What happened to rows that are counted and used.
+_USED = {
+    "truncated": "shortened", "special token text": "used", "masked e-mail": "changed", "masked ip": "changed",
+}  # fmt: skip
+
+
 def notices(report: dict[str, Any]) -> list[str]:
     """Lines for people: settings without effect, and the rows that are not, or not wholly, used: how many, why, and the
     first of each kind."""
     places = report.get("skipped_examples", {})
     lines = list(report.get("without_effect", []))
     for reason, count in report.get("skipped", {}).items():
-        what = {"truncated": "shortened", "special token text": "used"}.get(reason, "left out")
+        what = _USED.get(reason, "left out")
         lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")
     for kind in ("exact", "near"):
         if count := report.get("dedup", {}).get(f"{kind}_duplicates"):

@@ -16,6 +16,7 @@ void register_matvec(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_minhash(pybind11::module_& m);
 void register_fim(pybind11::module_& m);
+void register_overlap(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
 }  // namespace fastsft::bindings
 
@@ -39,5 +40,6 @@ PYBIND11_MODULE(_C, m) {
   fastsft::bindings::register_data(m);
   fastsft::bindings::register_minhash(m);
   fastsft::bindings::register_fim(m);
+  fastsft::bindings::register_overlap(m);
   fastsft::bindings::register_sampling(m);
 }

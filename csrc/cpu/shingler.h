@@ -28,6 +28,14 @@ class Shingler {
   int64_t read_units(int64_t count, int64_t ngram);
 
   const Hash* shingles() const { return shingles_.data(); }
+  Hash shingle_at(int64_t first, int64_t ngram) const;  // of the units from `first` on, which are at least ngram
+
+  // Of the text last read.
+  int64_t num_units() const { return num_units_; }
+  int64_t word_begin(int64_t w) const { return edges_[2 * w]; }
+  std::string_view word(int64_t w) const {  // in small letters
+    return {reinterpret_cast<const char*>(lower_.data()) + edges_[2 * w], edges_[2 * w + 1] - edges_[2 * w]};
+  }
 
   void release_if_large() {
     constexpr int64_t kKept = int64_t{1} << 20;
@@ -38,6 +46,7 @@ class Shingler {
   void resize(int64_t length);
 
   int64_t longest_ = -1;
+  int64_t num_units_ = 0;
   std::vector<uint8_t> lower_;
   std::vector<uint32_t> edges_;
   std::vector<Hash> units_, shingles_;

@@ -49,7 +49,19 @@ int64_t Shingler<Hash>::read(std::string_view text, const ShingleOptions& option
       count = FASTSFT_ISA_SELECT(hash_chars64)(data, length, units());
     }
   }
+  num_units_ = count;
   return read_units(count, options.ngram);
+}
+
+template <typename Hash>
+Hash Shingler<Hash>::shingle_at(int64_t first, int64_t ngram) const {
+  Hash out;
+  if constexpr (kNarrow<Hash>) {
+    FASTSFT_ISA_SELECT(hash_shingles32)(units_.data() + first, ngram, ngram, &out);
+  } else {
+    FASTSFT_ISA_SELECT(hash_shingles64)(units_.data() + first, ngram, ngram, &out);
+  }
+  return out;
 }
 
 template <typename Hash>

@@ -31,6 +31,8 @@ STEMS = {
     "link_similar": "duplicates",
     "near_duplicates": "duplicates",
     "similar_pairs": "all_pairs",
+    "ngram_index": "overlap",
+    "ngram_overlap": "overlap",
     "pack_sequences": "pack",
     "jsonl_fields": "jsonl",
     "text_digests": "digest",

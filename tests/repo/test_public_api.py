@@ -45,6 +45,8 @@ PARAMETERS = {
     "link_similar": "texts members bucket_offsets parent * threshold ngram unit rows max_cluster",
     "near_duplicates": "texts * threshold num_perm ngram unit bands rows verify max_cluster seed mode",
     "similar_pairs": "texts * threshold ngram unit",
+    "ngram_index": "references ngrams",
+    "ngram_overlap": "texts index",
     "pack_sequences": "lengths * capacity",
     "rms_norm": "x weight eps",
     "apply_rope": "x cos sin",

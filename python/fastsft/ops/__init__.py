@@ -16,6 +16,7 @@ from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
 from fastsft.ops.matvec import pack_weight, packed_linear
 from fastsft.ops.minhash import lsh_clusters, lsh_keys, minhash_signatures, minhash_token_signatures
 from fastsft.ops.norm import rms_norm
+from fastsft.ops.overlap import ngram_index, ngram_overlap
 from fastsft.ops.pack import pack_sequences
 from fastsft.ops.paged_attention import paged_attention
 from fastsft.ops.rope import apply_rope
@@ -36,6 +37,8 @@ __all__ = [
     "minhash_signatures",
     "minhash_token_signatures",
     "near_duplicates",
+    "ngram_index",
+    "ngram_overlap",
     "pack_sequences",
     "pack_weight",
     "packed_linear",

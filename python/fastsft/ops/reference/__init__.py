@@ -36,6 +36,7 @@ from fastsft.ops.reference.minhash import (
     unit_hash,
 )
 from fastsft.ops.reference.objectives import objective_loss
+from fastsft.ops.reference.overlap import ngram_index, ngram_overlap
 from fastsft.ops.reference.pack import pack_sequences
 from fastsft.ops.reference.rng import philox
 from fastsft.ops.reference.sampling import gumbel_noise, kept_tokens, sample
@@ -62,6 +63,8 @@ __all__ = [
     "minhash_signatures",
     "minhash_token_signatures",
     "near_duplicates",
+    "ngram_index",
+    "ngram_overlap",
     "objective_loss",
     "pack_sequences",
     "pack_weight",

@@ -3,8 +3,10 @@ Native kernels of fastsft. Private: call fastsft.ops, which checks devices and r
 """
 from __future__ import annotations
 import collections.abc
+import numpy
+import numpy.typing
 import typing
-__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class ByteBpe:
     """
     A byte-level BPE vocabulary; see bpe.h.
@@ -55,6 +57,20 @@ class FimRowsInt64:
         ...
     @property
     def unknown(self) -> list[int]:
+        ...
+class NgramIndex:
+    """
+    Every n-gram of some references, for each n.
+    """
+    def __init__(self, references: typing.Any, offsets: typing.Any, ngrams: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+    def __len__(self) -> int:
+        ...
+    @property
+    def ngrams(self) -> list[int]:
+        ...
+    @property
+    def num_words(self) -> numpy.typing.NDArray[numpy.int64]:
         ...
 def active_isa() -> str:
     ...
@@ -149,6 +165,10 @@ def minhash_token_signatures(tokens: typing.Any, cu_seqlens: typing.Any, ngram: 
 def near_duplicates(texts: typing.Any, offsets: typing.Any, num_perm: typing.SupportsInt | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, seed: typing.SupportsInt | typing.SupportsIndex, bands: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, threshold: typing.SupportsFloat | typing.SupportsIndex, verify: bool, max_cluster: typing.SupportsInt | typing.SupportsIndex, labels: typing.Any) -> None:
     """
     Fills labels, int64 [N]; max_cluster 0 is no limit.
+    """
+def ngram_overlap(texts: typing.Any, offsets: typing.Any, index: NgramIndex) -> tuple:
+    """
+    (pairs int64 [M, 2], shared int64 [M, K, 4]: n-grams, words, begin, end)
     """
 def num_threads() -> int:
     ...

@@ -46,6 +46,7 @@ def dedup_files(
     keep: Keep = "first",
     memory: int | None = None,
     work: Path | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Progress | None = None,
 ) -> DedupReport:
     """Find duplicates among the rows of all files together, and write those kept.
@@ -57,6 +58,8 @@ def dedup_files(
         keep: of each cluster, the first row in the order of the paths, or the one with the longest text.
         memory: bytes that the stages may hold; None holds everything.
         work: folder for the stages' files, which are removed at the end; needed for a limit of memory.
+        engine: "ray" runs the stages as tasks on the Ray cluster that is connected, or a new one on this machine; work
+            and files must be in the same place on all of its nodes, and ``memory`` is of each task.
 
     Raises:
         DataError: unusable rows or files, an output that cannot take the rows, a file that changed meanwhile.
@@ -68,12 +71,26 @@ def dedup_files(
         check_target(sources, output, folder=folder, ours=work is not None and _planned(work) == plan)
     limit = memory_left(memory)
     with _work_folder(work, plan) as stage:
-        shards = scan(sources, sketch, problems, folder=stage, memory=limit, progress=progress)
-        first, labels = link(sources, shards, sketch, how, memory=limit, folder=stage, progress=progress)
+        shards, first, labels = _find(sources, problems, sketch, how, limit, stage, engine, progress)
         kept = choose(labels, shards, keep)
         if output is not None:
             write_kept(sources, shards, kept, output, folder=folder, progress=progress)
         return report(sources, shards, first, labels, kept, sketch)
+
+
+def _find(
+    sources: Sequence[Source], problems: Problems, sketch: SketchOptions, how: LinkOptions, memory: int,
+    stage: Path | None, engine: str, progress: Progress | None,
+) -> tuple[Shards, Ints, Ints]:  # fmt: skip
+    if engine == "local":
+        shards = scan(sources, sketch, problems, folder=stage, memory=memory, progress=progress)
+        return shards, *link(sources, shards, sketch, how, memory=memory, folder=stage, progress=progress)
+    if stage is None:
+        raise ValueError("dedup: work: expected a folder that all nodes of the Ray cluster see, got None")
+    from fastsft.data.ray_engine import link_on_ray, scan_on_ray
+
+    shards = scan_on_ray(sources, sketch, problems, folder=stage, memory=memory, progress=progress)
+    return shards, *link_on_ray(sources, shards, sketch, how, memory=memory, folder=stage, progress=progress)
 
 
 def memory_left(memory: int | None) -> int:

@@ -207,7 +207,7 @@ def signature_texts(shards: Shards, rows: Ints, *, memory: int, folder: Path | N
     return texts.finish()
 
 
-def _for_signatures(options: SketchOptions) -> SketchOptions:
+def for_signatures(options: SketchOptions) -> SketchOptions:
     """The options that compare :func:`signature_texts`; half a column is a margin for rounding."""
     needed = math.ceil(options.threshold * options.num_perm - 1e-9) - 0.5
     return dataclasses.replace(
@@ -253,7 +253,7 @@ def link(
         texts = candidate_texts(sources, shards, rows, options, memory=memory // 8, folder=folder)
     else:
         texts = signature_texts(shards, rows, memory=memory // 8, folder=folder)
-        options = _for_signatures(options)
+        options = for_signatures(options)
     link_buckets(buckets, texts, parent, options, how.max_cluster, memory=memory // 16, progress=progress)
     return first, roots(parent)[first]
 
@@ -269,16 +269,25 @@ def link_buckets(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints
             _compare(batch, texts, parent, options, None)
         if progress:
             progress("comparing", done + 1, len(buckets))
-    if max_cluster is None:
-        return
+    if max_cluster is not None:
+        limit_clusters(buckets, texts, parent, options, max_cluster)
+
+
+def limit_clusters(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints, options: SketchOptions,
+                   max_cluster: int) -> None:  # fmt: skip
+    """Make the components with more than ``max_cluster`` rows anew, within the limit. ``texts`` has theirs."""
     found = roots(parent)
-    sizes = np.bincount(found[texts.rows], minlength=len(parent))
-    large = sizes > max_cluster
+    large = oversized(parent, max_cluster)
     parts = _joined([_within(part, large[found]) for part in buckets])
     for root in np.flatnonzero(large).tolist():  # a bucket holds rows of several components, of which one counts here
         inside = found == root
         parent[inside] = np.flatnonzero(inside)
         _compare(_within(parts, inside), texts, parent, options, max_cluster)
+
+
+def oversized(parent: Ints, max_cluster: int) -> npt.NDArray[np.bool_]:
+    """Whether a row is the root of more than ``max_cluster`` rows."""
+    return np.asarray(np.bincount(roots(parent), minlength=len(parent)) > max_cluster)
 
 
 class _Bands(Sequence[Buckets]):

@@ -34,6 +34,7 @@ def dedup(
     memory: str | None = None,
     work: Path | None = None,
     index: Path | None = None,
+    engine: Literal["local", "ray"] = "local",
     verify: Literal["exact", "signature"] = "exact",
     on_bad: Literal["fail", "skip"] = "fail",
     json: bool = False,
@@ -59,6 +60,7 @@ def dedup(
         work: folder for the files of the stages, by default beside the output; after an interruption the same command
             takes them up, at the end they are removed.
         index: folder that remembers rows: the sources are compared with all that were added to it earlier, and added.
+        engine: ray runs the stages as tasks of a Ray cluster, whose nodes see the same files; --memory is of each task.
         verify: compare candidates by their texts, which reads them again, or by their signatures alone, an estimate.
         on_bad: a broken row stops the command, or is counted and left out.
         json: machine-readable summary.
@@ -81,9 +83,12 @@ def dedup(
     if report is not None and report.is_dir():
         raise UsageError(f"dedup: --report: expected a file, got the folder {report}")
     limit = None if memory is None else _bytes("--memory", memory)
-    if limit is not None and work is None and index is None:
+    if index is not None and engine != "local":
+        raise UsageError("dedup: --index: expected --engine local")
+    if (limit is not None or engine == "ray") and work is None and index is None:
         if output is None:
-            raise UsageError("dedup: --memory: expected --work or --output as well, for the files of the stages")
+            flag = "--memory" if engine == "local" else "--engine ray"
+            raise UsageError(f"dedup: {flag}: expected --work or --output as well, for the files of the stages")
         work = output.with_name(f".{output.name}.work")
     problems = Problems(on_bad, skip="--on-bad skip")
     sketch = SketchOptions(
@@ -93,7 +98,8 @@ def dedup(
     with bars() as tell:
         if index is None:
             found = dedup_files(
-                sources, output, problems, sketch=sketch, how=how, keep=keep, memory=limit, work=work, progress=tell
+                sources, output, problems, sketch=sketch, how=how, keep=keep, memory=limit, work=work, engine=engine,
+                progress=tell,
             )  # fmt: skip
         elif keep != "first":
             raise UsageError("dedup: --keep: with --index, earlier rows stay: expected first")

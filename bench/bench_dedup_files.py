@@ -1,0 +1,153 @@
+"""A file of functions deduplicated into another: whole commands, from start to exit, against text-dedup and datatrove.
+
+Every contestant is a process of its own that reads JSON lines and writes those kept, at equal parameters (word 5-grams,
+128 hashes, threshold 0.7, one process, one thread); text-dedup and datatrove do not compare candidates exactly.
+``FASTSFT_RIVALS`` names the Python that has the rivals installed. datatrove gets a tenth of the rows.
+``fastsft, imported`` is the call alone in a process that has imported everything, as in a pipeline.
+The gate: of the pairs of texts with equal words, every contestant keeps one.
+``extra_info``: documents, documents per second, CPU seconds, kept documents.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import corpus
+import pytest
+
+COUNT = int(os.environ.get("FASTSFT_BENCH_DOCS", "100000"))
+RIVALS = os.environ.get("FASTSFT_RIVALS", sys.executable)
+
+DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+source, out = sys.argv[1:]
+config = MinhashConfig(n_grams=5, num_buckets=16, hashes_per_bucket=8)
+read = lambda: JsonlReader(source, text_key="text", id_key="id")
+stages = [
+    [read(), MinhashDedupSignature(f"{out}/signatures", config=config)],
+    [MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)],
+    [MinhashDedupCluster(f"{out}/buckets", f"{out}/remove", config=config)],
+    [read(), MinhashDedupFilter(f"{out}/remove"), JsonlWriter(f"{out}/kept", compression=None)],
+]
+for stage, pipeline in enumerate(stages):
+    LocalPipelineExecutor(pipeline, tasks=16 if stage == 1 else 1, workers=1, logging_dir=f"{out}/logs{stage}").run()
+"""  # noqa: E501
+
+IMPORTED = """
+import sys, time
+from pathlib import Path
+from fastsft._C import keep_freed_memory
+from fastsft.data.dedup_files import dedup_files
+from fastsft.data.link import LinkOptions
+from fastsft.data.problems import Problems
+from fastsft.data.scan import SketchOptions
+keep_freed_memory()
+for _ in range(int(sys.argv[3])):
+    begin = time.perf_counter()
+    dedup_files([Path(sys.argv[1])], Path(sys.argv[2]), Problems("fail"), sketch=SketchOptions(), how=LinkOptions())
+    print(time.perf_counter() - begin)
+"""
+
+
+@functools.cache
+def source(count: int) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="fastsft-bench-")) / "rows"
+    folder.mkdir()
+    with open(folder / "rows.jsonl", "w") as stream:
+        for i, text in enumerate(texts()[:count]):
+            stream.write(json.dumps({"id": str(i), "text": text}) + "\n")
+    return folder / "rows.jsonl"
+
+
+@functools.cache
+def texts() -> list[str]:
+    return corpus.natural(COUNT)
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTSFT_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def with_fastsft(path: Path, out: Path) -> int:
+    run(sys.executable, "-m", "fastsft", "dedup", str(path), "-o", str(out / "kept.jsonl"), "--json")
+    return sum(1 for _ in open(out / "kept.jsonl"))
+
+
+def with_text_dedup(path: Path, out: Path) -> int:
+    run(RIVALS, "-m", "text_dedup.minhash", "--path", "json", "--data_files", str(path), "--split", "train",
+        "--cache_dir", str(out / "cache"), "--output", str(out / "kept"), "--column", "text", "--ngram", "5",
+        "--num_perm", "128", "--threshold", "0.7", "--b", "16", "--r", "8", "--min_length", "1", "--batch_size",
+        "10000", "--num_proc", "1")  # fmt: skip
+    code = "import sys, datasets; print(len(datasets.load_from_disk(sys.argv[1])))"
+    return int(run(RIVALS, "-c", code, str(out / "kept")))
+
+
+def with_datatrove(path: Path, out: Path) -> int:
+    run(RIVALS, "-c", DATATROVE, str(path.parent), str(out))
+    return sum(1 for p in (out / "kept").glob("*.jsonl") for _ in open(p))
+
+
+CONTESTANTS = {"fastsft": with_fastsft, "text-dedup": with_text_dedup, "datatrove": with_datatrove}
+MODULES = {"text-dedup": "text_dedup", "datatrove": "datatrove"}
+
+
+def installed(contestant: str) -> bool:
+    name = MODULES.get(contestant)
+    if name is None or sys.executable == RIVALS:
+        return name is None or importlib.util.find_spec(name) is not None
+    return subprocess.run([RIVALS, "-c", f"import {name}"], capture_output=True).returncode == 0
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_file_to_file(benchmark, contestant, tmp_path):
+    if not installed(contestant):
+        pytest.skip("not installed")
+    count = COUNT // 10 if contestant == "datatrove" else COUNT
+    path = source(count)
+    rounds = 5 if contestant == "fastsft" else 1
+    kept = []
+
+    def once() -> None:
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        kept.append(CONTESTANTS[contestant](path, tmp_path))
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    benchmark.pedantic(once, rounds=rounds)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = len({" ".join(re.findall(r"\w+", text.lower())) for text in texts()[:count]})
+    assert 0.5 * words < kept[0] <= words * 1.001
+    seconds = benchmark.stats["median"]
+    benchmark.group = f"deduplication of a file of {COUNT} functions"
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    benchmark.extra_info |= {
+        "documents": count, "documents_per_second": count / seconds, "cpu_seconds": cpu / rounds, "kept": kept[0],
+    }  # fmt: skip
+
+
+def test_call_alone(benchmark, tmp_path):
+    """The same in a process that has imported everything: the command less Python's start and torch's import."""
+    output = run(sys.executable, "-c", IMPORTED, str(source(COUNT)), str(tmp_path / "kept.jsonl"), "7")
+    seconds = sorted(float(line) for line in output.split())
+    benchmark.group = f"deduplication of a file of {COUNT} functions"
+    benchmark.name = "fastsft, imported"
+    benchmark.extra_info |= {"seconds_least": seconds[0], "seconds_median": seconds[len(seconds) // 2]}
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -55,6 +55,11 @@ def test_by_hand() -> None:
     assert sorted(spans(SOURCE)) == sorted(expected)
 
 
+def test_comments_within_brackets() -> None:
+    source = "f(  # it's ) one\n    1)\ny = 2"
+    assert sorted(spans(source)) == sorted([source[:-6], source[1:-6], "y = 2"])
+
+
 @pytest.mark.parametrize("path", sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")), ids=lambda p: p.name)
 def test_every_statement_of_the_parser_is_found(path: Path) -> None:
     source = path.read_text(encoding="utf-8")

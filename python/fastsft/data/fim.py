@@ -11,9 +11,9 @@ from typing import Literal
 from fastsft.config import FimOptions
 from fastsft.data.chat import Draft, Piece
 from fastsft.data.records import Record
-from fastsft.models.fim import MIDDLE, PREFIX, SUFFIX, Fim
+from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
-from fastsft.ops.fim_rows import fim_cuts
+from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
 from fastsft.ops.reference import philox
 
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text

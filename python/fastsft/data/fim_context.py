@@ -17,10 +17,10 @@ import numpy.typing as npt
 from fastsft import ops
 from fastsft.data.chat import Draft, Piece
 from fastsft.data.fim import draft_fim
-from fastsft.models.fim import PREFIX, Fim
+from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import ByteBpe
-from fastsft.ops.fim_rows import FimRows
+from fastsft.ops.fim_rows import PREFIX, FimRows
 
 # What a piece of text may grow by where it is cut: a token across a cut becomes several.
 _SEAMS = 24

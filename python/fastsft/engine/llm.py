@@ -26,9 +26,10 @@ from fastsft.engine.request import (
 )
 from fastsft.engine.scheduler import Scheduler
 from fastsft.models.decoder import Decoder
-from fastsft.models.fim import MIDDLE, PREFIX, SUFFIX, Fim
+from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import load_model
+from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX
 
 
 class LLM:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX
 
-PREFIX, MIDDLE, SUFFIX = -1, -2, -3  # in place of a token id: where a piece of the document goes
 _PIECES = {"P": PREFIX, "M": MIDDLE, "S": SUFFIX}
 
 

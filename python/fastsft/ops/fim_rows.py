@@ -23,7 +23,6 @@ _library.record(
 
 UNITS = ("token", "character", "line", "syntax")
 PREFIX, MIDDLE, SUFFIX = -1, -2, -3  # in a layout, in place of a token id
-PLAIN, PSM, SPM, NOT_EXACT = 0, 1, 2, -1  # values of FimRows.mode
 
 
 class FimRows(NamedTuple):

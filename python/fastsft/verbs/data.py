@@ -46,7 +46,7 @@ def dedup(
             are found across all of them.
         output: write the kept rows here in their own format, JSON lines byte for byte; a folder where sources are a
             folder or several; -o for short.
-        report: write clusters and counts here, as JSON.
+        report: write clusters and counts here, as JSON or, with a name ending in .html, as a page with a plot.
         fields: our field name and the file's, e.g. --fields text content; as data.fields of a run.
         threshold: Jaccard similarity from which two texts are near duplicates, above 0 and at most 1.
         num_perm: hash functions per signature.
@@ -72,6 +72,7 @@ def dedup(
     from fastsft.data.problems import Problems
     from fastsft.data.scan import SketchOptions
     from fastsft.progress import bars
+    from fastsft.report.duplicates import duplicates_page
 
     if not sources:
         raise UsageError("dedup: expected at least one source")
@@ -109,7 +110,7 @@ def dedup(
             )  # fmt: skip
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
-        write_text(report, to_json(summary))
+        write_text(report, duplicates_page(summary) if report.suffix == ".html" else to_json(summary))
     if json:
         print_json(summary)
     else:

@@ -20,7 +20,7 @@ struct Free {
   void operator()(int64_t* data) const { std::free(data); }
 };
 
-// Pages of 4 KiB cost more to get than the keys to compute.
+// Written once, read once: most of the cost of a large array of small pages is getting the pages.
 std::unique_ptr<int64_t[], Free> huge_pages(int64_t count) {
   constexpr std::size_t kPage = std::size_t{2} << 20;
   const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(int64_t) + kPage) / kPage * kPage;

@@ -1,7 +1,7 @@
 // Private to csrc/cpu: sets of 64-bit shingle hashes (shingles.h), and the size of their intersections.
 //
 // An intersection costs one probe of a hash table in the first cache per element of a set, and stops as soon as it is
-// decided. Sorting the sets instead took longer than all the comparisons together.
+// known to be too small.
 #pragma once
 
 #include <algorithm>

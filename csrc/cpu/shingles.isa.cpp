@@ -95,7 +95,7 @@ inline int append_bits(uint64_t bits, uint32_t first, uint32_t* out) {
   }
 #else
   // Eight at a time whether or not there are so many: a mispredicted branch costs more than the spare stores. Volatile,
-  // lest the compiler gather the eight in a vector, which takes it longer than the rest.
+  // lest the compiler gather the eight in a vector, element by element.
   volatile uint32_t* to = out;
   for (int done = 0; done < count; done += 8) {
     for (int j = 0; j < 8; ++j) {

@@ -14,6 +14,7 @@ from fastsft.info import info
 if TYPE_CHECKING:
     from fastsft import ops
     from fastsft.config import Config, load_config
+    from fastsft.data.decontaminate import decontaminate
     from fastsft.data.dedup import dedup
     from fastsft.data.prepare import prepare
     from fastsft.engine.llm import LLM
@@ -22,12 +23,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Config", "SamplingParams", "__version__", "dedup", "info", "load_config", "ops", "prepare", "train"]
+__all__ = [
+    "LLM",
+    "Config",
+    "SamplingParams",
+    "__version__",
+    "decontaminate",
+    "dedup",
+    "info",
+    "load_config",
+    "ops",
+    "prepare",
+    "train",
+]
 
 _HOME = {
     "LLM": "fastsft.engine.llm",
     "Config": "fastsft.config",
     "SamplingParams": "fastsft.engine.request",
+    "decontaminate": "fastsft.data.decontaminate",
     "dedup": "fastsft.data.dedup",
     "load_config": "fastsft.config",
     "prepare": "fastsft.data.prepare",

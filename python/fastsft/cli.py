@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "info": (verbs.info, False),
     "demo": (verbs.demo, False),
     "dedup": (verbs.dedup, False),
+    "decontaminate": (verbs.decontaminate, False),
     "prepare": (verbs.prepare, True),
     "train": (verbs.train, True),
     "generate": (verbs.generate, False),

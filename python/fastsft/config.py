@@ -51,6 +51,17 @@ class DedupOptions:
 
 
 @dataclass(frozen=True)
+class DecontaminateOptions:
+    against: list[str] = field(default_factory=list)
+    """Evaluation files, of rows with any fields; training rows that contain instances of theirs are left out."""
+    fields: list[str] = field(default_factory=list)
+    """Fields of these to compare with; empty: all that are strings."""
+    rules: list[str] = field(default_factory=lambda: ["tulu3"])
+    """Any of which drops a row: "13" (a shared 13-gram of words), "8:0.5" (more than half of an instance's words lie in
+    shared 8-grams), "tulu3", "qwen2.5-coder", "gpt3"."""
+
+
+@dataclass(frozen=True)
 class FimOptions:
     rate: float = 0.0
     """Probability that a ``text`` record is rearranged into prefix/suffix/middle (arXiv 2207.14255)."""
@@ -172,6 +183,7 @@ class DataOptions:
     """Reasoning of messages: kept, removed, or removed and the template's own non-thinking mode switched on."""
     filters: FilterOptions = field(default_factory=FilterOptions)
     dedup: DedupOptions = field(default_factory=DedupOptions)
+    decontaminate: DecontaminateOptions = field(default_factory=DecontaminateOptions)
     fim: FimOptions = field(default_factory=FimOptions)
 
 
@@ -233,8 +245,8 @@ class Config:
 
 
 for _section in (
-    ModelOptions, TokenizerOptions, DedupOptions, FimOptions, WeightOptions, FilterOptions, SourceOptions, DataOptions,
-    OptimOptions, ScheduleOptions, TrainOptions,
+    ModelOptions, TokenizerOptions, DedupOptions, DecontaminateOptions, FimOptions, WeightOptions, FilterOptions,
+    SourceOptions, DataOptions, OptimOptions, ScheduleOptions, TrainOptions,
 ):  # fmt: skip
     setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 

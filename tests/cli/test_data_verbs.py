@@ -101,3 +101,40 @@ def test_a_setting_without_effect_is_told(trained: Path, tmp_path: Path, capsys:
     data = write(tmp_path / "rows.jsonl", [*conversations(30), {"text": "number 7"}])
     cli.main([*map(str, ("prepare", *flags, "--data", data, "--data.eval-fraction", "0"))])
     assert "without effect" not in capsys.readouterr().out
+
+
+def test_decontaminate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "one two three four five six seven eight nine ten"
+    source = write(tmp_path / "in.jsonl", [{"text": words}, {"text": "other [b]words[/b]"}])
+    against = write(tmp_path / "eval.jsonl", [{"task": "a/1", "prompt": words.upper()}, {"prompt": "too short"}])
+    target, report = tmp_path / "out.jsonl", tmp_path / "r.json"
+    result = result_of(capsys, "decontaminate", source, "--against", against, "-o", target, "--report", report)
+    assert json.loads(report.read_text()) == result
+    assert (result["records"], result["kept"], result["rules"]) == (2, 1, ["8:0.5"])
+    assert result["dropped"] == [
+        {"source": f"{source}:1", "evaluation": f"{against}:1 prompt", "rule": "8:0.5", "coverage": 1.0,
+         "passage": words.upper()}
+    ]  # fmt: skip
+    assert target.read_bytes() == source.read_bytes().splitlines(keepends=True)[1]
+    cli.main([*map(str, ("decontaminate", source, "--against", against, "--rules", "gpt3", "10"))])
+    shown = capsys.readouterr().out
+    assert "2 records: 1 kept, 1 dropped by 13, 10" in shown
+    assert f"{against}: 1 of 2 rows found, 1 too short to be" in shown
+    assert "in.jsonl:1" in shown
+
+
+def test_decontaminate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", [{"text": "a b"}])
+    against = write(tmp_path / "eval.jsonl", [{"prompt": "a b"}])
+    before = source.read_bytes(), against.read_bytes()
+    command = ("decontaminate", source, "--against", against)
+    for flag in ("--output", "--report"):
+        for path in (source, against):
+            assert "expected another file than the inputs" in refusal(capsys, *command, flag, path)
+        assert f"{flag}: no folder" in refusal(capsys, *command, flag, tmp_path / "no" / "out.jsonl")
+    assert "rules: expected one of tulu3" in refusal(capsys, *command, "--rules", "tulu4")
+    assert "did you mean 'text'?" in refusal(capsys, *command, "--fields", "txt", "content")
+    assert "nowhere.jsonl" in refusal(capsys, "decontaminate", source, "--against", tmp_path / "nowhere.jsonl")
+    assert "expected 'question' to be a string" in refusal(capsys, *command, "--against-fields", "question")
+    assert (source.read_bytes(), against.read_bytes()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "in.jsonl"]

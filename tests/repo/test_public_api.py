@@ -19,7 +19,8 @@ def run(code: str) -> str:
 def test_names() -> None:
     assert len(fastsft.__all__) <= 12
     assert set(fastsft.__all__) == {
-        "LLM", "Config", "SamplingParams", "__version__", "dedup", "info", "load_config", "ops", "prepare", "train",
+        "LLM", "Config", "SamplingParams", "__version__", "decontaminate", "dedup", "info", "load_config", "ops",
+        "prepare", "train",
     }  # fmt: skip
     for name in fastsft.__all__:
         assert getattr(fastsft, name) is not None

@@ -18,6 +18,7 @@ import numpy as np
 from fastsft.config import Config, ConfigError, DataOptions, FilterOptions, FimOptions, load_config
 from fastsft.data import filters
 from fastsft.data.cache import tokenise_to_store
+from fastsft.data.decontaminate import decontaminate
 from fastsft.data.dedup import dedup, kept
 from fastsft.data.fim import find_format
 from fastsft.data.lock import hold
@@ -98,6 +99,16 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
         )
         records = list(kept(records, found))
         report["dedup"] = found.to_dict()
+    if options.decontaminate.against:
+        clean = decontaminate(
+            records,
+            against=options.decontaminate.against,
+            rules=options.decontaminate.rules,
+            against_fields=options.decontaminate.fields,
+            progress=tell,
+        )
+        records = [r for r, stays in zip(records, clean.keep, strict=True) if stays]
+        report["decontaminate"] = clean.to_dict()
     records, report["capped"] = _cap(records, options, config.seed)
     if options.eval:
         held_out = read_records(options.eval, problems, format=options.format, fields=options.fields)
@@ -162,6 +173,12 @@ def notices(report: dict[str, Any]) -> list[str]:
     for kind in ("exact", "near"):
         if count := report.get("dedup", {}).get(f"{kind}_duplicates"):
             lines.append(f"left out: {count} x {kind} duplicate")
+    if dropped := report.get("decontaminate", {}).get("dropped"):
+        first = dropped[0]
+        lines.append(
+            f"left out: {len(dropped)} x in evaluation files, e.g. {first['source']}: {first['coverage']:.0%} of "
+            f"{first['evaluation']}"
+        )
     return lines
 
 
@@ -252,7 +269,8 @@ def _content_key(config: Config) -> str:
         "tokenizer": dataclasses.asdict(config.tokenizer),
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    for path in [*(f for source in sources_of(config.data) for f in source.files), *config.data.eval]:
+    for path in [*(f for source in sources_of(config.data) for f in source.files), *config.data.eval,
+                 *config.data.decontaminate.against]:  # fmt: skip
         where = Path(path)
         if not where.exists():
             raise DataError(f"{where}: no such file or folder")

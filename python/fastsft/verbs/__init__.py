@@ -6,7 +6,8 @@ Heavy imports sit inside the functions, so that help is quick.
 from fastsft.verbs.about import demo, info
 from fastsft.verbs.console import UsageError
 from fastsft.verbs.data import dedup, prepare
+from fastsft.verbs.decontamination import decontaminate
 from fastsft.verbs.evaluation import evaluate
 from fastsft.verbs.model import generate, train
 
-__all__ = ["UsageError", "dedup", "demo", "evaluate", "generate", "info", "prepare", "train"]
+__all__ = ["UsageError", "decontaminate", "dedup", "demo", "evaluate", "generate", "info", "prepare", "train"]

@@ -63,6 +63,14 @@ def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "say number 0<|im_end|>\n<|im_start|>assistant\n«number 0!<|im_end|>»\n" in capsys.readouterr().out
 
 
+def test_samples_are_shown_with_their_weights(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data.weights.prompt", "0.5", "--data.weights.control", "2"]
+    cli.main(["prepare", str(trained / "run.toml"), "--show", "1", *options])
+    shown = capsys.readouterr().out
+    assert "say number 0<|im_end|>\n<|im_start|>assistant\n»«1: number 0!»«2: <|im_end|>»«0.5: \n»" in shown
+    assert "«0.5: <|im_start|>user\n" in shown
+
+
 def test_shown_samples_are_whole(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "你好 " * 20  # characters of several tokens, on a line longer than a terminal's
     data = write(tmp_path / "rows.jsonl", [{"text": text}])

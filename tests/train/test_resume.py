@@ -67,8 +67,8 @@ def test_killed_runs_end_in_the_same_bytes(
     check_same(config, folder)
 
 
-# An uninterrupted run has 19 renames (the first two and the last belong to the data and the export) and 140 fsyncs.
-FAULTS = [("rename", n) for n in (1, 2, 3, 4, 12, 18, 19)] + [("fsync", n) for n in (2, 11, 23, 40, 77)]
+# An uninterrupted run has 21 renames (the first four and the last belong to the data and the export) and 202 fsyncs.
+FAULTS = [("rename", n) for n in (1, 2, 3, 4, 5, 12, 20, 21)] + [("fsync", n) for n in (2, 11, 23, 40, 77, 150)]
 
 
 @pytest.mark.parametrize(("name", "at"), FAULTS)
@@ -149,3 +149,22 @@ def test_a_finished_run_knows_its_losses(texts: Path, tmp_path: Path) -> None:
     assert second.resumed_from == second.steps == 4
     assert second.train_loss == first.train_loss
     assert second.tokens_per_second is None
+
+
+def test_a_mixture_continues_to_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+    lines = texts.read_text().splitlines(keepends=True)
+    sources = []
+    for name, part, weight in (("a", lines[::2], 0.1), ("b", lines[1::2], 0.6)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        sources.append({"name": name, "files": [str(tmp_path / f"{name}.jsonl")], "weight": weight})
+
+    def config_in(folder: str) -> dict[str, Any]:
+        config = run_config(texts, tmp_path / folder, steps=STEPS, epochs=4)
+        return {**config, "data": {**config["data"], "train": [], "sources": sources}}
+
+    whole, _ = train(config_in("whole"))
+    assert whole._locate(STEPS - 1)[0] > 0, "the second epoch, in which source b begins anew, is not reached"
+    stop_at(config_in("run"), 5)
+    _, result = train(config_in("run"))
+    assert result.resumed_from == 5
+    check_same(config_in("run"), tmp_path / "whole")

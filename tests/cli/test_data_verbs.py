@@ -129,6 +129,13 @@ def test_decontaminate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 records: 1 kept, 1 dropped by 13, 10" in shown
     assert f"{against}: 1 of 2 rows found, 1 too short to be" in shown
     assert "in.jsonl:1" in shown
+    write(against, [{"prompt": f"{words} <b>bold</b> & more"}])
+    cli.main([*map(str, ("decontaminate", source, "--against", against, "--report", tmp_path / "r.html"))])
+    page = (tmp_path / "r.html").read_text()
+    assert "1 of 2 records kept, 1 dropped by 8:0.5." in page
+    assert f'<td>{against}</td><td class="n">1</td><td class="n">1</td>' in page
+    assert f"<td>{against}:1 prompt</td><td>8:0.5</td>" in page
+    assert "<b>" not in page
 
 
 def test_decontaminate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

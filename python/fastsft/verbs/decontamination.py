@@ -28,7 +28,7 @@ def decontaminate(
         against: evaluation files, in the same formats; their rows may have any fields.
         output: write the rows that stay here in their own format, JSON lines byte for byte; a folder where sources are
             a folder or several; -o for short.
-        report: write every dropped row with its evidence here, as JSON.
+        report: write every dropped row with its evidence here, as JSON or, with a name ending in .html, as a page.
         rules: any of which drops a row: 13 (a shared 13-gram of words), 8:0.5 (more than half of an instance's words
             lie in shared 8-grams), or tulu3 (8:0.5), qwen2.5-coder (10), gpt3 (13).
         fields: our field name and the training files', e.g. --fields text content; as data.fields of a run.
@@ -40,6 +40,7 @@ def decontaminate(
     from fastsft.data.decontaminate import decontaminate_files
     from fastsft.data.problems import Problems
     from fastsft.progress import bars
+    from fastsft.report.contamination import contamination_page
 
     if not sources:
         raise UsageError("decontaminate: expected at least one source")
@@ -56,7 +57,7 @@ def decontaminate(
         )  # fmt: skip
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:
-        write_text(report, to_json(summary))
+        write_text(report, contamination_page(summary) if report.suffix == ".html" else to_json(summary))
     if json:
         print_json(summary)
     else:

@@ -190,6 +190,7 @@ dedup_files(paths, Path(sys.argv[1]), Problems("skip"), sketch=SketchOptions(), 
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """Killed again and again after a random time, each time later, until it gets through."""
     all_texts = texts(20_000)

@@ -114,6 +114,7 @@ dedup_with_index([Path(sys.argv[2])], Path(sys.argv[3]), Problems("fail"), Path(
 """
 
 
+@pytest.mark.slow
 def test_killed_while_adding(tmp_path: Path) -> None:
     all_texts = texts(9000)
     first, second = parts(tmp_path, all_texts, [3000])

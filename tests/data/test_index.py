@@ -127,7 +127,7 @@ def test_killed_while_adding(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         try:
-            status = process.wait(rng.uniform(0, 0.1) + 0.05 * attempt)
+            status = process.wait(rng.uniform(0, 0.1) + 0.01 * attempt**2)
             break
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)

@@ -71,8 +71,7 @@ void NgramLevel::add_slots() {
     std::size_t at = (hashes[gram] >> 32) & mask;
     while (slots[at] != 0) at = (at + 1) & mask;
     slots[at] = static_cast<uint32_t>(gram) + 1;
-    const uint64_t bit = hashes[gram] & (filter.size() * 64 - 1);
-    filter[bit >> 6] |= uint64_t{1} << (bit & 63);
+    filter[hashes[gram] & (filter.size() - 1)] |= filter_bits(hashes[gram]);
   }
 }
 

@@ -19,15 +19,19 @@ struct NgramLevel {
   std::vector<uint32_t> first;   // [number of n-grams + 1]: where each one's places begin
   std::vector<uint64_t> hashes;  // [number of n-grams]
   std::vector<uint32_t> slots;   // open addressing, at most half full: n-gram + 1, or 0
-  std::vector<uint64_t> filter;  // one bit for each n-gram, in 2^k bits
+  std::vector<uint64_t> filter;  // for each n-gram three bits of one of its words
 
   bool may_have(uint64_t hash) const {
-    const uint64_t bit = hash & (filter.size() * 64 - 1);
-    return (filter[bit >> 6] >> (bit & 63)) & 1;
+    const uint64_t wanted = filter_bits(hash);
+    return (filter[hash & (filter.size() - 1)] & wanted) == wanted;
   }
 
   // The n-gram at word i of the text that the shingler has read, or kNoGram.
   uint32_t find(uint64_t hash, const Shingler<uint64_t>& text, int64_t i, const NgramIndex::Tables& tables) const;
+
+  static uint64_t filter_bits(uint64_t hash) {
+    return uint64_t{1} << (hash >> 58) | uint64_t{1} << (hash >> 52 & 63) | uint64_t{1} << (hash >> 46 & 63);
+  }
 
   void add_slots();  // from hashes
 };

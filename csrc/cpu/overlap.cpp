@@ -1,13 +1,10 @@
-// Per text: its words and the hashes of its n-grams of the smallest n (shingles.isa.cpp), one bit of a filter for each
+// Per text: its words and the hashes of its n-grams of the smallest n (shingles.isa.cpp), one word of a filter for each
 // of these, and for the few that pass a probe of the table and a comparison of words. An n-gram of a larger n is looked
 // up only where the smaller one at its place is shared. The filter has 16 to 32 bits for each n-gram of the index: for
-// a few hundred evaluation instances it lies in the second-level cache, and a few percent pass it by chance.
+// a few hundred evaluation instances it lies in the second-level cache, and about one in a hundred passes by chance.
 #include "fastsft/overlap.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
-#include <utility>
 
 #include "fastsft/parallel.h"
 #include "ngram_tables.h"

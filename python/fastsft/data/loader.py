@@ -14,6 +14,7 @@ from fastsft.data.mixture import Mixture
 from fastsft.data.store import SampleStore
 
 _GROUPS = 8  # per batch; see PackedLoader
+_LOOSE = 16  # at most every 16th group's samples stay single
 
 
 class PackedLoader:
@@ -23,7 +24,8 @@ class PackedLoader:
 
     Best-fit decreasing on single samples would sort them by length, and length goes with kind: batches would be all
     classes here and all one-liners there. So neighbours of a shuffled order are first joined into groups of about an
-    eighth of a batch, and the groups are packed: batches are nearly full and still random.
+    eighth of a batch, and the groups are packed. The samples of a few groups stay single, come last and fill the gaps.
+    Batches are nearly full and still random.
 
     Raises:
         ValueError: a sample is longer than ``capacity``, or the store is empty.
@@ -74,12 +76,18 @@ class PackedLoader:
 
 
 def _group(lengths: list[int], least: int) -> list[int]:
-    """Where each group of neighbours begins: as many as stay within ``least`` tokens, or a longer one alone."""
-    starts, used, limit = [0], 0, max(least, lengths[0])
-    for i, length in enumerate(lengths):
+    """Where each group of neighbours begins: as many as stay within ``least`` tokens, or a longer one alone.
+
+    The gaps are about half a sample for each group, so that is about how much stays single.
+    """
+    loose = max(_LOOSE, least * len(lengths) // max(1, sum(lengths)))
+    starts, used, limit, number = [0], lengths[0], max(least, lengths[0]), 0
+    for i, length in enumerate(lengths[1:], 1):
         if used + length > limit:
             starts.append(i)
-            used, limit = 0, max(least, length)
+            used, limit, number = 0, max(least, length), number + 1
+        elif number % loose == 0:
+            starts.append(i)
         used += length
     return starts
 

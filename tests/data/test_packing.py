@@ -82,6 +82,13 @@ def test_batches_are_nearly_full_and_mixed() -> None:
     assert means.std() < 2.5 * np.std(lengths) / 20**0.5
 
 
+def test_gaps_between_groups_are_filled() -> None:
+    lengths = np.random.default_rng(0).integers(60, 200, 10_000)  # groups of just below an eighth of a batch
+    store = SampleStore.from_samples(Sample(np.zeros(n, np.int32), np.zeros(n, np.float32)) for n in lengths)
+    batches = PackedLoader(store, capacity=8192, seed=0).num_batches(0)
+    assert batches <= 1.005 * lengths.sum() / 8192 + 1
+
+
 def test_epochs_and_seeds_differ() -> None:
     store = store_of([7] * 40)
     plans = [plan(store, 21, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]

@@ -21,6 +21,10 @@ std::string type_name(dlpack::DataType type) {
   }
 }
 
+std::string device_name(dlpack::Device device) {
+  return device.type == dlpack::kCuda ? "cuda:" + std::to_string(device.id) : "cpu";
+}
+
 const dlpack::ExchangeApi* exchange_api(py::handle object) {
   // One producer type (torch.Tensor) is all but certain; remember the last one seen. Guarded by the GIL.
   static PyTypeObject* cached_type = nullptr;
@@ -46,7 +50,7 @@ TensorView from_exchange(const dlpack::ExchangeApi& api, py::handle object) {
   TensorView view;
   FASTSFT_CHECK(tensor.ndim <= kMaxDims, "expected at most ", kMaxDims, " dimensions, got ", tensor.ndim);
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  view.device = tensor.device;
+  if (tensor.device.type == dlpack::kCuda) view.device = tensor.device;  // pinned memory is the CPU's
   view.dtype = tensor.dtype;
   view.ndim = tensor.ndim;
   std::copy_n(tensor.shape, tensor.ndim, view.shape.begin());
@@ -138,7 +142,7 @@ std::string TensorView::describe() const {
   std::ostringstream text;
   text << type_name(dtype) << '[';
   for (int i = 0; i < ndim; ++i) text << (i ? ", " : "") << shape[i];
-  text << "] on " << (on_cuda() ? "cuda" : "cpu");
+  text << "] on " << device_name(device);
   return text.str();
 }
 
@@ -187,9 +191,9 @@ void Check::bind(const char* name, const TensorView& view, const char* dims) {
     FASTSFT_CHECK(fresh || entry->second == size, op_, ": ", name, ": dimension ", i, " makes ", letter, " = ", size,
                   ", but earlier arguments made it ", entry->second);
   }
-  REQUIRE(device_ == 0 || device_ == view.device.type, name,
-          device_ == dlpack::kCuda ? "a CUDA tensor" : "a CPU tensor", view.describe());
-  device_ = view.device.type;
+  if (device_.type == 0) device_ = view.device;
+  REQUIRE(device_.type == view.device.type && device_.id == view.device.id, name,
+          "a tensor on " + device_name(device_) + ", as those before", view.describe());
   if (view.on_cuda()) stream_ = view.stream;
 }
 

@@ -73,7 +73,7 @@ class Check {
   void same_dtype(const char* name, const TensorView& view, const TensorView& like) const;
   void require(bool condition, const char* name, const std::string& expected, const std::string& got) const;
   void* stream() const { return stream_; }
-  bool on_cuda() const { return device_ == dlpack::kCuda; }
+  bool on_cuda() const { return device_.type == dlpack::kCuda; }
 
  private:
   TensorView typed(const char* name, py::handle object, const char* dims, dlpack::TypeCode code, int bits);
@@ -81,7 +81,7 @@ class Check {
 
   const char* op_;
   std::map<std::string, int64_t> sizes_;
-  int32_t device_ = 0;  // of the first tensor seen; all must agree
+  dlpack::Device device_{0, 0};  // of the first tensor seen; all must agree
   void* stream_ = nullptr;
 };
 

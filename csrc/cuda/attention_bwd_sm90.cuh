@@ -105,8 +105,8 @@ __device__ __forceinline__ void load_backward(Tile& tile, const HopperBackwardAr
             tile.lse[stage.at][j * kWarp + lane] = finite_lse(lse[j]);
             tile.delta[stage.at][j * kWarp + lane] = delta[j];
           }
-          sync_warp();
         }
+        sync_warp();  // also where nothing was written: a lane two phases behind would take the parity for its own
         if (lane == 0) {
           uint64_t* const full = &tile.full[stage.at];
           mbarrier_arrive_expect(full, sizeof(tile.columns[0]));

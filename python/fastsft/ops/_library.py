@@ -60,7 +60,7 @@ def define(
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     if cuda is not None:
-        _LIBRARY.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, on_device(cuda), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastsft::{name}", fake, lib=_LIBRARY)
     record(
         name,
@@ -70,6 +70,19 @@ def define(
     )
     op: Callable[..., Any] = getattr(torch.ops.fastsft, name).default
     return op
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the device of its first tensor as the current one: a kernel starts on the current device, and
+    torch's default stream has the same handle on all of them."""
+
+    @functools.wraps(function)
+    def run(*inputs: Any, **named: Any) -> Any:
+        first = next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return function(*inputs, **named)
+
+    return run
 
 
 def triton_or(plain: Callable[..., Any], module: str, launcher: str) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def triton_or(plain: Callable[..., Any], module: str, launcher: str) -> dict[str
     def launch(*inputs: Any) -> Any:
         return loaded()(*inputs)
 
-    return {"cuda": launch, "cuda_is": Implementation("triton", "one Triton kernel each way, not yet run on a GPU")}
+    return {"cuda": launch, "cuda_is": Implementation("triton", "Triton kernels, not yet run on a GPU")}
 
 
 def record(name: str, **devices: Implementation) -> None:

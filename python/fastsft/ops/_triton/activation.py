@@ -40,10 +40,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [n], contiguous."""
     out = torch.empty_like(gate)
     if gate.numel():
-        with torch.cuda.device_of(gate):
-            _forward[(triton.cdiv(gate.numel(), _BLOCK),)](
-                gate, up, out, gate.numel(), BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH
-            )
+        _forward[(triton.cdiv(gate.numel(), _BLOCK),)](
+            gate, up, out, gate.numel(), BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH
+        )
     return out
 
 
@@ -51,8 +50,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     """Gradients of gate and up; gate and up [n], contiguous."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
-        with torch.cuda.device_of(gate):
-            _backward[(triton.cdiv(gate.numel(), _BLOCK),)](
-                grad.contiguous(), gate, up, d_gate, d_up, gate.numel(), BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH
-            )
+        _backward[(triton.cdiv(gate.numel(), _BLOCK),)](
+            grad.contiguous(), gate, up, d_gate, d_up, gate.numel(), BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH
+        )
     return d_gate, d_up

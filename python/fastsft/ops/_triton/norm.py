@@ -82,20 +82,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, scale = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     if x.numel():
         rows, block, warps = _tile(x.shape[1])
-        with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(x.shape[0], rows),)](
-                x,
-                weight,
-                out,
-                scale,
-                x.shape[0],
-                eps,
-                WIDTH=x.shape[1],
-                ROWS=rows,
-                BLOCK=block,
-                num_warps=warps,
-                **LAUNCH,
-            )
+        _forward[(triton.cdiv(x.shape[0], rows),)](
+            x,
+            weight,
+            out,
+            scale,
+            x.shape[0],
+            eps,
+            WIDTH=x.shape[1],
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+            **LAUNCH,
+        )
     return out, scale
 
 
@@ -107,12 +106,11 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     rows, block, warps = _tile(x.shape[1])
     programs = min(_PARTS, triton.cdiv(x.shape[0], rows))
     parts = x.new_empty(programs, x.shape[1], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward[(programs,)](
-            grad.contiguous(), x, weight, scale, d_x, parts, x.shape[0],
-            WIDTH=x.shape[1], ROWS=rows, BLOCK=block, num_warps=warps, **LAUNCH,
-        )  # fmt: skip
-        _sum_parts[(triton.cdiv(x.shape[1], 32),)](
-            parts, d_weight, programs, WIDTH=x.shape[1], COUNT=_PARTS, BLOCK=32, num_warps=8, **LAUNCH
-        )
+    _backward[(programs,)](
+        grad.contiguous(), x, weight, scale, d_x, parts, x.shape[0],
+        WIDTH=x.shape[1], ROWS=rows, BLOCK=block, num_warps=warps, **LAUNCH,
+    )  # fmt: skip
+    _sum_parts[(triton.cdiv(x.shape[1], 32),)](
+        parts, d_weight, programs, WIDTH=x.shape[1], COUNT=_PARTS, BLOCK=32, num_warps=8, **LAUNCH
+    )
     return d_x, d_weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,9 +45,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     tokens, heads, half = x.shape[0], x.shape[1], x.shape[2] // 2
     block = triton.next_power_of_2(half)
     tile = max(1, 1024 // block)  # 8 pairs a thread: with two tables, 16 bytes of each of four inputs in 16 bits
-    with torch.cuda.device_of(x):
-        _rotate[(triton.cdiv(tokens * heads, tile),)](
-            x, cos.contiguous(), sin.contiguous(), out, tokens * heads, x.stride(0), x.stride(1),
-            HEADS=heads, HALF=half, ROWS=tile, BLOCK=block, INVERSE=inverse, num_warps=4, **LAUNCH,
-        )  # fmt: skip
+    _rotate[(triton.cdiv(tokens * heads, tile),)](
+        x, cos.contiguous(), sin.contiguous(), out, tokens * heads, x.stride(0), x.stride(1),
+        HEADS=heads, HALF=half, ROWS=tile, BLOCK=block, INVERSE=inverse, num_warps=4, **LAUNCH,
+    )  # fmt: skip
     return out

@@ -162,6 +162,12 @@ def test_records_of_every_kind(tmp_path: Path) -> None:
     assert [d.source for d in report.dropped] == ["a:1", "a:2", "a:3"]
 
 
+def test_text_that_is_none(tmp_path: Path) -> None:
+    against = write(tmp_path / "eval.jsonl", [{"prompt": PROMPT}])
+    with pytest.raises(ValueError, match="decontaminate: #1: expected text, got a lone surrogate"):
+        decontaminate(["fine", "\ud800"], against=against)
+
+
 def test_prepare_leaves_them_out(tmp_path: Path) -> None:
     against = write(tmp_path / "eval.jsonl", [{"prompt": PROMPT, "canonical_solution": SOLUTION}])
     rows = [{"text": f"row {i}: {PROMPT if i == 3 else 'number ' * 5}"} for i in range(12)]

@@ -121,7 +121,7 @@ def decontaminate(
 
     Raises:
         DataError: a file that cannot be read, a broken row, evaluation files without any text. ValueError: a rule that
-            is none.
+            is none, a text with a lone surrogate.
     """
     finder = Finder([against] if isinstance(against, str | os.PathLike) else against, rules, against_fields)
     keep: list[npt.NDArray[np.bool_]] = []
@@ -130,7 +130,12 @@ def decontaminate(
     def check_held() -> None:
         if held:
             places = [r.source for r in held]
-            keep.append(finder.check(join_texts([r.text() for r in held]), places.__getitem__))
+            try:
+                texts = join_texts([r.text() for r in held])
+            except UnicodeEncodeError as error:
+                place = places[[r.text() for r in held].index(error.object)]
+                raise ValueError(f"decontaminate: {place}: expected text, got a lone surrogate") from None
+            keep.append(finder.check(texts, places.__getitem__))
             held.clear()
 
     for i, given in enumerate([Path(records)] if isinstance(records, str | os.PathLike) else records):

@@ -1,5 +1,6 @@
 """Texts to clusters of near-duplicates against named rivals, at equal parameters: word 5-grams, 128 hashes, 16 bands of
-8, similarity 0.7; all on one thread, in seconds of processor time.
+8, similarity 0.7; all on one thread, in seconds of processor time. Besides, ours on one and two threads, in seconds of
+wall time.
 
 The corpus is FASTSFT_BENCH_DOCS (20,000) definitions of the installed Python sources, or the texts of a JSONL file,
 FASTSFT_BENCH_CORPUS. Each rival gets a list of str and splits it as its users do: datasketch and rensa by a regular
@@ -72,7 +73,7 @@ def joined(count: int, pairs: Iterator[tuple[int, int]]) -> Labels:
     return np.array([root(i) for i in range(count)])
 
 
-def with_fastsft(texts: list[str], **options: Any) -> Labels:
+def with_fastsft(texts: Any, **options: Any) -> Labels:
     options = {"threshold": THRESHOLD, "num_perm": HASHES, "ngram": NGRAM, "bands": BANDS, "rows": ROWS, **options}
     return ops.near_duplicates(texts, **options)
 
@@ -162,6 +163,12 @@ def gate() -> None:
             assert recall >= theirs - 2 * (theirs * (1 - theirs) / len(truth(texts))) ** 0.5
 
 
+def joined_texts(texts: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    parts = [text.encode() for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    return np.frombuffer(b"".join(parts), np.uint8), offsets
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = _C.num_threads()
@@ -183,3 +190,12 @@ def test_texts_to_clusters(benchmark, contestant: str):
     for name, texts in (("", corpus), ("_of_mutants", mutated)):
         recall, precision = quality(contestant, texts)
         benchmark.extra_info |= {f"recall{name}": recall, f"precision{name}": precision}
+
+
+@pytest.mark.benchmark(group="texts to clusters, wall time of 1 and 2 threads")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(benchmark, threads: int):
+    arena = joined_texts(corpus())
+    _C.set_num_threads(threads)
+    benchmark.name = f"fastsft, {threads} threads"
+    benchmark.pedantic(with_fastsft, args=(arena,), rounds=15, warmup_rounds=2)

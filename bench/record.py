@@ -1,5 +1,8 @@
 """Run the benches and keep what matters: ``python bench/record.py NAME`` writes bench/results/NAME/<date>.json and
-docs/benchmarks.md. NAME says which machine it is; nothing else about it is stored but processor and versions."""
+docs/benchmarks.md. NAME says which machine it is; nothing else about it is stored but processor and versions.
+
+Whatever follows goes to pytest. With ``-k`` only some benches run: their groups take the place of the same ones in the
+newest results of that machine, and the others stay, each row with the date and commit that it was measured at."""
 
 from __future__ import annotations
 
@@ -37,6 +40,17 @@ def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if r["group"] in ours:
             r["times_ours"] = r["median"] / ours[r["group"]]
     return rows
+
+
+def merged(older: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    fresh = {row["group"] for row in rows}
+    kept = [{"date": older["date"], **row} for row in older["rows"] if row["group"] not in fresh]
+    return kept + rows
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
@@ -103,13 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="folder under bench/results, e.g. epyc-avx512")
     options, extra = parser.parse_known_args()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "rows": summarise(run(extra)),
-    }
+    today = datetime.date.today().isoformat()
+    rows = [{**row, "date": today, "commit": commit()} for row in summarise(run(extra))]
     folder = ROOT / "bench" / "results" / options.name
     folder.mkdir(parents=True, exist_ok=True)
+    if "-k" in extra and (older := sorted(folder.glob("*.json"))):
+        rows = merged(json.loads(older[-1].read_text()), rows)
+    result = {"date": today, "machine": machine(), "rows": rows}
     path = folder / f"{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(render(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,31 +93,29 @@ def scan_source(
             done, count = shard.info.done, count + 1
             if shard.info.last:
                 return
-    while True:
-        gathered = _Gathered(options)
-        mine = Problems(problems.mode, problems.skip)
-        last = True
-        for batch in read_texts(source, mine, fields=options.fields, batch_bytes=batch_bytes, start=done):
-            gathered.add(batch)
-            if folder is not None and gathered.bytes >= shard_bytes:
-                last = False
-                break
-        shard = gathered.shard(index, done, last, mine)
-        done = shard.info.done
-        yield shard if folder is None else shard.save(folder / f"{index:06d}-{count:06d}.shard")
-        if last:
-            return
-        count += 1
+    # one reader for all shards: of a compressed file, to start anew is to read all from the beginning
+    mine = Problems(problems.mode, problems.skip)
+    gathered = _Gathered(index, options, done)
+    for batch in read_texts(source, mine, fields=options.fields, batch_bytes=batch_bytes, start=done):
+        gathered.add(batch)
+        if folder is not None and gathered.bytes >= shard_bytes:
+            yield gathered.cut(mine, last=False).save(_shard_path(folder, index, count))
+            count += 1
+    shard = gathered.cut(mine, last=True)
+    yield shard if folder is None else shard.save(_shard_path(folder, index, count))
+
+
+def _shard_path(folder: Path, index: int, count: int) -> Path:
+    return folder / f"{index:06d}-{count:06d}.shard"
 
 
 class _Gathered:
-    """Batches on the way to a shard."""
+    """Batches on the way to shards of one source, of which ``done`` lies before them."""
 
-    def __init__(self, options: SketchOptions) -> None:
-        self._options = options
+    def __init__(self, source: int, options: SketchOptions, done: tuple[int, int]) -> None:
+        self._source, self._options, self._done = source, options, done
         self._bands, self._rows = options.shape
         self._arrays: dict[str, list[Any]] = {}
-        self._done = (0, 0)
         self.bytes = 0
 
     def add(self, batch: TextBatch) -> None:
@@ -139,15 +138,19 @@ class _Gathered:
         self._done = batch.done
         self.bytes += int(batch.sizes.sum()) + sum(a.nbytes for a in arrays.values())
 
-    def shard(self, source: int, before: tuple[int, int], last: bool, problems: Problems) -> Shard:
+    def cut(self, problems: Problems, *, last: bool) -> Shard:
+        """The shard of what was added since the last one, with its problems, which begin anew."""
         if not self._arrays:
-            self.add(_EMPTY)
-            self._done = before
+            self.add(dataclasses.replace(_EMPTY, done=self._done))
         arrays = {name: np.concatenate(a, axis=int(name == "keys")) for name, a in self._arrays.items()}
         info = ShardInfo(
-            source, len(arrays["numbers"]), self._done, last, dict(problems.counts), dict(problems.examples),
+            self._source, len(arrays["numbers"]), self._done, last, dict(problems.counts), dict(problems.examples),
             self._bands, self._options.num_perm if "signatures" in arrays else 0,
         )  # fmt: skip
+        self._arrays.clear()
+        self.bytes = 0
+        problems.counts.clear()
+        problems.examples.clear()
         return Shard(info, arrays)
 
 

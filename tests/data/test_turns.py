@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,27 @@ def test_parts_of_a_turn(tmp_path: Path) -> None:
     assert marked(found, 3) == head + f"[0.25:<think>\n\n</think>][2:\n\n{written}{written}][4:<|im_end|>]\n".replace(
         "\n\n\n<", "\n\n\n<"
     )
+
+
+# The same, with a turn's tool calls before its content.
+CALLS_FIRST = QWEN3.replace("{{- content }}", "").replace(
+    "</tool_call>' }}{%- endfor %}", "</tool_call>\n' }}{%- endfor %}{{- content }}"
+)
+
+
+@pytest.mark.parametrize("content", ["s", "search", "search done", "_call>"])
+@pytest.mark.parametrize("form", ["plain", "function"])
+def test_words_of_a_content_that_a_call_has_too(content: str, form: str, tmp_path: Path) -> None:
+    call: dict[str, Any] = {"name": "search", "arguments": {"x": "search done"}}
+    if form == "function":
+        call = {"type": "function", "function": call}
+    row = {"messages": [user("search"), assistant(content, reasoning_content="search", tool_calls=[call])]}
+    text = marked(prepared(tmp_path, QWEN3, [row], weights=WEIGHTS))
+    assert re.search(rf"</think>\]\[1:\n\n{content}\n?\]\[2:\n?<tool_call>", text), text
+    (tmp_path / "tok" / "chat_template.jinja").write_text(CALLS_FIRST)
+    with pytest.raises(DataError, match=r"turns cannot be told: .* behind its tool calls"):
+        prepared(tmp_path, CALLS_FIRST, [row], weights=WEIGHTS)
+    assert len(prepared(tmp_path, CALLS_FIRST, [row]).train) == 1  # of one weight: there is nothing to tell apart
 
 
 def test_reasoning_between_special_tokens(tmp_path: Path) -> None:
@@ -205,6 +227,20 @@ def test_content_that_the_template_does_not_write(tmp_path: Path) -> None:
     rows = [{"messages": [user("a"), {"role": "tool", "content": "42"}, assistant("b")]}]
     with pytest.raises(DataError, match=r"rows\.jsonl:1: content lost: .* content of message 1"):
         prepared(tmp_path, template, rows)
+
+
+def test_a_lost_content_whose_words_stand_elsewhere(tmp_path: Path) -> None:
+    template = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"
+    )
+    rows = [{"messages": [user("run ls 42"), {"role": "tool", "content": "42"}, assistant("b")]}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: content lost: .* content of message 1"):
+        prepared(tmp_path, template, rows)
+    # The same twice, and a system message that is written late, are no loss.
+    moved = CHATML.replace("{% for message in messages %}", "{% for message in messages[1:] + messages[:1] %}")
+    turns = [{"role": "system", "content": "s"}, user("b"), assistant("b"), user("b"), assistant("b")]
+    (tmp_path / "tok" / "chat_template.jinja").write_text(moved)
+    assert len(prepared(tmp_path, moved, [{"messages": turns}]).train) == 1
 
 
 def test_tags_that_are_not_one_per_message(tmp_path: Path) -> None:

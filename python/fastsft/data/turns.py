@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastsft.config import DataOptions, WeightOptions
@@ -17,6 +17,7 @@ from fastsft.models.template import Span, TemplateError
 from fastsft.models.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+Render = Callable[..., tuple[str, list[Span]]]  # of messages and, maybe, with the generation prompt
 Segment = tuple[int, int, float]  # half-open range of characters, and the loss weight of its tokens
 
 # What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
@@ -26,6 +27,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a messag
 _OPEN = re.compile(f"\\s*{CONTROL}?<think>")
 _OPENED = re.compile(f"{CONTROL}?<think>\\s*$")  # by the generation prompt
 _CLOSE = re.compile(f"{CONTROL}?</think>")
+# What is rendered in the place of a turn's content and its calls' names, to see where a template writes them.
+_CONTENT, _NAME = "zqcontentzq", "zqnamezq"
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -81,10 +84,9 @@ def lay_out(
         TemplateError: the template refused the conversation.
         UnfitError: what the assistant wrote cannot be told exactly, or the template lost some of it.
     """
-    last_only = options.turns != "all"
-    text, turns = assistant_turns(
-        tokenizer, messages, tools, last_only=last_only, non_thinking=options.thinking == "empty"
-    )
+    last_only, non_thinking = options.turns != "all", options.thinking == "empty"
+    text, turns = assistant_turns(tokenizer, messages, tools, last_only=last_only, non_thinking=non_thinking)
+    render = _renderer(tokenizer, tools, non_thinking)
     _check_contents(text, messages)
     weights = {i: turn_weight(m) for i, m in enumerate(messages)}
     written = [w for i, w in weights.items() if messages[i]["role"] == "assistant"]
@@ -99,7 +101,12 @@ def lay_out(
             weight, message = weights[number], messages[number]
             if weight > 0:
                 _check_reasoning(text, span, message)
-        segments += [(a, b, w * weight) for a, b, w in _segments(text, span, message, tokenizer, options.weights)]
+        calls = span[1]
+        apart = options.weights.answer != options.weights.tool_calls
+        if number is not None and apart and messages[number].get("tool_calls"):
+            calls = _content_end(text, span, messages, number, render)
+        parts = _segments(text, span, message, calls, tokenizer, options.weights)
+        segments += [(a, b, w * weight) for a, b, w in parts]
     return text, segments
 
 
@@ -122,13 +129,7 @@ def assistant_turns(
         last_only: only the last turn, with which the conversation must end.
         non_thinking: the template's own non-thinking mode, ``enable_thinking = false``.
     """
-    if non_thinking and "enable_thinking" not in (tokenizer.chat_template or ""):
-        raise TemplateError("chat template: it has no non-thinking mode (it does not read enable_thinking)")
-    mode = {"enable_thinking": False} if non_thinking else {}
-
-    def render(part: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
-        return tokenizer.render(part, add_generation_prompt=prompt, tools=tools, strftime_now=_TODAY.strftime, **mode)
-
+    render = _renderer(tokenizer, tools, non_thinking)
     text, tagged = render(messages)
     numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if tokenizer.marks_generation:
@@ -156,6 +157,17 @@ def assistant_turns(
     return text, turns
 
 
+def _renderer(tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] | None, non_thinking: bool) -> Render:
+    if non_thinking and "enable_thinking" not in (tokenizer.chat_template or ""):
+        raise TemplateError("chat template: it has no non-thinking mode (it does not read enable_thinking)")
+    mode = {"enable_thinking": False} if non_thinking else {}
+
+    def render(part: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+        return tokenizer.render(part, add_generation_prompt=prompt, tools=tools, strftime_now=_TODAY.strftime, **mode)
+
+    return render
+
+
 def thinking_end(text: str, begin: int, end: int) -> int:
     """Where the ``<think>`` block with which a turn begins is over; ``begin`` if there is none."""
     if not (_OPEN.match(text, begin, end) or _OPENED.search(text[max(0, begin - 64) : begin])):
@@ -165,21 +177,17 @@ def thinking_end(text: str, begin: int, end: int) -> int:
 
 
 def _segments(
-    text: str, span: Span, message: Message | None, tokenizer: Tokenizer, weights: WeightOptions
+    text: str, span: Span, message: Message | None, calls: int, tokenizer: Tokenizer, weights: WeightOptions
 ) -> list[Segment]:
-    """A turn in parts of one weight each; neighbours of equal weight are one."""
+    """A turn in parts of one weight each; neighbours of equal weight are one. Its tool calls begin at ``calls``, or
+    behind its thinking if that is later."""
     begin, end = span
     thought = thinking_end(text, begin, end)
     first = begin
     reasoning = _reasoning(message)
     if thought == begin and reasoning and (at := text.find(reasoning, begin, end)) >= 0:  # in the template's own marks
         first, thought = at, at + len(reasoning)
-    calls = end
-    if message and message.get("tool_calls"):  # what the template writes behind the content
-        content = _spoken(message)
-        calls = text.find(content, thought, end) + len(content)
-        if calls < thought + len(content):
-            raise UnfitError("turns cannot be told", "the chat template writes a content outside the turn")
+    calls = max(calls, thought)
     parts = [
         (begin, first, weights.answer), (first, thought, weights.thinking), (thought, calls, weights.answer),
         (calls, end, weights.tool_calls),
@@ -203,6 +211,28 @@ def _segments(
     return found
 
 
+def _content_end(text: str, span: Span, messages: Sequence[Message], number: int, render: Render) -> int:
+    """Where the content of a turn with tool calls ends, and the calls begin; the turn's begin if it has no content.
+
+    The content's words may occur in a call, too. So the place is taken from the conversation with another content.
+    """
+    message, spoken = messages[number], _spoken(messages[number])
+    if not spoken:
+        return span[0]
+    before, _, after = message["content"].rpartition(spoken)
+    calls = [_renamed(call) for call in message["tool_calls"]]
+    other = {**message, "content": before + _CONTENT + after, "tool_calls": calls}
+    probe = render([*messages[:number], other, *messages[number + 1 :]])[0]
+    at, name = probe.find(_CONTENT), probe.find(_NAME)
+    if not span[0] <= at < min(name, span[1]) or probe[:at] != text[:at] or not text.startswith(spoken, at):
+        raise UnfitError("turns cannot be told", "the chat template writes the content of a turn behind its tool calls")
+    return at + len(spoken)
+
+
+def _renamed(call: Message) -> Message:
+    return {**call, "function": _renamed(call["function"])} if "function" in call else {**call, "name": _NAME}
+
+
 def _reasoning(message: Message | None) -> str:
     found = next((message[n] for n in REASONING if isinstance(message.get(n), str)), "") if message else ""
     return found.strip()
@@ -219,10 +249,19 @@ def _spoken(message: Message) -> str:
 
 
 def _check_contents(text: str, messages: Sequence[Message]) -> None:
+    """Each behind the one before, whose words may be the same; what the system says is put anywhere by templates."""
+    behind = 0
     for i, message in enumerate(messages):
-        spoken = _spoken(message)
-        if spoken not in text and json.dumps(spoken, ensure_ascii=False)[1:-1] not in text:
+        moves = message["role"] in ("system", "developer")
+        begin, end = 0 if moves else behind, len(text)
+        found = False
+        for form in (spoken := _spoken(message), json.dumps(spoken, ensure_ascii=False)[1:-1]):
+            at = text.find(form, begin, end)
+            if at >= 0:
+                found, end = True, at + len(form)
+        if not found:
             raise UnfitError("content lost", f"the chat template does not write the content of message {i}")
+        behind = behind if moves else end
 
 
 def _check_reasoning(text: str, span: Span, message: Message) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from fastsft.config import Config, load_config
-from fastsft.data import cache
+from fastsft.data import cache, store
 from fastsft.data.prepare import prepare
+from fastsft.files import sync_tree
 from fastsft.models.tokenizer import Tokenizer
 
 ROWS = 300
@@ -106,6 +108,39 @@ def test_interrupted_after_every_write(
                 pass
     shards = len(set(tokenised))
     assert attempts > shards > 10
+    assert digest(tmp_path / "run") == whole
+
+
+def test_many_shards_need_few_open_files(
+    whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(config_of(tmp_path, "warm"))  # what is opened once for the whole process
+    monkeypatch.setattr(cache, "RECORDS", 2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, limits[1]))
+    try:
+        prepare(config_of(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert digest(tmp_path / "run") == whole
+
+
+def test_a_killed_join_leaves_nothing(whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(stage: Path) -> None:
+        if not stage.parent.name.endswith(".parts"):
+            raise KilledError
+        sync_tree(stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)  # another process's
+        patch.setattr(store, "sync_tree", killed)
+        with pytest.raises(KilledError):
+            prepare(config_of(tmp_path))
+    prepare(config_of(tmp_path))
     assert digest(tmp_path / "run") == whole
 
 

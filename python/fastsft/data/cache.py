@@ -21,6 +21,7 @@ from fastsft.data.problems import Problems
 from fastsft.data.records import Record
 from fastsft.data.store import SampleStore, join_stores, write_store
 from fastsft.data.tokenise import tokenise
+from fastsft.files import sync
 from fastsft.models.tokenizer import Tokenizer
 
 RECORDS = 1024  # per shard
@@ -44,15 +45,15 @@ def tokenise_to_store(
     """
     parts = path.with_name(f"{path.name}.parts")
     if not (path / "manifest.json").is_file():
-        shards = _shards(parts, records, tokenizer, config, problems)
-        stores = []
-        for number, store in enumerate(shards, 1):
-            stores.append(store)
-            tell(min(number * RECORDS, len(records)), len(records))
         found = Problems(problems.mode, problems.skip)
-        for store in stores:
-            found.merge(store.manifest["problems"])
-        join_stores(path, stores, problems=found.to_dict())
+        shards = []
+        # Only the names are kept: an open store holds several mapped files, and a process may have few.
+        for shard, manifest in _shards(parts, records, tokenizer, config, problems):
+            shards.append(shard)
+            found.merge(manifest["problems"])
+            tell(min(len(shards) * RECORDS, len(records)), len(records))
+        join_stores(path, map(SampleStore.open, shards), problems=found.to_dict())
+    sync(path.parent)  # the store's name, which a killed run may have left unsynced, is on disk before the shards go
     shutil.rmtree(parts, ignore_errors=True)
     store = SampleStore.open(path)
     problems.merge(store.manifest["problems"])
@@ -61,8 +62,8 @@ def tokenise_to_store(
 
 def _shards(
     parts: Path, records: Sequence[Record], tokenizer: Tokenizer, config: Config, problems: Problems
-) -> Iterator[SampleStore]:
-    """The store of each shard in order: opened if it is there, otherwise made and written."""
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder and manifest of each shard's store in order: found if it is there, otherwise made and written."""
 
     def make(begin: int) -> tuple[list[Sample], Problems]:
         found = Problems(problems.mode, problems.skip)
@@ -83,9 +84,9 @@ def _shards(
                 return
             shard, future = waiting.popleft()
             if future is None:
-                yield SampleStore.open(shard)
+                yield shard, SampleStore.open(shard).manifest
             else:
                 samples, found = future.result()
-                yield write_store(shard, samples, problems=found.to_dict())
+                yield shard, write_store(shard, samples, problems=found.to_dict()).manifest
     finally:
         pool.shutdown(cancel_futures=True)

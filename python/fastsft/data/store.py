@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges
-from fastsft.files import sync_tree
+from fastsft.files import sync, sync_tree
 
 _MANIFEST = "manifest.json"
+_COLUMNS = {"ids": np.int32, "weights": np.float32, "lengths": np.int64, "origins": np.int32}
 
 
 class SampleStore:
@@ -131,34 +133,39 @@ def write_store(path: str | os.PathLike[str], samples: Iterable[Sample], **manif
     return join_stores(path, [SampleStore.from_samples(samples)], **manifest)
 
 
-def join_stores(path: str | os.PathLike[str], stores: Sequence[SampleStore], **manifest: Any) -> SampleStore:
-    """The samples of several stores in one, written like :func:`write_store` does; only one is in memory at a time."""
+def join_stores(path: str | os.PathLike[str], stores: Iterable[SampleStore], **manifest: Any) -> SampleStore:
+    """The samples of several stores in one, written like :func:`write_store` does; each is used once, then dropped.
+
+    One process at a time: the temporary name is fixed, so that what a killed run left is overwritten.
+    """
     folder = Path(path)
-    stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    stage = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    counts = {"samples": sum(map(len, stores)), "tokens": sum(s.num_tokens for s in stores)}
-    columns: dict[str, tuple[Any, int, Callable[[SampleStore], npt.NDArray[Any]]]] = {
-        "ids": (np.int32, counts["tokens"], lambda s: s._ids),
-        "weights": (np.float32, counts["tokens"], lambda s: s._weights),
-        "lengths": (np.int64, counts["samples"], lambda s: s.lengths),
-        "origins": (np.int32, counts["samples"], lambda s: s.origins),
-    }
-    for name, (dtype, length, column) in columns.items():
-        with open(stage / f"{name}.npy", "wb") as stream:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                "fortran_order": False,
-                "shape": (length,),
-            }
-            np.lib.format.write_array_header_1_0(stream, header)
-            for store in stores:
-                stream.write(np.ascontiguousarray(column(store), dtype).data)
-    with open(stage / "sources.txt", "w", encoding="utf-8") as text:
+    samples = tokens = 0
+    with ExitStack() as files:
+        columns = {name: files.enter_context(open(stage / f"{name}.npy", "wb")) for name in _COLUMNS}
+        sources = files.enter_context(open(stage / "sources.txt", "w", encoding="utf-8"))
+        for name, stream in columns.items():
+            _write_header(stream, _COLUMNS[name], 0)
         for store in stores:
-            text.writelines(f"{s}\n" for s in store._sources)
-    (stage / _MANIFEST).write_text(json.dumps({**counts, **manifest}, indent=2) + "\n")
+            arrays = {"ids": store._ids, "weights": store._weights, "lengths": store.lengths, "origins": store.origins}
+            for name, stream in columns.items():
+                stream.write(np.ascontiguousarray(arrays[name], _COLUMNS[name]).data)
+            sources.writelines(f"{s}\n" for s in store._sources)
+            samples, tokens = samples + len(store), tokens + store.num_tokens
+        for name, stream in columns.items():
+            stream.seek(0)
+            _write_header(stream, _COLUMNS[name], tokens if name in ("ids", "weights") else samples)
+    (stage / _MANIFEST).write_text(json.dumps({"samples": samples, "tokens": tokens, **manifest}, indent=2) + "\n")
     sync_tree(stage)
     shutil.rmtree(folder, ignore_errors=True)
     stage.rename(folder)
+    sync(folder.parent)
     return SampleStore.open(folder)
+
+
+def _write_header(stream: IO[bytes], dtype: type, length: int) -> None:
+    """Of a .npy file; as long for one length as for another, since NumPy leaves room for the array to grow."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(stream, header)

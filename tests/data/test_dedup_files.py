@@ -176,6 +176,32 @@ def test_a_file_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         run([path])
 
 
+@pytest.mark.parametrize("first", ["skip", "fail"])
+def test_taken_up_with_another_mind_about_bad_rows(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of an interrupted run serves both modes: "fail" still fails, "skip" reads on from the bad row."""
+    path, output, work = tmp_path / "a.jsonl", tmp_path / "out.jsonl", tmp_path / "work"
+    lines = lines_of(rows_of(texts(2000))).splitlines(keepends=True)
+    lines[1500] = b"{broken\n"
+    path.write_bytes(b"".join(lines))
+    from fastsft.data import dedup_files as module
+
+    def killed(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "link", killed)
+        with pytest.raises(KeyboardInterrupt if first == "skip" else DataError):
+            run([path], output, first, memory=1 << 16, work=work)
+    made = {p: p.stat().st_mtime_ns for p in work.glob("shards/*.shard")}
+    assert made
+    with pytest.raises(DataError, match=r"a\.jsonl:1501: "):
+        run([path], output, "fail", memory=1 << 16, work=work)
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    report = run([path], output, "skip", memory=1 << 16, work=work)
+    assert len(report.keep) == 1999
+    assert report.sources[1500] == f"{path}:1502"
+
+
 VICTIM = """
 import sys
 from pathlib import Path

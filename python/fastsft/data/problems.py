@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 _PLACES = 5  # kept of each kind
 
@@ -29,10 +29,13 @@ class Problems:
     def add(self, source: str, reason: str, detail: str = "") -> None:
         """Note that the row at ``source`` is unusable. Raises DataError in mode "fail"."""
         if self.mode == "fail":
-            message = f"{source}: {reason}{': ' if detail else ''}{detail}"
-            raise DataError(message + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
+            self.refuse(f"{source}: {reason}{': ' if detail else ''}{detail}")
         self.unusable += 1
         self.note(source, reason, detail)
+
+    def refuse(self, place: str) -> NoReturn:
+        """Stop the run for an unusable row; ``place`` as it stands in ``examples``."""
+        raise DataError(place + (f" ({self.skip} would leave such rows out and count them)" if self.skip else ""))
 
     def note(self, source: str, reason: str, detail: str = "") -> None:
         """Count it and keep the place, without stopping."""

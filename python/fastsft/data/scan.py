@@ -67,10 +67,10 @@ def scan(
     rows = 0
     for index, source in enumerate(sources, base):
         for shard in scan_source(index, source, options, problems, folder=folder, memory=memory):
-            for reason, count in shard.info.skipped.items():
-                problems.counts[reason] += count
-                places = problems.examples.setdefault(reason, [])
-                places += shard.info.skipped_examples[reason][: 5 - len(places)]
+            skipped, examples = shard.info.skipped, shard.info.skipped_examples
+            if skipped and problems.mode == "fail":  # there already, from an interrupted run that left such rows out
+                problems.refuse(next(iter(examples.values()))[0])
+            problems.merge({"counts": skipped, "examples": examples, "unusable": sum(skipped.values())})
             found.append(shard)
             rows += shard.info.rows
             if progress:

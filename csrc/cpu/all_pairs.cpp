@@ -23,7 +23,7 @@ void check(const char* op, const std::string_view* texts, int64_t n, double thre
 std::vector<SimilarPair> similar_pairs(const std::string_view* texts, int64_t n, double threshold,
                                        const ShingleOptions& shingles) {
   check("similar_pairs", texts, n, threshold, shingles.ngram);
-  const SimilarityJoin join = join_all_pairs(texts, n, threshold, shingles);
+  const SimilarityJoin join = join_all_pairs(texts, n, threshold, shingles, 0);
   std::vector<std::vector<int64_t>> texts_of(join.prints.size());
   for (int64_t i = 0; i < n; ++i) texts_of[join.set_of[i]].push_back(i);
   std::vector<SimilarPair> pairs;
@@ -45,7 +45,8 @@ std::vector<SimilarPair> similar_pairs(const std::string_view* texts, int64_t n,
 void all_pairs_clusters(const std::string_view* texts, int64_t n, const LinkOptions& options, int64_t* labels) {
   check("near_duplicates", texts, n, options.threshold, options.shingles.ngram);
   FASTSFT_CHECK(options.max_cluster >= 0, "near_duplicates: max_cluster: expected >= 1, got ", options.max_cluster);
-  SimilarityJoin join = join_all_pairs(texts, n, options.threshold, options.shingles);
+  const int64_t whole_above = options.max_cluster == 0 ? n : options.max_cluster;
+  SimilarityJoin join = join_all_pairs(texts, n, options.threshold, options.shingles, whole_above);
   const std::vector<uint32_t> cluster = linkage_within(std::move(join.pairs), join.prints, options.max_cluster);
   std::vector<int64_t> first(join.prints.size(), -1);
   for (int64_t i = 0; i < n; ++i) {

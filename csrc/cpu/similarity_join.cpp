@@ -6,14 +6,21 @@
 // Sets are taken in order of ascending size, and so is a pair (y, x): |y| <= |x|. With shingles in one order for all
 // sets, rarest first, J(x, y) >= t means at least ceil(t |x|) common ones, and at least ceil(2 t / (1 + t) |y|), so
 // that the first |x| - ceil(t |x|) + 1 of x and the first |y| - ceil(2 t / (1 + t) |y|) + 1 of y have one in common.
+//
+// Where only components are wanted, n similar sets have n^2 / 2 pairs, of which n - 1 are enough. Neighbours in the
+// long lists of the index are compared first. What that connects stands together in each list, so that a set steps over
+// all that it is connected to.
 #include "similarity_join.h"
 
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <numeric>
+#include <utility>
 
 #include "fastsft/common.h"
 #include "fastsft/parallel.h"
+#include "forest.h"
 
 namespace fastsft {
 namespace {
@@ -23,6 +30,8 @@ using Set = uint32_t;
 constexpr int64_t kTextsPerTask = 256;
 constexpr int64_t kSetsPerTask = 64;
 constexpr std::size_t kAhead = 16;
+constexpr std::ptrdiff_t kLongList =
+    512;  // from about here on a comparison per entry costs less than counting it for all
 
 // The sets of all texts, in pieces of kTextsPerTask texts.
 struct Pieces {
@@ -175,71 +184,216 @@ class Index {
   }
   const Entry* end() const { return entries_.data() + entries_.size(); }
 
+  // use(begin, end) for each element's entries.
+  template <typename Use>
+  void each_list(const Use& use) {
+    for (auto begin = entries_.begin(), end = begin; begin != entries_.end(); begin = end) {
+      end = std::find_if(begin, entries_.end(), [&](const Entry& e) { return e.element != begin->element; });
+      use(begin, end);
+    }
+  }
+
+  // Puts the sets of one component together in each list, components by their first set.
+  void group(std::vector<uint32_t> root) {
+    root_ = std::move(root);
+    each_list([&](auto begin, auto end) {
+      std::sort(begin, end, [&](const Entry& x, const Entry& y) {
+        return root_[x.at] != root_[y.at] ? root_[x.at] < root_[y.at] : x.at < y.at;
+      });
+    });
+  }
+  uint32_t root(const Entry& entry) const { return root_[entry.at]; }
+
+  // The first entry behind those of the same element and component.
+  const Entry* next_component(const Entry* entry) const {
+    const auto same = [&](const Entry& e) { return e.element == entry->element && root(e) == root(*entry); };
+    std::ptrdiff_t step = 1;
+    while (step < end() - entry && same(entry[step])) step *= 2;
+    return std::partition_point(entry + step / 2, entry + std::min(step, end() - entry), same);
+  }
+
  private:
   std::size_t first_place(uint64_t element) const { return (element * 0x9E3779B97F4A7C15u) >> (64 - bits_); }
 
   std::vector<Entry> entries_;
+  std::vector<uint32_t> root_;  // [sets], once grouped
   int bits_ = 0;
   std::vector<std::size_t> table_;  // entry + 1, or 0
+};
+
+// Sets connected so far, by their place in the order.
+struct Components {
+  std::vector<uint32_t> parent;
+  Forest<uint32_t> forest;
+
+  explicit Components(std::vector<uint32_t> parents) : parent(std::move(parents)), forest{parent.data()} {}
+  explicit Components(std::size_t sets) : parent(sets), forest{parent.data()} {
+    std::iota(parent.begin(), parent.end(), 0u);
+  }
+  Components(const Components&) = delete;
+
+  std::vector<uint32_t> roots() const {
+    std::vector<uint32_t> root(parent.size());
+    for (uint32_t at = 0; at < root.size(); ++at) root[at] = forest.find(at);
+    return root;
+  }
 };
 
 // Finds the partners that come before one set in the order.
 class Prober {
  public:
-  void run(const std::vector<Kept>& sets, const Index& index, double threshold, uint32_t at,
-           std::vector<SimilarSets>& found) {
-    constexpr int32_t kPruned = -1;
-    const Kept& x = sets[at];
-    const int64_t least_size = least_common_with_any(x.size, threshold);
-    common_.resize(sets.size());
-    for (uint32_t i = 0; i < x.rarest.size(); ++i) {
-      const int64_t left_x = x.size - (x.alone() + i);
-      const uint64_t element = x.rarest[i];
-      for (const Index::Entry* e = index.find(element); e != nullptr && e != index.end() && e->element == element;
-           ++e) {
-        if (e->at >= at) break;
-        const Kept& y = sets[e->at];
-        if (y.size < least_size) continue;
-        int32_t& common = common_[e->at];
-        if (common == 0) candidates_.push_back(e->at);
-        if (common == kPruned) continue;
-        ++common;
-        // common[...] counts the elements up to here: at most the shorter rest can follow.
-        const int64_t left = std::min<int64_t>(left_x, y.size - e->position);
-        if (common - 1 + left < least_common(x.size, y.size, threshold)) common = kPruned;
-      }
-    }
-    if (candidates_.empty()) return;
-    bool filled = false;
+  Prober(const std::vector<Kept>& sets, const Index& index, double threshold)
+      : sets_(sets), index_(index), threshold_(threshold), common_(sets.size()) {}
+
+  // Every one of them.
+  void run(uint32_t at, std::vector<SimilarSets>& found) {
+    count_common_rarest(at, nullptr);
     for (const uint32_t candidate : candidates_) {
-      if (common_[candidate] != kPruned) {
-        const Kept& y = sets[candidate];
-        if (!filled) fill(x);
-        filled = true;
-        const int64_t needed = least_common(x.size, y.size, threshold);
-        const int64_t common = count_common(table_, Shingles(y.shared), needed);
-        if (common >= needed) found.push_back({jaccard(common, x.size, y.size), x.set, y.set});
-      }
-      common_[candidate] = 0;
+      if (std::exchange(common_[candidate], 0) != kPruned) compare(at, candidate, found);
     }
     candidates_.clear();
   }
 
- private:
-  void fill(const Kept& x) {
-    table_.clear(static_cast<int64_t>(x.shared.size()));
-    for (const uint64_t h : x.shared) table_.insert(h);
+  // One of each component that the set is not connected to yet, which it is then. The index is grouped.
+  void run(uint32_t at, const Forest<uint32_t>& connected, std::vector<SimilarSets>& found) {
+    count_common_rarest(at, &connected);
+    for (const uint32_t candidate : candidates_) {
+      if (std::exchange(common_[candidate], 0) == kPruned) continue;
+      if (connected.find(at) == connected.find(candidate)) continue;
+      if (compare(at, candidate, found)) connected.join(at, candidate);
+    }
+    candidates_.clear();
   }
 
+  bool compare(uint32_t at, uint32_t candidate, std::vector<SimilarSets>& found) {
+    const Kept& x = sets_[at];
+    const Kept& y = sets_[candidate];
+    if (in_table_ != at) fill(at);
+    const int64_t needed = least_common(x.size, y.size, threshold_);
+    const int64_t common = count_common(table_, Shingles(y.shared), needed);
+    if (common < needed) return false;
+    found.push_back({jaccard(common, x.size, y.size), x.set, y.set});
+    return true;
+  }
+
+ private:
+  static constexpr int32_t kPruned = -1;
+
+  // Collects candidates_: the earlier sets with which the set has one of its rarest elements in common, but not those
+  // that `connected` (null: none) connects to it.
+  void count_common_rarest(uint32_t at, const Forest<uint32_t>* connected) {
+    const Kept& x = sets_[at];
+    const int64_t least_size = least_common_with_any(x.size, threshold_);
+    const uint32_t mine = connected == nullptr ? at : connected->find(at);
+    for (uint32_t i = 0; i < x.rarest.size(); ++i) {
+      const uint64_t element = x.rarest[i];
+      const Index::Entry* e = index_.find(element);
+      while (e != nullptr && e != index_.end() && e->element == element) {
+        if (connected == nullptr) {
+          if (e->at >= at) break;
+        } else {
+          if (index_.root(*e) >= at) break;
+          if (e->at >= at || connected->find(index_.root(*e)) == mine) {
+            e = index_.next_component(e);
+            continue;
+          }
+        }
+        count(x, i, *e++, least_size);
+      }
+    }
+  }
+
+  // The i-th of the rarest elements of x is in the entry's set too.
+  void count(const Kept& x, uint32_t i, const Index::Entry& e, int64_t least_size) {
+    const Kept& y = sets_[e.at];
+    if (y.size < least_size) return;
+    int32_t& common = common_[e.at];
+    if (common == 0) candidates_.push_back(e.at);
+    if (common == kPruned) return;
+    ++common;
+    // common[...] counts the elements up to here: at most the shorter rest can follow.
+    const int64_t left = std::min<int64_t>(x.size - (x.alone() + i), y.size - e.position);
+    if (common - 1 + left < least_common(x.size, y.size, threshold_)) common = kPruned;
+  }
+
+  void fill(uint32_t at) {
+    const Kept& x = sets_[at];
+    table_.clear(static_cast<int64_t>(x.shared.size()));
+    for (const uint64_t h : x.shared) table_.insert(h);
+    in_table_ = at;
+  }
+
+  const std::vector<Kept>& sets_;
+  const Index& index_;
+  double threshold_;
   ShingleTable table_;
+  int64_t in_table_ = -1;
   std::vector<int32_t> common_;  // [sets]: 0 between runs
   std::vector<uint32_t> candidates_;
 };
 
+// run(prober, begin, end, found) for tasks of successive sets: all that they found.
+template <typename Run>
+std::vector<SimilarSets> probe(const std::vector<Kept>& sets, const Index& index, double threshold, const Run& run) {
+  const int64_t count = static_cast<int64_t>(sets.size());
+  // Few tasks, since each has one counter per set.
+  const int64_t grain = std::max(kSetsPerTask, count / (16 * num_threads()) + 1);
+  std::vector<std::vector<SimilarSets>> found((count + grain - 1) / grain);
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+    Prober prober(sets, index, threshold);
+    run(prober, static_cast<uint32_t>(begin), static_cast<uint32_t>(end), found[begin / grain]);
+  });
+  std::vector<SimilarSets> all;
+  for (const auto& some : found) all.insert(all.end(), some.begin(), some.end());
+  return all;
+}
+
+std::vector<SimilarSets> every_pair(const std::vector<Kept>& sets, double threshold) {
+  const Index index(sets, threshold);
+  return probe(sets, index, threshold, [](Prober& prober, uint32_t begin, uint32_t end, auto& found) {
+    for (uint32_t at = begin; at < end; ++at) prober.run(at, found);
+  });
+}
+
+// Pairs with the same components as every_pair.
+std::vector<SimilarSets> connecting_pairs(const std::vector<Kept>& sets, double threshold) {
+  Index index(sets, threshold);
+  const Components neighbours(sets.size());
+  const Forest<uint32_t>& connected = neighbours.forest;
+  std::vector<SimilarSets> pairs;
+  Prober prober(sets, index, threshold);
+  index.each_list([&](auto begin, auto end) {
+    if (end - begin < kLongList) return;
+    for (auto before = begin, e = begin + 1; e != end; before = e++) {
+      if (connected.find(e->at) == connected.find(before->at)) continue;
+      if (prober.compare(e->at, before->at, pairs)) connected.join(e->at, before->at);
+    }
+  });
+  index.group(neighbours.roots());
+  // Tasks know only what they connect themselves.
+  const auto more = probe(sets, index, threshold, [&](Prober& mine, uint32_t begin, uint32_t end, auto& found) {
+    const Components components(neighbours.parent);
+    for (uint32_t at = begin; at < end; ++at) mine.run(at, components.forest, found);
+  });
+  pairs.insert(pairs.end(), more.begin(), more.end());
+  return pairs;
+}
+
+// The number of sets in each one's component.
+std::vector<int64_t> component_sizes(const std::vector<SimilarSets>& pairs, std::size_t sets) {
+  const Components components(sets);
+  for (const SimilarSets& pair : pairs) components.forest.join(pair.x, pair.y);
+  const std::vector<uint32_t> root = components.roots();
+  std::vector<int64_t> count(sets), size(sets);
+  for (const uint32_t r : root) ++count[r];
+  for (std::size_t set = 0; set < sets; ++set) size[set] = count[root[set]];
+  return size;
+}
+
 }  // namespace
 
-SimilarityJoin join_all_pairs(const std::string_view* texts, int64_t n, double threshold,
-                              const ShingleOptions& options) {
+SimilarityJoin join_all_pairs(const std::string_view* texts, int64_t n, double threshold, const ShingleOptions& options,
+                              int64_t whole_above) {
   const Pieces all(texts, n, options);
   SimilarityJoin join;
   PrintIndex prints;
@@ -263,18 +417,14 @@ SimilarityJoin join_all_pairs(const std::string_view* texts, int64_t n, double t
   for (std::vector<Kept>& some : kept) std::move(some.begin(), some.end(), std::back_inserter(order));
   std::stable_sort(order.begin(), order.end(), [](const Kept& x, const Kept& y) { return x.size < y.size; });
 
-  const Index index(order, threshold);
-  const int64_t num_kept = static_cast<int64_t>(order.size());
-  // Few tasks, since each has one counter per set.
-  const int64_t grain = std::max(kSetsPerTask, num_kept / (16 * num_threads()) + 1);
-  std::vector<std::vector<SimilarSets>> found((num_kept + grain - 1) / grain);
-  parallel_for(num_kept, grain, [&](int64_t begin, int64_t end) {
-    Prober prober;
-    for (int64_t at = begin; at < end; ++at) {
-      prober.run(order, index, threshold, static_cast<uint32_t>(at), found[begin / grain]);
-    }
-  });
-  for (const auto& some : found) join.pairs.insert(join.pairs.end(), some.begin(), some.end());
+  if (whole_above > 0) {
+    join.pairs = connecting_pairs(order, threshold);
+    const std::vector<int64_t> size = component_sizes(join.pairs, sets.size());
+    std::erase_if(join.pairs, [&](const SimilarSets& pair) { return size[pair.x] > whole_above; });
+    std::erase_if(order, [&](const Kept& kept_set) { return size[kept_set.set] <= whole_above; });
+  }
+  const std::vector<SimilarSets> whole = every_pair(order, threshold);
+  join.pairs.insert(join.pairs.end(), whole.begin(), whole.end());
   join.prints = prints.take();
   return join;
 }

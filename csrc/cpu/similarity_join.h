@@ -16,7 +16,8 @@ struct SimilarityJoin {
   std::vector<SimilarSets> pairs;   // of different sets; in no order to rely on
 };
 
-SimilarityJoin join_all_pairs(const std::string_view* texts, int64_t n, double threshold,
-                              const ShingleOptions& options);
+// Components of more than whole_above sets have every pair, others only pairs that connect them.
+SimilarityJoin join_all_pairs(const std::string_view* texts, int64_t n, double threshold, const ShingleOptions& options,
+                              int64_t whole_above);
 
 }  // namespace fastsft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,46 @@ def test_clusters_with_bands_are_a_refinement() -> None:
     banded = ops.near_duplicates(texts)
     assert all(len(set(complete[banded == label])) == 1 for label in set(banded.tolist()))
     assert np.array_equal(ops.near_duplicates(texts, bands=128, rows=1), complete)
+
+
+def components(texts: list[str], **options: Any) -> Any:
+    """Labels from every pair of similar texts."""
+    label = np.arange(len(texts))
+    for x, y in ops.similar_pairs(texts, **options)[0].tolist():
+        if label[x] != label[y]:
+            label[label == max(label[x], label[y])] = min(label[x], label[y])
+    return label.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("changes", [3, 9, 25])
+def test_clusters_of_many_similar_texts(changes: int, threads: int) -> None:
+    """Lists of more than 512 texts, where most pairs are skipped: one cluster, several, and chains of weak links."""
+    rng = random.Random(changes)
+    heads = [[f"h{i}" for i in range(30)] + [f"{family}_{i}" for i in range(30)] for family in range(2)]
+    texts = []
+    for i in range(900):
+        words = list(heads[i % 2])
+        for _ in range(rng.randrange(changes)):
+            words[rng.randrange(60)] = f"u{rng.randrange(40)}"
+        texts.append(" ".join(words))
+    kept = _C.num_threads()
+    try:
+        _C.set_num_threads(threads)
+        for threshold in (0.4, 0.8):
+            options: dict[str, Any] = {"threshold": threshold, "ngram": 1}
+            assert ops.near_duplicates(texts, mode="all_pairs", **options).tolist() == components(texts, **options)
+    finally:
+        _C.set_num_threads(kept)
+
+
+def test_clusters_take_less_than_every_pair() -> None:
+    texts = [" ".join([*(f"w{i}" for i in range(100)), f"u{i}"]) for i in range(3000)]
+    start = time.perf_counter()
+    assert (ops.near_duplicates(texts, mode="all_pairs") == 0).all()
+    clusters = time.perf_counter() - start
+    assert len(ops.similar_pairs(texts)[0]) == 3000 * 2999 // 2
+    assert clusters < (time.perf_counter() - start) / 5
 
 
 def test_empty() -> None:

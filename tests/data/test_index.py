@@ -101,6 +101,17 @@ def test_an_earlier_file_that_is_not_what_it_was(change: str, tmp_path: Path) ->
     assert report.keep.tolist() == [False]
 
 
+def test_files_with_other_field_names(tmp_path: Path) -> None:
+    base = " ".join(f"w{i}" for i in range(50))
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_bytes(lines_of([{"content": base}]))
+    second.write_bytes(lines_of(rows_of([base + " more", "other"])))
+    add(tmp_path / "index", first, fields={"text": "content"})
+    report = add(tmp_path / "index", second)
+    assert report.labels.tolist() == [-1, 1]
+    assert report.texts[0] == base + " more"
+
+
 VICTIM = """
 import sys
 from pathlib import Path

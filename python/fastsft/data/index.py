@@ -27,7 +27,7 @@ from fastsft.data.sources import Source
 from fastsft.data.writers import check_target
 from fastsft.files import sync
 
-_VERSION = 1
+_VERSION = 2
 
 
 def dedup_with_index(
@@ -58,7 +58,7 @@ def dedup_with_index(
     sources, folder = find_all(paths)
     with hold(index, "index"):
         state = _read(index, sketch)
-        known = [Source(Path(f["path"]), f["kind"]) for f in state["files"]]
+        known = [Source(Path(f["path"]), f["kind"], fields=f["fields"]) for f in state["files"]]
         for source in sources:
             if source.path.resolve() in {s.path for s in known}:
                 raise DataError(f"{source.path}: is in the index {index} already")
@@ -124,7 +124,9 @@ def _commit(index: Path, state: dict[str, Any], sources: Sequence[Source], sketc
     name = f"labels-{len(state['files']) + len(sources):06d}.bin"
     labels.astype("<i8").tofile(index / name)
     sync(index / name)
-    files = [*state["files"], *({"path": str(s.path.resolve()), "kind": s.kind} for s in sources)]
+    fields = dict(sketch.fields)
+    added = [{"path": str(s.path.resolve()), "kind": s.kind, "fields": fields} for s in sources]
+    files = [*state["files"], *added]
     write_json(index / "index.json", {"version": _VERSION, "options": _options(sketch), "files": files, "labels": name})
     if state["labels"]:
         (index / state["labels"]).unlink()

@@ -172,8 +172,9 @@ def candidate_texts(sources: Sequence[Source], shards: Shards, rows: Ints, optio
         starts, sizes = shards.chosen("starts", mine), shards.chosen("sizes", mine)
         batch_bytes = max(1 << 16, min(1 << 22, memory // 8))
         done = 0
+        fields = options.fields if source.fields is None else source.fields
         if source.path.exists():
-            for batch in reread_texts(source, starts, sizes, fields=options.fields, batch_bytes=batch_bytes):
+            for batch in reread_texts(source, starts, sizes, fields=fields, batch_bytes=batch_bytes):
                 if not np.array_equal(batch.digests, digests[done : done + len(batch)]):
                     break
                 data, offsets = batch.texts

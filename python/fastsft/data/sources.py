@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,14 @@ _ENDINGS = ", ".join((*LINE_ENDINGS, ".parquet"))
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one folder written by ``Dataset.save_to_disk``."""
+    """One file, or one folder written by ``Dataset.save_to_disk``.
+
+    ``fields``: our names and its own, of a file read in an earlier run; None: those of this run.
+    """
 
     path: Path
     kind: Literal["lines", "parquet", "dataset"]
+    fields: Mapping[str, str] | None = None
 
 
 def find_sources(path: str | os.PathLike[str]) -> list[Source]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,45 @@ def test_files_with_other_field_names(tmp_path: Path) -> None:
     report = add(tmp_path / "index", second)
     assert report.labels.tolist() == [-1, 1]
     assert report.texts[0] == base + " more"
+
+
+def test_killed_behind_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command then gives the same result once more; any other finds the files in the index."""
+    from fastsft.data import index as module
+
+    first, second, third = parts(tmp_path, texts(900), [300, 600])
+    index, output = tmp_path / "index", tmp_path / "out.jsonl"
+    add(index, first)
+    shutil.copytree(index, tmp_path / "whole")
+    expected = add(tmp_path / "whole", second, output)
+    kept = output.read_bytes()
+    output.unlink()
+
+    def killed(*args: Any, **options: Any) -> None:
+        commit(*args, **options)
+        raise KeyboardInterrupt
+
+    commit = module._commit
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add(index, second, output)
+    with pytest.raises(DataError, match=r"part1\.jsonl: is in the index .* already"):
+        add(index, second, tmp_path / "other.jsonl")
+    report = add(index, second, output)
+    assert np.array_equal(report.labels, expected.labels)
+    assert np.array_equal(report.keep, expected.keep)
+    assert (report.exact_duplicates, report.near_duplicates) == (expected.exact_duplicates, expected.near_duplicates)
+    assert list(report.sources) == list(expected.sources)
+    assert output.read_bytes() == kept
+    assert contents(index) == contents(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"part1\.jsonl: is in the index .* already"):
+        add(index, second, output)
+    assert np.array_equal(add(index, third).labels, add(tmp_path / "whole", third).labels)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 VICTIM = """

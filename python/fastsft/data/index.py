@@ -18,7 +18,7 @@ import numpy as np
 
 from fastsft.data.dedup import DedupReport
 from fastsft.data.dedup_files import find_all, memory_left, plan_of, report, write_json, write_kept
-from fastsft.data.link import LinkOptions, link
+from fastsft.data.link import LinkOptions, equal_rows, link
 from fastsft.data.lock import hold
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.scan import Progress, SketchOptions, scan
@@ -58,14 +58,20 @@ def dedup_with_index(
     sources, folder = find_all(paths)
     with hold(index, "index"):
         state = _read(index, sketch)
-        known = [Source(Path(f["path"]), f["kind"], fields=f["fields"]) for f in state["files"]]
-        for source in sources:
-            if source.path.resolve() in {s.path for s in known}:
-                raise DataError(f"{source.path}: is in the index {index} already")
-        base = len(known)
-        plan = {**plan_of(sources, sketch, output), "base": base}
         pending = index / "pending.json"
-        resumed = pending.is_file() and json.loads(pending.read_text()) == plan
+        begun = json.loads(pending.read_text()) if pending.is_file() else {}
+        plan = plan_of(sources, sketch, output)
+        base = len(state["files"])
+        committed = begun.get("base", base) < base and begun == {**plan, "base": begun["base"]}
+        if committed:  # a run of the same command was killed behind its commit
+            base = begun["base"]
+        plan["base"] = base
+        resumed = begun == plan
+        known = [Source(Path(f["path"]), f["kind"], fields=f["fields"]) for f in state["files"][:base]]
+        earlier = {s.path for s in known}
+        for source in sources:
+            if source.path.resolve() in earlier:
+                raise DataError(f"{source.path}: is in the index {index} already")
         if output is not None:
             check_target(sources, output, folder=folder, ours=resumed)
         if not resumed:
@@ -78,14 +84,18 @@ def dedup_with_index(
         )
         shards = Shards([*old.shards, *new.shards])
         labels = np.fromfile(index / state["labels"], "<i8") if state["labels"] else np.empty(0, np.int64)
-        first, labels = link(
-            [*known, *sources], shards, sketch, how, memory=limit, folder=index, known=labels, progress=progress
-        )
+        if committed:
+            first = equal_rows(shards, memory=limit)
+        else:
+            first, labels = link(
+                [*known, *sources], shards, sketch, how, memory=limit, folder=index, known=labels, progress=progress
+            )
         kept = labels == np.arange(len(labels))
         if output is not None:
             write_kept(sources, shards, kept, output, folder=folder, base=base, progress=progress)
-        _commit(index, state, sources, sketch, labels)
-        pending.unlink()
+        if not committed:
+            _commit(index, state, sources, sketch, labels)
+        _tidy(index, labels=_labels_name(base + len(sources)))
         n = len(old)
         return report(sources, Shards(_renumbered(new, base)), first[n:] - n, labels[n:] - n, kept[n:], sketch)
 
@@ -121,12 +131,22 @@ def _forget(shards: Path, base: int) -> None:
 
 
 def _commit(index: Path, state: dict[str, Any], sources: Sequence[Source], sketch: SketchOptions, labels: Any) -> None:
-    name = f"labels-{len(state['files']) + len(sources):06d}.bin"
+    name = _labels_name(len(state["files"]) + len(sources))
     labels.astype("<i8").tofile(index / name)
     sync(index / name)
     fields = dict(sketch.fields)
     added = [{"path": str(s.path.resolve()), "kind": s.kind, "fields": fields} for s in sources]
     files = [*state["files"], *added]
     write_json(index / "index.json", {"version": _VERSION, "options": _options(sketch), "files": files, "labels": name})
-    if state["labels"]:
-        (index / state["labels"]).unlink()
+
+
+def _labels_name(files: int) -> str:
+    return f"labels-{files:06d}.bin"
+
+
+def _tidy(index: Path, *, labels: str) -> None:
+    """Remove what a run that is through leaves: the labels of those before it, its plan last."""
+    for path in index.glob("labels-*.bin"):
+        if path.name != labels:
+            path.unlink()
+    (index / "pending.json").unlink()

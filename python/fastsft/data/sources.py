@@ -27,7 +27,8 @@ class Source:
 
 
 def find_sources(path: str | os.PathLike[str]) -> list[Source]:
-    """A path is a file, a saved dataset, or a folder of files (taken in name order).
+    """A path is a file, a saved dataset, or a folder of files (taken in name order, hidden ones
+    left out).
 
     Raises:
         DataError: there is no such path, or nothing in it that can be read.
@@ -45,7 +46,8 @@ def find_sources(path: str | os.PathLike[str]) -> list[Source]:
     if (where / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(p.name for p in where.iterdir() if p.is_dir()))
         raise DataError(f"{where}: a dataset with several splits; name one of them: {splits}")
-    files = [s for p in sorted(where.iterdir()) if (s := _file(p)) is not None]
+    shown = sorted(p for p in where.iterdir() if not p.name.startswith("."))  # others are half written, perhaps
+    files = [s for p in shown if (s := _file(p)) is not None]
     if not files:
         raise DataError(f"{where}: not a saved dataset, and no file in it ends in {_ENDINGS}")
     return files

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from fastsft.data.lock import hold
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.sources import Source, is_dataset, open_dataset, open_parquet
 from fastsft.data.streams import LINE_ENDINGS, create_lines
@@ -44,37 +46,48 @@ def _twice(names: list[str]) -> str:
 
 
 class Output:
-    """Where the rows of several sources go: nothing has its name before all of it is on disk."""
+    """Where the rows of several sources go: nothing has its name before all of it is on disk.
+
+    Raises:
+        ConfigError: another process is writing the same target.
+    """
 
     def __init__(self, target: Path, *, folder: bool) -> None:
         self._target, self._folder = target, folder
-        # An interrupted run's is overwritten. It keeps the ending, which says how it is compressed.
-        self._stage = target.with_name(f".tmp-{target.name}")
-        _remove(self._stage)
+        self._room = target.with_name(f".tmp-{target.name}")
+        self._stage = self._room / target.name  # of the same ending, which says how it is compressed
+        self._lock = ExitStack()
+        self._lock.enter_context(hold(self._room, "output"))
+        _remove(self._stage)  # an interrupted run's
         if folder:
             self._stage.mkdir()
 
     def write(self, source: Source, starts: Ints, sizes: Ints, *, batch_bytes: int = 1 << 22) -> None:
         """The rows of a source at ``starts``, which ascend, as :class:`fastsft.data.texts.TextBatch` has them."""
         path = self._stage / source.path.name if self._folder else self._stage
-        if source.kind == "lines":
-            with create_lines(path) as stream:
-                for block in pick_lines(source.path, starts, sizes, batch_bytes):
-                    stream.write(block)
-        elif source.kind == "parquet":
-            _write_parquet(source, starts, path)
-        else:
-            _write_dataset(source, starts, path)
+        with ExitStack() as failed:
+            failed.callback(self._lock.close)
+            if source.kind == "lines":
+                with create_lines(path) as stream:
+                    for block in pick_lines(source.path, starts, sizes, batch_bytes):
+                        stream.write(block)
+            elif source.kind == "parquet":
+                _write_parquet(source, starts, path)
+            else:
+                _write_dataset(source, starts, path)
+            failed.pop_all()
 
     def finish(self) -> None:
-        if self._stage.is_dir():
-            sync_tree(self._stage)
-        else:
-            sync(self._stage)
-        if self._target.is_dir():
-            shutil.rmtree(self._target)
-        self._stage.replace(self._target)
-        sync(self._target.parent)
+        with self._lock:
+            if self._stage.is_dir():
+                sync_tree(self._stage)
+            else:
+                sync(self._stage)
+            if self._target.is_dir():
+                shutil.rmtree(self._target)
+            self._stage.replace(self._target)
+            sync(self._target.parent)
+            shutil.rmtree(self._room)
 
 
 def _remove(path: Path) -> None:
@@ -94,6 +107,7 @@ def _write_parquet(source: Source, rows: Ints, path: Path) -> None:
     ends = np.cumsum([0, *counts])
     first = file.metadata.row_group(0) if counts else None
     compression = first.column(0).compression if first and first.num_columns else "snappy"
+    compression = "none" if compression == "UNCOMPRESSED" else compression  # as the format names it, not as the writer
     with pq.ParquetWriter(path, file.schema_arrow, compression=compression) as writer:
         held: list[pa.Table] = []
         group, position = 0, 0

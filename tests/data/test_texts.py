@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.records import read_records
 from fastsft.data.sources import find_sources
+from fastsft.data.streams import read_blocks
 from fastsft.data.texts import TextBatch, digest_records, read_texts, reread_texts
 
 CHAT = {"messages": [{"role": "user", "content": "q é"}, {"role": "assistant", "content": "a\n"}]}
@@ -138,6 +140,38 @@ def test_other_names(tmp_path: Path) -> None:
     check(write(tmp_path / "a.jsonl", rows), fields={"text": "content"})
     check(write(tmp_path / "a.parquet", rows), fields={"text": "content"})
     check(write(tmp_path / "b.jsonl", [{"a": "x", "b": "y"}] * 5), fields={"prompt": "a", "completion": "b"})
+
+
+def test_one_field_for_two_parts(tmp_path: Path) -> None:
+    rows = [{"q": f"x{i % 3}"} for i in range(9)]
+    for name in ("a.jsonl", "a.parquet"):
+        check(write(tmp_path / name, rows), fields={"prompt": "q", "completion": "q"})
+        check(write(tmp_path / name, rows), fields={"prefix": "q", "suffix": "q", "middle": "q"})
+
+
+def test_lines_that_one_read_does_not_return_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is with lines of 2 GiB."""
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, place: real(file, min(count, 7), place))
+    check(write(tmp_path / "a.jsonl", ROWS["text"]))
+
+
+def test_blocks_are_small_again_after_a_long_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [b"a" * 9 + b"\n"] * 50 + [b"b" * 5000 + b"\n"] + [b"c" * 9 + b"\n"] * 2000 + [b"d" * 300 + b"\n"] * 2
+    path.write_bytes(b"".join(lines))
+    blocks = [bytes(block) for block in read_blocks(path, 100)]
+    assert b"".join(blocks) == path.read_bytes()
+    long = next(i for i, block in enumerate(blocks) if b"b" in block)
+    assert max(len(block) for i, block in enumerate(blocks[:-2]) if i != long) <= 100
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".dataset"])
+def test_tables_of_large_rows_have_few(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"{i:04d}" * 100} for i in range(40)]  # 400 bytes each
+    path = write(tmp_path / f"a{suffix}", rows)
+    monkeypatch.setattr("fastsft.data.texts._TABLE_BYTES", 1000)
+    assert max(len(batch) for batch in check(path)) <= 3
 
 
 def test_bad_rows(tmp_path: Path) -> None:

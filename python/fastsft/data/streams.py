@@ -75,8 +75,8 @@ def read_blocks(path: Path, size: int, *, start: int = 0) -> Iterator[memoryview
             if not count:
                 break
             rest = bytes(memoryview(buffer)[end:filled])
-            if not end:
-                buffer = bytearray(2 * len(buffer))  # a new one: views of the old may still be out
+            if not end or len(buffer) > size:  # a new one: views of the old may still be out
+                buffer = bytearray(2 * len(rest) if len(rest) >= size else size)
             buffer[: len(rest)] = rest
             filled = len(rest)
         if damage is not None:

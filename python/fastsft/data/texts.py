@@ -36,7 +36,9 @@ PARTS: dict[Kind, tuple[str, ...]] = {
 SEPARATORS: dict[Kind, str] = {"text": "", "prompt_completion": "\n", "fim": ""}
 # Fields that make a row something else than its own format: its texts are then not to be taken as they stand.
 _OTHERS = {"weight", "conversations", "instruction", "output"}
+# Of a table: at most so many rows, and about so many bytes.
 _TABLE_ROWS = 4096
+_TABLE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,10 @@ class _LineReader:
             self._room = np.empty(len(data), np.uint8)
         kind = self._kind = self._kind or self._guess(block)
         names = [self._fields.get(n, n) for n in PARTS[kind]]
-        if "weight" in self._fields:
-            names[0] = "\0"  # every row must have a weight that is checked: none is decided, since none has this name
+        if "weight" in self._fields or len(set(names)) < len(names):
+            # Every row must have a weight that is checked, or has one field twice: none is decided, since none has
+            # these names.
+            names = [f"\0{n}" for n in PARTS[kind]]
         found = ops.jsonl_fields(
             data, names, without=self._unwanted(names), separator=SEPARATORS[kind], out=self._room
         )  # fmt: skip
@@ -246,7 +250,7 @@ def pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[byt
         held: list[bytes] = []
         total = 0
         for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            held.append(os.pread(stream.fileno(), end - begin, begin))
+            held.append(_read(stream.fileno(), begin, end))
             total += end - begin
             if total >= size:
                 yield _ended(b"".join(held))
@@ -254,35 +258,51 @@ def pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[byt
         yield _ended(b"".join(held))
 
 
+def _read(file: int, begin: int, end: int) -> bytes:
+    """The bytes of a file between two places: one call returns at most 2 GiB."""
+    pieces = []
+    while begin < end and (piece := os.pread(file, end - begin, begin)):
+        pieces.append(piece)
+        begin += len(piece)
+    return b"".join(pieces)
+
+
 def _ended(lines: bytes) -> bytes:
     return lines if lines.endswith(b"\n") or not lines else lines + b"\n"
 
 
 def read_tables(source: Source, problems: Problems, *, start: int = 0, rows: Ints | None = None) -> Iterator[pa.Table]:
-    """The rows of a Parquet file or dataset from ``start`` on, as Arrow tables of some thousand rows. With ``rows``,
-    tables without any of these need not hold what the file does."""
+    """The rows of a Parquet file or dataset from ``start`` on, as Arrow tables of some thousand rows, fewer if these
+    are large. With ``rows``, tables without any of these need not hold what the file does."""
     import pyarrow as pa
 
     if source.kind == "dataset":
         dataset = open_dataset(source.path).with_format("arrow")
-        for begin in range(start, len(dataset), _TABLE_ROWS):
-            yield dataset[begin : begin + _TABLE_ROWS]
+        step = _table_rows(dataset.data.nbytes, dataset.data.num_rows)
+        for begin in range(start, len(dataset), step):
+            yield dataset[begin : begin + step]
         return
     file = open_parquet(source.path)
     position = 0
     try:
         for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
+            about = file.metadata.row_group(group)
+            count, step = about.num_rows, _table_rows(about.total_byte_size, about.num_rows)
             begin = max(start - position, 0)
             if begin < count:
                 read = 0
-                for batch in file.iter_batches(batch_size=_TABLE_ROWS, row_groups=[group]):
+                for batch in file.iter_batches(batch_size=step, row_groups=[group]):
                     if read + batch.num_rows > begin:
                         yield pa.Table.from_batches([batch.slice(max(begin - read, 0))])
                     read += batch.num_rows
             position += count
     except (pa.ArrowException, OSError) as error:  # a damaged page
         problems.add(str(source.path), "unreadable file", str(error))
+
+
+def _table_rows(size: int, rows: int) -> int:
+    """Of which a table is made, where ``rows`` have ``size`` bytes."""
+    return min(_TABLE_ROWS, max(1, _TABLE_BYTES * rows // max(size, 1)))
 
 
 def _of_table(table: pa.Table, path: Path, problems: Problems, fields: dict[str, str], position: int) -> TextBatch:

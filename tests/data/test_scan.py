@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dedup_cases import lines_of, rows_of, texts
 
 from fastsft.data import texts as texts_module
 from fastsft.data.problems import Problems
 from fastsft.data.scan import SketchOptions, scan
-from fastsft.data.shards import Shards
+from fastsft.data.shards import Shard, Shards
 from fastsft.data.sources import Source
 from fastsft.data.streams import read_blocks
 
@@ -66,3 +67,45 @@ def test_shards_of_one_file_come_from_one_reading(starts: list[int], tmp_path: P
     assert contents(scanned(path, folder, again)) == expected
     assert starts == [0, shards.shards[1].info.done[1]]
     assert (again.counts, again.examples) == (once.counts, once.examples)
+
+
+def test_many_files_are_not_searched_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One listing of the folder for all sources, and no walk through all shards for the rows of one."""
+    listed: list[Path] = []
+    glob = Path.glob
+
+    def counted(folder: Path, pattern: str) -> Iterator[Path]:
+        listed.append(folder)
+        return glob(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", counted)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    sources = []
+    for i in range(50):
+        sources.append(Source(tmp_path / f"{i:02d}.jsonl", "lines"))
+        sources[-1].path.write_bytes(lines_of(rows_of([f"text {i}"] * (i % 3))))
+    shards = scan(sources, SketchOptions(mode="exact"), Problems("fail"), folder=folder, memory=MEMORY)
+    assert listed == [folder]
+
+    numbers = shards.read("numbers")
+    looked_at: list[int] = []
+
+    class Watched(list[Shard]):
+        def __getitem__(self, at: Any) -> Any:
+            looked_at.append(at)
+            return super().__getitem__(at)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("all of them")
+
+    shards.shards = Watched(shards.shards)
+    for i in range(50):
+        span = shards.of_source(i)
+        rows = np.arange(span.start, span.stop)
+        assert len(rows) == i % 3
+        if len(rows):
+            assert np.array_equal(shards.chosen("numbers", rows), numbers[span])
+            assert shards.source_of(span.start) == i
+    assert len(looked_at) <= 100
+    assert shards.of_source(50) == slice(49, 49)

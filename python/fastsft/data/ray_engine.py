@@ -24,7 +24,7 @@ from fastsft.data.link import (
 )
 from fastsft.data.problems import Problems
 from fastsft.data.scan import Progress, SketchOptions, scan, scan_source
-from fastsft.data.shards import Shards, open_shards
+from fastsft.data.shards import Shard, Shards, by_source, open_shards
 from fastsft.data.sources import Source
 
 Ints = npt.NDArray[np.int64]
@@ -40,7 +40,10 @@ def scan_on_ray(
     progress: Progress | None = None,
 ) -> Shards:
     """:func:`fastsft.data.scan.scan` with a task for each source."""
-    tasks = [(i, s, options, problems.mode, problems.skip, folder, memory) for i, s in enumerate(sources)]
+    made = by_source(folder)
+    tasks = [
+        (i, s, options, problems.mode, problems.skip, made.get(i, []), folder, memory) for i, s in enumerate(sources)
+    ]
     for done, _ in enumerate(_run(_scan, tasks)):
         if progress:
             progress("reading files", done + 1, len(sources))
@@ -113,11 +116,11 @@ def _run(function: Any, tasks: Sequence[tuple[Any, ...]]) -> Any:
 
 
 def _scan(
-    index: int, source: Source, options: SketchOptions, mode: Any, skip: str | None, folder: Path, memory: int
-) -> int:
-    return sum(
-        s.info.rows for s in scan_source(index, source, options, Problems(mode, skip), folder=folder, memory=memory)
-    )
+    index: int, source: Source, options: SketchOptions, mode: Any, skip: str | None, made: Sequence[Shard],
+    folder: Path, memory: int,
+) -> int:  # fmt: skip
+    shards = scan_source(index, source, options, Problems(mode, skip), made, folder=folder, memory=memory)
+    return sum(s.info.rows for s in shards)
 
 
 def _compare_band(

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastsft import ops
 from fastsft.data.problems import Problems
-from fastsft.data.shards import Shard, ShardInfo, Shards, open_shards
+from fastsft.data.shards import Shard, ShardInfo, Shards, by_source
 from fastsft.data.sources import Source
 from fastsft.data.texts import TextBatch, read_texts
 from fastsft.ops.minhash import lsh_shape
@@ -65,8 +65,9 @@ def scan(
     """
     found: list[Shard] = []
     rows = 0
+    made = by_source(folder)
     for index, source in enumerate(sources, base):
-        for shard in scan_source(index, source, options, problems, folder=folder, memory=memory):
+        for shard in scan_source(index, source, options, problems, made.get(index, []), folder=folder, memory=memory):
             skipped, examples = shard.info.skipped, shard.info.skipped_examples
             if skipped and problems.mode == "fail":  # there already, from an interrupted run that left such rows out
                 problems.refuse(next(iter(examples.values()))[0])
@@ -79,20 +80,18 @@ def scan(
 
 
 def scan_source(
-    index: int, source: Source, options: SketchOptions, problems: Problems, *, folder: Path | None, memory: int
-) -> Iterator[Shard]:
-    """The shards of one source. ``problems`` says what to do with unusable rows; they are counted in the shards."""
+    index: int, source: Source, options: SketchOptions, problems: Problems, made: Sequence[Shard], *,
+    folder: Path | None, memory: int,
+) -> Iterator[Shard]:  # fmt: skip
+    """The shards of one source, of which those ``made`` lie in the folder. ``problems`` says what to do with unusable
+    rows; they are counted in the shards."""
     # of `memory`: a block and its texts, their signatures and keys (not more than the text), and what a shard gathers
     batch_bytes = max(1 << 16, min(1 << 22, memory // 32))
     shard_bytes = max(batch_bytes, memory // 8)
-    done: tuple[int, int] = (0, 0)
-    count = 0
-    if folder is not None:
-        for shard in open_shards(folder, f"{index:06d}-*.shard").shards:
-            yield shard
-            done, count = shard.info.done, count + 1
-            if shard.info.last:
-                return
+    yield from made
+    if made and made[-1].info.last:
+        return
+    done, count = made[-1].info.done if made else (0, 0), len(made)
     # one reader for all shards: of a compressed file, to start anew is to read all from the beginning
     mine = Problems(problems.mode, problems.skip)
     gathered = _Gathered(index, options, done)

@@ -107,6 +107,7 @@ class Shards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
         self.offsets = np.cumsum([0, *(s.info.rows for s in self.shards)])
+        self._sources = np.array([s.info.source for s in self.shards], np.int64)  # they ascend
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -117,11 +118,14 @@ class Shards:
 
     def of_source(self, source: int) -> slice:
         """The rows of a source."""
-        inside = [i for i, s in enumerate(self.shards) if s.info.source == source]
-        return slice(int(self.offsets[inside[0]]), int(self.offsets[inside[-1] + 1])) if inside else slice(0, 0)
+        begin, end = np.searchsorted(self._sources, [source, source + 1])
+        return slice(int(self.offsets[begin]), int(self.offsets[end]))
 
     def source_of(self, row: int) -> int:
-        return self.shards[int(np.searchsorted(self.offsets, row, side="right")) - 1].info.source
+        return self.shards[self._shard_of(row)].info.source
+
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
 
     def loaded(self, *names: str) -> Shards:
         """The same rows with these arrays alone, in memory."""
@@ -133,12 +137,24 @@ class Shards:
         return np.concatenate(pieces) if pieces else self.read(name)[:0]
 
     def _split(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[Shard, npt.NDArray[np.int64]]]:
-        cuts = np.searchsorted(rows, self.offsets)
-        for i, shard in enumerate(self.shards):
-            if cuts[i + 1] > cuts[i]:
-                yield shard, rows[cuts[i] : cuts[i + 1]] - self.offsets[i]
+        if not len(rows):
+            return
+        begin, end = self._shard_of(int(rows[0])), self._shard_of(int(rows[-1])) + 1  # of thousands, often one
+        cuts = np.searchsorted(rows, self.offsets[begin : end + 1])
+        for i in range(begin, end):
+            mine = rows[cuts[i - begin] : cuts[i - begin + 1]]
+            if len(mine):
+                yield self.shards[i], mine - self.offsets[i]
 
 
-def open_shards(folder: Path, pattern: str = "*.shard") -> Shards:
+def open_shards(folder: Path) -> Shards:
     """The complete shards of a folder."""
-    return Shards([Shard.open(p) for p in sorted(folder.glob(pattern))])
+    return Shards([Shard.open(p) for p in sorted(folder.glob("*.shard"))])
+
+
+def by_source(folder: Path | None) -> dict[int, list[Shard]]:
+    """The complete shards of a folder by their source, in order; of no folder none."""
+    found: dict[int, list[Shard]] = {}
+    for shard in open_shards(folder).shards if folder is not None else []:
+        found.setdefault(shard.info.source, []).append(shard)
+    return found

@@ -178,6 +178,20 @@ def test_chosen_fields() -> None:
         dedup(chats, on=["assistant"])
 
 
+@pytest.mark.parametrize("on", [("prompt", "complete"), "prompt", ["messages"]])
+def test_unknown_fields(on: Any) -> None:
+    pairs = [Record("prompt_completion", "a:1", parts=("ask", "x"))]
+    with pytest.raises(ValueError, match=r"dedup: on: expected names among prompt, .*, text, .*, got '\w+'"):
+        dedup(pairs, on=on)
+
+
+def test_a_lone_surrogate_is_named() -> None:
+    records = [Record("text", f"a:{i}", parts=(text,)) for i, text in enumerate(["x", "x", "y \ud800"])]
+    with pytest.raises(ValueError, match="dedup: a:2: expected text, got a lone surrogate"):
+        dedup(records)
+    assert dedup(records, mode="exact").labels.tolist() == [0, 0, 2]
+
+
 def test_large_clusters_are_cut() -> None:
     """A window that slides over a long text: each is similar to the next, the ends have nothing in common."""
     words = [f"w{i}" for i in range(15_000)]

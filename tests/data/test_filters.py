@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.config import ConfigError, FilterOptions, load_config
-from fastsft.data.filters import MEASURES, apply, syntax_error, written
+from fastsft.data.filters import MEASURES, _fenced, apply, syntax_error, written
 from fastsft.data.prepare import notices, prepare
 from fastsft.data.problems import Problems
 from fastsft.data.records import Record
@@ -52,6 +53,23 @@ def test_rules(options: dict[str, Any], good: str, bad: str) -> None:
     assert passes(good, **options)
     assert not passes(bad, **options)
     assert passes(bad)
+
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]+)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["```", " ```\t", "```py", "\t``` c++ x", "````", "x", "", "``` ```", "\r"]), max_size=12)
+)
+def test_fences(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    assert list(_fenced(text)) == [(m[1], m[2]) for m in FENCE.finditer(text)]
+
+
+def test_fences_that_are_never_closed() -> None:
+    """Each line is looked at once: minutes, if each opening looked for its end."""
+    assert passes("```python\n" * 50_000, fenced_languages=["python"])
 
 
 def test_every_limit_has_its_measure() -> None:

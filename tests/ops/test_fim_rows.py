@@ -139,6 +139,15 @@ def test_the_encoder_is_the_tokenizer(family: str) -> None:
         assert encoder(family).encode(normal) == expected, text
 
 
+def test_texts_with_an_added_token_are_the_tokenizers() -> None:
+    added = tokenizers.Tokenizer.from_str(backend("gpt2").to_str())
+    added.add_tokens(["<tool>"])
+    native = ByteBpe(added)
+    assert native.encode("a<tool>b") is None
+    assert native.encode("a<|end|>b") is None
+    assert native.encode("a<tool") == added.encode("a<tool").ids
+
+
 @pytest.mark.parametrize("unit", ["character", "line", "syntax"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_piece_has_the_ids_the_tokenizer_gives_it(family: str, unit: str) -> None:

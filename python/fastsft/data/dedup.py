@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.keep import Keep, choose
-from fastsft.data.records import FIELDS, Problems, Record, read_records
+from fastsft.data.records import FIELDS, ROLES, Problems, Record, read_records
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 MAX_CLUSTER = 1000  # different texts in one cluster
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,15 @@ def dedup(
 
     Raises:
         DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range, a record that has
-            none of the fields in ``on``.
+            none of the fields in ``on`` or, unless ``mode`` is "exact", a lone surrogate.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {threshold}")
     if mode not in ("near", "all_pairs", "exact"):
         raise ValueError(f"dedup: mode: expected 'near', 'all_pairs' or 'exact', got {mode!r}")
+    names = [*dict.fromkeys(name for kind, fields in FIELDS.items() if kind != "messages" for name in fields), *ROLES]
+    if on is not None and (unknown := [name for name in on if name not in names]):
+        raise ValueError(f"dedup: on: expected names among {', '.join(names)}, got {unknown[0]!r}")
     rows: list[Record] = []
     for i, given in enumerate([Path(records)] if isinstance(records, str | os.PathLike) else records):
         if isinstance(given, os.PathLike):
@@ -125,6 +130,9 @@ def dedup(
     if mode != "exact" and len(unique):
         if progress:
             progress("near duplicates", 0, len(unique))
+        for i in unique.tolist():
+            if _SURROGATE.search(texts[i]):
+                raise ValueError(f"dedup: {rows[i].source}: expected text, got a lone surrogate")
         near = ops.near_duplicates(
             [texts[i] for i in unique], threshold=threshold, num_perm=num_perm, ngram=ngram, unit=unit, verify=verify,
             max_cluster=max_cluster, seed=seed, mode="lsh" if mode == "near" else mode,

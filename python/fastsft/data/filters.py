@@ -29,7 +29,8 @@ _PLACEHOLDER = re.compile(
     r"lorem ipsum|(?:your|rest of (?:the|your)) code (?:goes )?here|\[insert [^\]\n]{1,40}\]|<insert [^>\n]{1,40}>",
     re.I,
 )
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]+)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
+_OPENING = re.compile(r"[ \t]*```[ \t]*([\w+#-]+)")
+_CLOSING = re.compile(r"[ \t]*```[ \t]*")
 _ALIASES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript", "sh": "bash", "c++": "cpp"}
 
 _ASSIGNED = ipaddress.ip_network("2000::/3")
@@ -129,11 +130,26 @@ def _refused(record: Record, options: FilterOptions, limits: list[tuple[str, flo
             return "filters.text_language", wrong
     if options.fenced_languages:
         accepted = {_ALIASES.get(language, language) for language in options.fenced_languages}
-        for match in _FENCE.finditer(text):
-            language = _ALIASES.get(match[1].lower(), match[1].lower())
-            if language in accepted and (wrong := syntax_error(match[2], language)):
+        for name, code in _fenced(text):
+            language = _ALIASES.get(name.lower(), name.lower())
+            if language in accepted and (wrong := syntax_error(code, language)):
                 return "filters.fenced_languages", f"{language}, {wrong}"
     return None
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """(language, code) of each Markdown block that names its language and is closed."""
+    name: str | None = None
+    block: list[str] = []
+    for line in text.split("\n"):
+        if name is None:
+            opening = _OPENING.match(line)
+            name = opening and opening[1]
+        elif _CLOSING.fullmatch(line):
+            yield name, "".join(block)
+            name, block = None, []
+        else:
+            block.append(line + "\n")
 
 
 def syntax_error(code: str, language: str) -> str | None:

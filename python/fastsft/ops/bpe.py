@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class ByteBpe:
         added = {token["id"]: token for token in spec["added_tokens"]}
         if any(token["single_word"] for token in added.values()):
             raise NotExactError("an added token is one only as a whole word, which a cut changes")
+        # The tokenizer takes these out of a text before it splits it.
+        self._added = re.compile("|".join(re.escape(token["content"]) for token in added.values()) or "(?!)")
         byte_of = _bytes_of_letters()
         vocabulary: dict[str, int] = model["vocab"]
         size = 1 + max([*vocabulary.values(), *added])
@@ -71,7 +74,9 @@ class ByteBpe:
         _compare(self, backend)
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids, or None where only the tokenizer itself can tell."""
+        """The ids, or None where only the tokenizer itself can tell: of a text with an added token's in it."""
+        if self._added.search(text):
+            return None
         data = text.encode()
         ids, unknown = self.native.encode(data)
         while unknown:

@@ -20,7 +20,7 @@ namespace {
 using Row = uint32_t;
 
 constexpr Row kNone = ~Row{0};
-constexpr int64_t kComponentsPerTask = 16;
+constexpr int64_t kBucketsPerTask = 16;
 
 void check(int64_t n, const Buckets& buckets, const LinkOptions& options) {
   FASTSFT_CHECK(n < kNone, "link_similar: texts: expected fewer than 2^32 - 1, got ", n);
@@ -79,13 +79,17 @@ class Rows {
  private:
   int64_t row(int64_t i) const { return rows_ == nullptr ? i : rows_[i]; }
 
+  // Leaves the rows on the way with the root for their parent, so that long chains are walked once.
   int64_t checked_root(int64_t r) const {
-    while (forest_.parent[r] != r) {
-      const int64_t up = forest_.parent[r];
-      FASTSFT_CHECK(up >= 0 && up < r, "link_similar: parent[", r, "]: expected a row in [0, ", r, "], got ", up);
-      r = up;
+    int64_t root = r;
+    while (forest_.parent[root] != root) {
+      const int64_t up = forest_.parent[root];
+      FASTSFT_CHECK(up >= 0 && up < root, "link_similar: parent[", root, "]: expected a row in [0, ", root, "], got ",
+                    up);
+      root = up;
     }
-    return r;
+    while (r != root) r = std::exchange(forest_.parent[r], root);
+    return root;
   }
 
   const int64_t* rows_;
@@ -94,10 +98,12 @@ class Rows {
 };
 
 // The buckets of two or more, by connected component of the candidates: those of component c are
-// buckets[offsets[c] .. offsets[c + 1]), the component with most of them first.
+// buckets[offsets[c] .. offsets[c + 1]), the component with most of them first. Task t has the components tasks[t] ..
+// tasks[t + 1]: small ones together, a large one alone.
 struct Components {
   std::vector<int64_t> buckets;
   std::vector<int64_t> offsets;
+  std::vector<int64_t> tasks{0};
 
   Components(const Buckets& given, const Forest<Row>& candidates, int64_t n) {
     std::vector<Row> number(n, kNone);
@@ -124,9 +130,11 @@ struct Components {
     }
     buckets.resize(found.size());
     for (const auto& [c, b] : found) buckets[next[c]++] = b;
+    const int64_t count = static_cast<int64_t>(sizes.size());
+    for (int64_t c = 1; c <= count; ++c) {
+      if (c == count || offsets[c] - offsets[tasks.back()] >= kBucketsPerTask) tasks.push_back(c);
+    }
   }
-
-  int64_t count() const { return static_cast<int64_t>(offsets.size()) - 1; }
 };
 
 // What every thread sees. Entries of set_of and of the links' parents belong to one component each.
@@ -146,6 +154,13 @@ class Linker {
     owners_.clear();
     for (const int64_t* b = begin; b < end; ++b) link_bucket(shared, *b);
     if (shared.options.max_cluster > 0) cap(shared, begin, end);
+  }
+
+  void release_if_large() {
+    constexpr std::size_t kKept = std::size_t{1} << 20;
+    if (pool_.large() || std::max({owners_.capacity(), distinct_.capacity(), texts_.capacity()}) > kKept) {
+      *this = Linker();
+    }
   }
 
  private:
@@ -278,12 +293,13 @@ void link_similar(const std::string_view* texts, int64_t n, const Buckets& bucke
   }
   const Components components(buckets, joined, n);
   const Shared shared{texts, buckets, options, {links.data()}, set_of.data()};
-  parallel_for(components.count(), kComponentsPerTask, [&](int64_t begin, int64_t end) {
+  parallel_for(static_cast<int64_t>(components.tasks.size()) - 1, 1, [&](int64_t task, int64_t) {
     static thread_local Linker linker;
     const int64_t* of = components.buckets.data();
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t c = components.tasks[task]; c < components.tasks[task + 1]; ++c) {
       linker.run(shared, of + components.offsets[c], of + components.offsets[c + 1]);
     }
+    linker.release_if_large();
   });
   forest.join(shared.links, n);
 }

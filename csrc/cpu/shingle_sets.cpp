@@ -45,9 +45,7 @@ std::size_t PrintIndex::slot(const Fingerprint& print) const {
 }
 
 void SetPool::clear() {
-  constexpr std::size_t kKept = std::size_t{1} << 20;
-  shingler_.release_if_large();
-  if (elements_.capacity() > kKept) *this = SetPool();
+  if (large()) *this = SetPool();
   in_table_ = -1;
   elements_.clear();
   begins_.clear();

@@ -54,6 +54,8 @@ class ShingleTable {
     return false;
   }
 
+  bool large() const { return slots_.capacity() > std::size_t{1} << 21; }
+
  private:
   uint64_t mask_ = 0;
   std::vector<uint64_t> slots_;
@@ -109,6 +111,7 @@ class PrintIndex {
 class SetPool {
  public:
   void clear();
+  bool large() const { return elements_.capacity() > std::size_t{1} << 20 || table_.large() || shingler_.large(); }
 
   // The number of the text's set: that of an equal one if there is one already.
   uint32_t add(std::string_view text, const ShingleOptions& options);

@@ -37,9 +37,9 @@ class Shingler {
     return {reinterpret_cast<const char*>(lower_.data()) + edges_[2 * w], edges_[2 * w + 1] - edges_[2 * w]};
   }
 
+  bool large() const { return longest_ > int64_t{1} << 20; }
   void release_if_large() {
-    constexpr int64_t kKept = int64_t{1} << 20;
-    if (longest_ > kKept) *this = Shingler();
+    if (large()) *this = Shingler();
   }
 
  private:

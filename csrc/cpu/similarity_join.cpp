@@ -55,6 +55,7 @@ struct Pieces {
             append_distinct(Shingles(shingler.shingles(), static_cast<std::size_t>(count)), table, piece.elements));
       }
       shingler.release_if_large();
+      if (table.large()) table = ShingleTable();
     });
   }
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +179,67 @@ def test_keys_equal_reference() -> None:
     assert np.array_equal(ops.lsh_keys(torch.from_numpy(signatures), bands=9, rows=7).numpy(), reference.lsh_keys(
         signatures, bands=9, rows=7))  # fmt: skip
     assert ops.lsh_keys(signatures[:0], bands=2, rows=3).shape == (2, 0)
+
+
+def test_long_chains_of_parents_are_walked_once() -> None:
+    """From the nearest row to the farthest: n * n / 2 steps, 80 billion, unless what was found is kept."""
+    n = 400_000
+    for rows in (np.arange(n), np.arange(n)[::-1].copy()):
+        parent = np.maximum(np.arange(n) - 1, 0)
+        empty = (np.zeros(0, np.uint8), np.zeros(n + 1, np.int64))
+        ops.link_similar(empty, np.zeros(0, np.int64), np.zeros(1, np.int64), parent, rows=rows)
+        assert (parent == 0).all()
+
+
+def test_broken_parents_behind_others_are_found() -> None:
+    for parent, message in (
+        ([0, 0, 3, 2], r"parent\[2\]: .*\[0, 2\], got 3"),
+        ([-1, 0, 1, 2], r"parent\[0\]: .*got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.link_similar(["a"] * 4, np.zeros(0, np.int64), np.zeros(1, np.int64), np.array(parent))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no times of threads")
+def test_large_components_are_spread_over_threads() -> None:
+    """Twelve of the same size, in each of which all pairs are compared, and nothing else."""
+    steps = """
+import os, numpy as np
+from fastsft import ops
+tail = [" ".join(f"t{i}_{j}" for j in range(150)) for i in range(200)]
+texts = [" ".join(f"h{c}_{j}" for j in range(150)) + " " + t for c in range(12) for t in tail]
+buckets = [list(range(200 * c, 200 * c + 200)) for c in range(12)] + [
+    [200 * c + i, 200 * c + i + 1] for c in range(12) for i in range(15)]
+members, offsets = np.concatenate(buckets), np.cumsum([0, *map(len, buckets)])
+def spent(): return {t: int(open(f"/proc/self/task/{t}/schedstat").read().split()[0]) for t in os.listdir("/proc/self/task")}
+before = spent()
+parent = np.arange(len(texts))
+ops.link_similar(texts, members, offsets, parent, ngram=1, threshold=0.5)
+assert (parent == np.arange(len(texts))).all()
+times = sorted(t - before.get(thread, 0) for thread, t in spent().items())
+print(times[-2] / sum(times))
+"""  # noqa: E501
+    # Threads that wait must not spin, which counts as work.
+    env = {**os.environ, "FASTSFT_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, "-c", steps], capture_output=True, text=True, check=True, timeout=120, env=env
+    )
+    assert float(done.stdout) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["lsh", "all_pairs"])
+def test_scratch_of_large_texts_is_given_back(mode: str) -> None:
+    steps = f"""
+from fastsft import ops
+def resident(): return int(open("/proc/self/statm").read().split()[1]) >> 8
+ops.near_duplicates(["a b", "a b"], mode={mode!r})
+text = " ".join(f"w{{i}}" for i in range(4_200_000))
+before = resident()
+assert ops.near_duplicates([text, text + " z"], mode={mode!r}).tolist() == [0, 0]
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", steps], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 64, f"{done.stdout} MiB"
 
 
 def test_empty_and_single() -> None:

@@ -51,6 +51,42 @@ def test_dedup_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert "threshold: expected a number above 0 and at most 1, got" in message
 
 
+def test_dedup_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "ask", "completion": c, "quality": q} for c, q in (("one", 1), ("two", 3.5), ("a third", 2))]
+    sources = [write(tmp_path / f"{name}.jsonl", [row]) for name, row in zip("abc", rows, strict=True)]
+    assert result_of(capsys, "dedup", *sources)["kept"] == 3
+    best = ["--on", "prompt", "--keep", "score", "--score", "quality"]
+    for i, (name, options) in enumerate(
+        [
+            ("a", ["--on", "prompt"]),
+            ("c", ["--on", "prompt", "--keep", "source", "--prefer", sources[2], sources[0]]),
+            ("b", best),
+            ("b", [*best, "--memory", "1GiB"]),
+        ]
+    ):
+        target = tmp_path / f"out{i}"
+        assert result_of(capsys, "dedup", *sources, *options, "--output", target)["kept"] == 1
+        for source in sources:
+            assert (target / source.name).read_bytes() == (source.read_bytes() if source.stem == name else b"")
+    index = ["--index", tmp_path / "index"]
+    assert result_of(capsys, "dedup", *sources, "--on", "prompt", *index)["kept"] == 1
+    for options, message in (
+        (["--keep", "score", "--score", "qualty"], f"{sources[0]}:1: missing field: 'qualty' (--on-bad skip would"),
+        (
+            ["--keep", "score", "--score", "completion"],
+            "a.jsonl:1: bad score: completion: expected a number",
+        ),
+        (["--score", "quality"], "score: expected with keep='score' only"),
+        (["--keep", "source"], "prefer: expected files with keep='source'"),
+        (["--keep", "source", "--prefer", "d.jsonl"], "prefer: expected files among"),
+        (["--on", "promt"], "on: expected names among prompt"),
+        (["--on", "user"], "a.jsonl:1: missing field: on: expected one of user"),
+        ([*index, "--keep", "score"], "--index: expected --keep first"),
+        ([*index, "--prefer", sources[0]], "--index: expected --keep first"),
+    ):
+        assert message in refusal(capsys, "dedup", *sources, *options)
+
+
 def test_texts_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["dedup", str(write(tmp_path / "in.jsonl", [{"text": "x [/b] [red]y[/red]"}] * 2))])
     assert "x [/b] [red]y[/red]" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from fastsft.data.problems import DataError, Problems
 from fastsft.data.records import read_records
 from fastsft.data.sources import find_sources
 from fastsft.data.streams import read_blocks
-from fastsft.data.texts import TextBatch, digest_records, read_texts, reread_texts
+from fastsft.data.text_batch import TextBatch, digest_records
+from fastsft.data.texts import read_texts, reread_texts
 
 CHAT = {"messages": [{"role": "user", "content": "q é"}, {"role": "assistant", "content": "a\n"}]}
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -108,7 +109,7 @@ def test_lines(kind: str, suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [k for k in ROWS if k not in ("mixed", "none")])
 @pytest.mark.parametrize("suffix", [".parquet", ".dataset"])
 def test_tables(kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsft.data.texts._TABLE_ROWS", 10)
+    monkeypatch.setattr("fastsft.data.tables._TABLE_ROWS", 10)
     check(write(tmp_path / f"a{suffix}", ROWS[kind]))
 
 
@@ -170,7 +171,7 @@ def test_blocks_are_small_again_after_a_long_line(tmp_path: Path) -> None:
 def test_tables_of_large_rows_have_few(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"{i:04d}" * 100} for i in range(40)]  # 400 bytes each
     path = write(tmp_path / f"a{suffix}", rows)
-    monkeypatch.setattr("fastsft.data.texts._TABLE_BYTES", 1000)
+    monkeypatch.setattr("fastsft.data.tables._TABLE_BYTES", 1000)
     assert max(len(batch) for batch in check(path)) <= 3
 
 

@@ -16,7 +16,8 @@ from fastsft import ops
 from fastsft.data.dedup_files import find_all
 from fastsft.data.records import DataError, Problems, Record, Row, interpret, read_rows
 from fastsft.data.sources import Source, find_sources
-from fastsft.data.texts import join_texts, read_texts
+from fastsft.data.text_batch import join_texts
+from fastsft.data.texts import read_texts
 from fastsft.data.writers import Output, check_target
 from fastsft.ops._texts import Texts
 
@@ -202,7 +203,7 @@ def check_rows(
     source: Source, finder: Finder, problems: Problems, fields: Mapping[str, str]
 ) -> Iterator[tuple[npt.NDArray[np.bool_], Ints, Ints]]:
     """For each batch of usable rows: which stay, and ``starts`` and ``sizes`` of all
-    (:class:`~fastsft.data.texts.TextBatch`)."""
+    (:class:`~fastsft.data.text_batch.TextBatch`)."""
     for batch in read_texts(source, problems, fields=fields, batch_bytes=_BATCH_BYTES):
 
         def place(i: int, numbers: Ints = batch.numbers) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
+from fastsft.data.compared import lacking, names_of, text_of
 from fastsft.data.keep import Keep, choose
-from fastsft.data.records import FIELDS, ROLES, Problems, Record, read_records
+from fastsft.data.records import Problems, Record, read_records
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -108,16 +109,14 @@ def dedup(
         raise ValueError(f"dedup: threshold: expected a number above 0 and at most 1, got {threshold}")
     if mode not in ("near", "all_pairs", "exact"):
         raise ValueError(f"dedup: mode: expected 'near', 'all_pairs' or 'exact', got {mode!r}")
-    names = [*dict.fromkeys(name for kind, fields in FIELDS.items() if kind != "messages" for name in fields), *ROLES]
-    if on is not None and (unknown := [name for name in on if name not in names]):
-        raise ValueError(f"dedup: on: expected names among {', '.join(names)}, got {unknown[0]!r}")
+    on = names_of(on)
     rows: list[Record] = []
     for i, given in enumerate([Path(records)] if isinstance(records, str | os.PathLike) else records):
         if isinstance(given, os.PathLike):
             rows += read_records([given], Problems("fail"))
         else:
             rows.append(Record("text", f"#{i}", parts=(given,)) if isinstance(given, str) else given)
-    texts = [r.text() if on is None else _chosen_text(r, on) for r in rows]
+    texts = [_text(r, on) for r in rows]
     contents = (r.canonical() for r in rows) if on is None else (t.encode("utf-8", "surrogatepass") for t in texts)
 
     first: dict[bytes, int] = {}
@@ -148,15 +147,11 @@ def dedup(
     return DedupReport(keep_mask, labels, removed_exact, near_count, [r.source for r in rows], texts)
 
 
-def _chosen_text(record: Record, on: Sequence[str]) -> str:
-    if record.kind == "messages":
-        chosen = [replace(record, messages=(m,)).text() for m in record.messages if m["role"] in on]
-    else:
-        chosen = [part for name, part in zip(FIELDS[record.kind], record.parts, strict=True) if name in on]
-    if not chosen:
-        has = [m["role"] for m in record.messages] or FIELDS[record.kind]
-        raise ValueError(f"dedup: on: {record.source}: expected one of {', '.join(on)}, got a record with {has}")
-    return "\n".join(chosen)
+def _text(record: Record, on: Sequence[str] | None) -> str:
+    text = text_of(record, on)
+    if text is None:
+        raise ValueError(f"dedup: on: {record.source}: {lacking(record, on)}")
+    return text
 
 
 def kept(records: Sequence[Record], report: DedupReport) -> Iterator[Record]:

@@ -19,7 +19,10 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from fastsft.data.compared import names_of
 from fastsft.data.dedup import DedupReport
+from fastsft.data.keep import Keep, cheapest
+from fastsft.data.keep import check as check_choice
 from fastsft.data.link import LinkOptions, link
 from fastsft.data.lock import hold
 from fastsft.data.problems import Problems
@@ -31,7 +34,6 @@ from fastsft.data.writers import Output, check_target
 from fastsft.files import sync
 
 Ints = npt.NDArray[np.int64]
-Keep = Literal["first", "longest"]
 UNLIMITED = 1 << 62
 _VERSION = 1  # raise when shards of the same rows and options would differ
 
@@ -43,7 +45,10 @@ def dedup_files(
     *,
     sketch: SketchOptions,
     how: LinkOptions,
+    on: Sequence[str] | None = None,
     keep: Keep = "first",
+    prefer: Sequence[Path] = (),
+    score: str | None = None,
     memory: int | None = None,
     work: Path | None = None,
     engine: Literal["local", "ray"] = "local",
@@ -55,7 +60,9 @@ def dedup_files(
         paths: files, saved datasets, or folders of files.
         output: a file for one file, a dataset folder for a dataset, a folder of files of the same names for a folder or
             several paths. Rows keep their format and their order, lines their bytes.
-        keep: of each cluster, the first row in the order of the paths, or the one with the longest text.
+        on: what is compared, as in :func:`fastsft.dedup`.
+        keep, prefer, score: the row of a cluster that stays, as in :func:`fastsft.dedup`; ``prefer`` lists files among
+            the sources, ``score`` names a field of numbers.
         memory: bytes that the stages may hold; None holds everything.
         work: folder for the stages' files, which are removed at the end; needed for a limit of memory.
         engine: "ray" runs the stages as tasks on the Ray cluster that is connected, or a new one on this machine; work
@@ -64,15 +71,20 @@ def dedup_files(
     Raises:
         DataError: unusable rows or files, an output that cannot take the rows, a file that changed meanwhile.
         ConfigError: another process uses the work folder.
+        ValueError: options that do not go together, a name that is none.
     """
-    sources, folder = find_all(paths)
+    check_choice(keep, prefer, score)
+    sources, folder = find_all(paths, on=on, score=score)
+    ranks = _ranks(sources, prefer)
+    if keep in ("longest", "score"):
+        sketch = dataclasses.replace(sketch, rating="length" if keep == "longest" else "score")
     plan = plan_of(sources, sketch, output)
     if output is not None:
         check_target(sources, output, folder=folder, ours=work is not None and _planned(work) == plan)
     limit = memory_left(memory)
     with _work_folder(work, plan) as stage:
         shards, first, labels = _find(sources, problems, sketch, how, limit, stage, engine, progress)
-        kept = choose(labels, shards, keep)
+        kept = choose(labels, shards, keep, ranks)
         if output is not None:
             write_kept(sources, shards, kept, output, folder=folder, progress=progress)
         return report(sources, shards, first, labels, kept, sketch)
@@ -102,23 +114,32 @@ def memory_left(memory: int | None) -> int:
     return max(memory - resident, memory // 8)
 
 
-def find_all(paths: Sequence[Path]) -> tuple[list[Source], bool]:
+def find_all(
+    paths: Sequence[Path], *, on: Sequence[str] | None = None, score: str | None = None
+) -> tuple[list[Source], bool]:
     """The sources of all paths, and whether they go to a folder of files."""
-    sources = [s for p in paths for s in find_sources(p)]
+    names = names_of(on)
+    sources = [dataclasses.replace(s, on=names, score=score) for p in paths for s in find_sources(p)]
     return sources, len(paths) > 1 or (paths[0].is_dir() and sources[0].path != paths[0])
 
 
-def choose(labels: Ints, shards: Shards, keep: Keep) -> npt.NDArray[np.bool_]:
-    """One row of each cluster."""
-    rows = np.arange(len(labels))
+def _ranks(sources: Sequence[Source], prefer: Sequence[Path]) -> npt.NDArray[np.float64]:
+    """float64 [sources]: the place of each in ``prefer``, those not in it last."""
+    files = [s.path for s in sources]
+    for path in prefer:
+        if path not in files:
+            raise ValueError(f"dedup: prefer: expected files among {', '.join(map(str, files[:10]))}, got {path}")
+    return np.array([prefer.index(f) if f in prefer else len(prefer) for f in files], np.float64)
+
+
+def choose(labels: Ints, shards: Shards, keep: Keep, ranks: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """One row of each cluster; ``ranks`` are those of the sources."""
     if keep == "first":
-        return np.asarray(labels == rows)
-    lengths = shards.read("lengths")
-    order = np.lexsort((rows, -lengths, labels))
-    best = order[np.flatnonzero(np.append(True, np.diff(labels[order]) != 0))[: len(order)]]
-    kept = np.zeros(len(labels), np.bool_)
-    kept[best] = True
-    return kept
+        return np.asarray(labels == np.arange(len(labels)))
+    if keep == "source":
+        counts = [s.info.rows for s in shards.shards]
+        return cheapest(labels, np.repeat(ranks[[s.info.source for s in shards.shards]], counts))
+    return cheapest(labels, -shards.read("ratings"))
 
 
 def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.bool_], output: Path, *, folder: bool,
@@ -219,5 +240,6 @@ def plan_of(sources: Sequence[Source], sketch: SketchOptions, output: Path | Non
             files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
     return {
         "version": _VERSION, "sketch": dataclasses.asdict(sketch), "files": files,
+        "on": [s.on if s.on is None else list(s.on) for s in sources], "score": [s.score for s in sources],
         "output": str(output.resolve()) if output is not None else None,
     }  # fmt: skip

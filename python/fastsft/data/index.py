@@ -27,7 +27,7 @@ from fastsft.data.sources import Source
 from fastsft.data.writers import check_target
 from fastsft.files import sync
 
-_VERSION = 2
+_VERSION = 3
 
 
 def dedup_with_index(
@@ -38,6 +38,7 @@ def dedup_with_index(
     *,
     sketch: SketchOptions,
     how: LinkOptions,
+    on: Sequence[str] | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> DedupReport:
@@ -55,9 +56,9 @@ def dedup_with_index(
     if how.max_cluster is not None:
         raise ValueError("dedup: max_cluster: expected None with an index, whose clusters grow")
     sketch = dataclasses.replace(sketch, keep_signatures=True)
-    sources, folder = find_all(paths)
+    sources, folder = find_all(paths, on=on)
     with hold(index, "index"):
-        state = _read(index, sketch)
+        state = _read(index, _options(sketch, sources[0].on))
         pending = index / "pending.json"
         begun = json.loads(pending.read_text()) if pending.is_file() else {}
         plan = plan_of(sources, sketch, output)
@@ -67,7 +68,7 @@ def dedup_with_index(
             base = begun["base"]
         plan["base"] = base
         resumed = begun == plan
-        known = [Source(Path(f["path"]), f["kind"], fields=f["fields"]) for f in state["files"][:base]]
+        known = [Source(Path(f["path"]), f["kind"], f["fields"], sources[0].on) for f in state["files"][:base]]
         earlier = {s.path for s in known}
         for source in sources:
             if source.path.resolve() in earlier:
@@ -104,7 +105,7 @@ def _renumbered(shards: Shards, base: int) -> list[Any]:
     return [s.with_source(s.info.source - base) for s in shards.shards]
 
 
-def _read(index: Path, sketch: SketchOptions) -> dict[str, Any]:
+def _read(index: Path, options: dict[str, Any]) -> dict[str, Any]:
     (index / "shards").mkdir(exist_ok=True)
     path = index / "index.json"
     if not path.is_file():
@@ -112,15 +113,15 @@ def _read(index: Path, sketch: SketchOptions) -> dict[str, Any]:
     state: dict[str, Any] = json.loads(path.read_text())
     if state["version"] != _VERSION:
         raise DataError(f"{index}: an index of version {state['version']}, expected {_VERSION}")
-    for name, value in _options(sketch).items():
+    for name, value in options.items():
         if state["options"][name] != value:
             raise DataError(f"{index}: made with {name} = {state['options'][name]!r}, got {value!r}")
     return state
 
 
-def _options(sketch: SketchOptions) -> dict[str, Any]:
+def _options(sketch: SketchOptions, on: Sequence[str] | None) -> dict[str, Any]:
     names = ("mode", "threshold", "num_perm", "ngram", "unit", "seed")
-    return {name: getattr(sketch, name) for name in names}
+    return {**{name: getattr(sketch, name) for name in names}, "on": None if on is None else list(on)}
 
 
 def _forget(shards: Path, base: int) -> None:
@@ -137,7 +138,8 @@ def _commit(index: Path, state: dict[str, Any], sources: Sequence[Source], sketc
     fields = dict(sketch.fields)
     added = [{"path": str(s.path.resolve()), "kind": s.kind, "fields": fields} for s in sources]
     files = [*state["files"], *added]
-    write_json(index / "index.json", {"version": _VERSION, "options": _options(sketch), "files": files, "labels": name})
+    options = _options(sketch, sources[0].on)
+    write_json(index / "index.json", {"version": _VERSION, "options": options, "files": files, "labels": name})
 
 
 def _labels_name(files: int) -> str:

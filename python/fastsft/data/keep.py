@@ -29,12 +29,7 @@ def choose(
         keep: "first"; "longest" text in characters; "source": from the file that comes first in ``prefer``, those not
             in it last; "score": the highest score, by default the record's weight.
     """
-    if keep not in get_args(Keep):
-        raise ValueError(f"dedup: keep: expected one of {get_args(Keep)}, got {keep!r}")
-    if (keep == "source") != bool(prefer):
-        raise ValueError(f"dedup: prefer: expected files with keep='source' and only then, got {prefer!r}")
-    if score is not None and keep != "score":
-        raise ValueError(f"dedup: score: expected with keep='score' only, got keep={keep!r}")
+    check(keep, prefer, score)
     rows = np.arange(len(labels))
     if keep == "first":
         cost = np.zeros(len(rows))
@@ -49,6 +44,22 @@ def choose(
         if np.isnan(cost).any():
             where = records[int(np.flatnonzero(np.isnan(cost))[0])].source
             raise ValueError(f"dedup: score: expected a number for every record, got NaN for {where}")
+    return cheapest(labels, cost)
+
+
+def check(keep: Keep, prefer: Sequence[object], score: object) -> None:
+    """Refuse options that do not go together."""
+    if keep not in get_args(Keep):
+        raise ValueError(f"dedup: keep: expected one of {get_args(Keep)}, got {keep!r}")
+    if (keep == "source") != bool(prefer):
+        raise ValueError(f"dedup: prefer: expected files with keep='source' and only then, got {prefer!r}")
+    if score is not None and keep != "score":
+        raise ValueError(f"dedup: score: expected with keep='score' only, got keep={keep!r}")
+
+
+def cheapest(labels: npt.NDArray[np.int64], cost: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """bool [N]: of the rows with the same label the one of least cost, the first of several."""
+    rows = np.arange(len(labels))
     order = np.lexsort((rows, cost, labels))
     best = np.ones(len(rows), np.bool_)
     best[1:] = np.diff(labels[order]) != 0

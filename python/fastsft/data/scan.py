@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.problems import Problems
 from fastsft.data.shards import Shard, ShardInfo, Shards, by_source
 from fastsft.data.sources import Source
-from fastsft.data.texts import TextBatch, read_texts
+from fastsft.data.text_batch import TextBatch
+from fastsft.data.texts import read_texts
 from fastsft.ops.minhash import lsh_shape
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -22,7 +24,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True)
 class SketchOptions:
-    """What digests and band keys depend on besides the rows. ``mode`` "exact" needs no keys."""
+    """What shards depend on besides the sources. ``mode`` "exact" needs no keys; ``rating`` is what is kept of each
+    row to choose by: nothing, its score, or the length of its text in characters."""
 
     mode: Literal["near", "exact"] = "near"
     threshold: float = 0.7
@@ -32,6 +35,7 @@ class SketchOptions:
     seed: int = 0
     fields: Mapping[str, str] = field(default_factory=dict)
     keep_signatures: bool = False
+    rating: Literal["none", "score", "length"] = "none"
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -123,6 +127,8 @@ class _Gathered:
             "digests": batch.digests, "numbers": batch.numbers, "starts": batch.starts, "sizes": batch.sizes,
             "lengths": np.diff(batch.texts[1]),
         }  # fmt: skip
+        if o.rating != "none":
+            arrays["ratings"] = batch.scores if o.rating == "score" else _characters(batch.texts)
         keys = np.empty((0, len(batch)), np.int64)
         if self._bands:
             signatures = ops.minhash_signatures(
@@ -144,7 +150,7 @@ class _Gathered:
         arrays = {name: np.concatenate(a, axis=int(name == "keys")) for name, a in self._arrays.items()}
         info = ShardInfo(
             self._source, len(arrays["numbers"]), self._done, last, dict(problems.counts), dict(problems.examples),
-            self._bands, self._options.num_perm if "signatures" in arrays else 0,
+            self._bands, self._options.num_perm if "signatures" in arrays else 0, "ratings" in arrays,
         )  # fmt: skip
         self._arrays.clear()
         self.bytes = 0
@@ -153,7 +159,19 @@ class _Gathered:
         return Shard(info, arrays)
 
 
+def _characters(texts: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+    """The lengths of texts, as Python counts: of UTF-8, the bytes that begin a character."""
+    data, offsets = texts
+    counts = np.zeros(len(offsets) - 1)
+    full = np.flatnonzero(np.diff(offsets))
+    if len(full):
+        begins = (data[offsets[0] : offsets[-1]] & 0xC0) != 0x80
+        counts[full] = np.add.reduceat(begins, offsets[full] - offsets[0], dtype=np.int64)
+    return counts
+
+
 _NONE = np.empty(0, np.int64)
 _EMPTY = TextBatch(
-    (np.empty(0, np.uint8), np.zeros(1, np.int64)), np.empty((0, 2), np.uint64), _NONE, _NONE, _NONE, (0, 0)
+    (np.empty(0, np.uint8), np.zeros(1, np.int64)), np.empty((0, 2), np.uint64), _NONE, _NONE, _NONE,
+    np.empty(0), (0, 0),
 )  # fmt: skip

@@ -33,6 +33,7 @@ class ShardInfo:
     skipped_examples: dict[str, list[str]]
     bands: int
     num_perm: int  # 0: without signatures
+    rated: bool
 
 
 def _layout(info: ShardInfo) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -47,6 +48,8 @@ def _layout(info: ShardInfo) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
     }
     if info.num_perm:
         arrays["signatures"] = (np.uint32, (n, info.num_perm))
+    if info.rated:
+        arrays["ratings"] = (np.float64, (n,))
     return {name: (np.dtype(kind).newbyteorder("<"), shape) for name, (kind, shape) in arrays.items()}
 
 

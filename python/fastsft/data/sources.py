@@ -19,11 +19,15 @@ class Source:
     """One file, or one folder written by ``Dataset.save_to_disk``.
 
     ``fields``: our names and its own, of a file read in an earlier run; None: those of this run.
+    ``on``: names of what is compared of its rows, see :func:`fastsft.data.compared.text_of`; None: all of them.
+    ``score``: the field that rates a row; None: its weight does.
     """
 
     path: Path
     kind: Literal["lines", "parquet", "dataset"]
     fields: Mapping[str, str] | None = None
+    on: tuple[str, ...] | None = None
+    score: str | None = None
 
 
 def find_sources(path: str | os.PathLike[str]) -> list[Source]:

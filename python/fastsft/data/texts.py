@@ -9,60 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastsft import ops
-from fastsft.data.records import FIELDS, Kind, Problems, Record, Row, interpret, parse_line
-from fastsft.data.sources import Source, open_dataset, open_parquet
+from fastsft.data.compared import RowReader
+from fastsft.data.problems import Problems
+from fastsft.data.records import FIELDS, Kind, Record, parse_line
+from fastsft.data.sources import Source
 from fastsft.data.streams import DAMAGE, read_blocks
-from fastsft.ops.jsonl import DECIDED, UNDECIDED
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from fastsft.data.tables import of_table, read_tables
+from fastsft.data.text_batch import OTHERS, PARTS, SEPARATORS, TextBatch, combine, digest_records
+from fastsft.ops.jsonl import DECIDED, UNDECIDED, JsonlFields
 
 Ints = npt.NDArray[np.int64]
-
-# The parts of a text in the order in which Record.text() joins them, and what stands between.
-PARTS: dict[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "fim": ("prefix", "middle", "suffix"),
-}
-SEPARATORS: dict[Kind, str] = {"text": "", "prompt_completion": "\n", "fim": ""}
-# Fields that make a row something else than its own format: its texts are then not to be taken as they stand.
-_OTHERS = {"weight", "conversations", "instruction", "output"}
-# Of a table: at most so many rows, and about so many bytes.
-_TABLE_ROWS = 4096
-_TABLE_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive usable rows of one file.
-
-    Attributes:
-        texts: uint8 [bytes] and int64 [n + 1]: ``Record.text()`` of each row, as UTF-8.
-        digests: uint64 [n, 2]: equal for rows of equal content, which is all but the weight.
-        numbers: int64 [n]: line or row, from 1.
-        starts, sizes: int64 [n]: a line's bytes within the decompressed file; of tables the row from 0, and the text's
-            length.
-        done: rows and lines of the file behind this batch, and bytes (lines) or rows (tables).
-    """
-
-    texts: tuple[npt.NDArray[np.uint8], Ints]
-    digests: npt.NDArray[np.uint64]
-    numbers: Ints
-    starts: Ints
-    sizes: Ints
-    done: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+Texts = tuple[npt.NDArray[np.uint8], Ints]
 
 
 def read_texts(
@@ -78,10 +42,10 @@ def read_texts(
     Raises:
         DataError: an unusable row where ``problems`` says so; a file that is not what its name says.
     """
-    names = dict(fields or {})
+    rows = RowReader(problems, fields or {}, source.on, source.score)
     number, position = start
     if source.kind == "lines":
-        reader = _LineReader(source.path, problems, names)
+        reader = _LineReader(source.path, rows)
         try:
             for block in read_blocks(source.path, batch_bytes, start=position):
                 batch = reader.read(block, position, number)
@@ -91,7 +55,7 @@ def read_texts(
             problems.add(str(source.path), "unreadable file", str(error))
         return
     for table in read_tables(source, problems, start=position):
-        yield _of_table(table, source.path, problems, names, position)
+        yield of_table(table, source.path, rows, position)
         position += table.num_rows
 
 
@@ -100,12 +64,12 @@ def reread_texts(
 ) -> Iterator[TextBatch]:
     """The given rows again, by ascending ``starts`` as they once came out of :func:`read_texts`.
 
-    Rows that are usable no longer, because the file changed, are missing: compare the digests.
+    Rows that are usable no longer, because the file changed, are missing: compare the digests. Scores are not read.
     """
     problems = Problems("skip")
-    names = dict(fields or {})
+    rows = RowReader(problems, fields or {}, source.on)
     if source.kind == "lines":
-        reader = _LineReader(source.path, problems, names)
+        reader = _LineReader(source.path, rows)
         try:
             for block in pick_lines(source.path, starts, sizes, batch_bytes):
                 yield reader.read(memoryview(block), 0, 0)
@@ -117,44 +81,14 @@ def reread_texts(
         begin, end = np.searchsorted(starts, [position, position + table.num_rows])
         position += table.num_rows
         if end > begin:
-            yield _of_table(table.take(starts[begin:end] - position + table.num_rows), source.path, problems, names, 0)
-
-
-def digest_records(records: Sequence[Record]) -> npt.NDArray[np.uint64]:
-    """uint64 [n, 2], as in :class:`TextBatch`."""
-    out = np.empty((len(records), 2), np.uint64)
-    kinds = [r.kind for r in records]
-    for kind in set(kinds):
-        chosen = [i for i, k in enumerate(kinds) if k == kind]
-        width = len(PARTS.get(kind, "x"))
-        parts = [part for i in chosen for part in _parts(records[i])]
-        out[chosen] = _combine(kind, ops.text_digests(parts).reshape(len(chosen), width, 2))
-    return out
-
-
-def _parts(record: Record) -> list[str]:
-    """The texts that a digest is made of, separators included."""
-    if record.kind not in PARTS:
-        return [record.canonical().decode()]
-    by_name = dict(zip(FIELDS[record.kind], record.parts, strict=True))
-    names = PARTS[record.kind]
-    return [by_name[n] + (SEPARATORS[record.kind] if n != names[-1] else "") for n in names]
-
-
-def _combine(kind: Kind, parts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """[n, F, 2] -> [n, 2]: each step is a bijection of either operand."""
-    h = np.full((len(parts), 2), list(FIELDS).index(kind) + 1, np.uint64)
-    for f in range(parts.shape[1]):
-        h = (h ^ parts[:, f]) * np.uint64(0x9FB21C651E98DF25)
-        h ^= h >> np.uint64(32)
-    return h
+            yield of_table(table.take(starts[begin:end] - position + table.num_rows), source.path, rows, 0)
 
 
 class _LineReader:
     """Reads blocks of whole lines of one file; keeps the room for their texts."""
 
-    def __init__(self, path: Path, problems: Problems, fields: dict[str, str]) -> None:
-        self._path, self._problems, self._fields = path, problems, fields
+    def __init__(self, path: Path, rows: RowReader) -> None:
+        self._path, self._rows = path, rows
         self._room = np.empty(0, np.uint8)
         self._kind: Kind | None = None
 
@@ -164,22 +98,31 @@ class _LineReader:
         if len(self._room) < len(data):
             self._room = np.empty(len(data), np.uint8)
         kind = self._kind = self._kind or self._guess(block)
-        names = [self._fields.get(n, n) for n in PARTS[kind]]
-        if "weight" in self._fields or len(set(names)) < len(names):
-            # Every row must have a weight that is checked, or has one field twice: none is decided, since none has
-            # these names.
-            names = [f"\0{n}" for n in PARTS[kind]]
-        found = ops.jsonl_fields(
-            data, names, without=self._unwanted(names), separator=SEPARATORS[kind], out=self._room
-        )  # fmt: skip
+        parts, separator, left_out = self._parts(kind)
+        names = [self._rows.fields.get(n, n) for n in parts]
+        rated = "weight" in self._rows.fields or self._rows.score is not None
+        if rated or left_out == len(parts) or len(set(names)) < len(names):
+            # Every row must have a number that is checked, lacks what is compared, or has one field twice: none is
+            # decided, since none has these names.
+            names = [f"\0{n}" for n in parts]
+        found = ops.jsonl_fields(data, names, without=self._unwanted(names), separator=separator, out=self._room)
         n, width = len(found.status), len(names)
-        offsets = found.offsets[::width]
-        digests = _combine(kind, ops.text_digests((found.text, found.offsets)).reshape(n, width, 2))
-        texts = (found.text, offsets)
         usable = found.status == DECIDED
+        scores = np.ones(n)
         hard = np.flatnonzero(found.status == UNDECIDED)
-        if len(hard):
-            texts = self._interpret(block, found.lines, hard, number, texts, digests, usable)
+        texts = _last_fields(found, width, left_out)
+        if self._rows.on is None:
+            digests = combine(kind, ops.text_digests((found.text, found.offsets)).reshape(n, width, 2))
+        read = self._parsed(block, found.lines, hard, number)
+        if read:
+            places = [i for i, *_ in read]
+            texts = _inserted(texts, places, [text for _, _, text, _ in read])
+            scores[places] = [score for *_, score in read]
+            usable[places] = True
+            if self._rows.on is None:
+                digests[places] = digest_records([record for _, record, _, _ in read])
+        if self._rows.on is not None:
+            digests = ops.text_digests(texts)
         rows = np.flatnonzero(usable)
         # rows that are not usable have no text, so that the others' texts lie one behind the other
         return TextBatch(
@@ -188,48 +131,66 @@ class _LineReader:
             number + rows + 1,
             position + found.lines[rows],
             np.diff(found.lines)[rows],
+            scores[rows],
             (number + n, position + len(data)),
         )
 
-    def _interpret(
-        self, block: memoryview, lines: Ints, hard: Ints, number: int,
-        texts: tuple[npt.NDArray[np.uint8], Ints], digests: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_],
-    ) -> tuple[npt.NDArray[np.uint8], Ints]:  # fmt: skip
-        """The full parser on the lines ``hard``: their digests and usability in place, the texts with theirs put in."""
-        records: list[Record] = []
-        places: list[int] = []
-        pieces: list[Any] = []
-        lengths = np.diff(texts[1])
-        done = 0
+    def _parts(self, kind: Kind) -> tuple[Sequence[str], str, int]:
+        """The fields of a row in the order in which to read them, what joins them, and how many of the first are not
+        compared: those compared come last, as nothing is put behind the last of all."""
+        on = self._rows.on
+        if on is None:
+            return PARTS[kind], SEPARATORS[kind], 0
+        return sorted(FIELDS[kind], key=on.__contains__), "\n", sum(n not in on for n in FIELDS[kind])
+
+    def _parsed(self, block: memoryview, lines: Ints, hard: Ints, number: int) -> list[tuple[int, Record, str, float]]:
+        """The full parser on the lines ``hard``: place, record, text and score of those that are usable."""
+        read = []
         for i in hard.tolist():
-            row = parse_line(self._path, number + i + 1, bytes(block[lines[i] : lines[i + 1]]), self._problems)
-            record = interpret(row, self._problems, format="auto", fields=self._fields) if row is not None else None
-            if record is None:
-                continue
-            text = np.frombuffer(record.text().encode(), np.uint8)
-            pieces += [texts[0][done : texts[1][i]], text]
-            done = int(texts[1][i])
-            lengths[i] = len(text)
-            records.append(record)
-            places.append(i)
-        if records:
-            digests[places] = digest_records(records)
-            usable[places] = True
-        return np.concatenate([*pieces, texts[0][done:]]), np.concatenate([[0], np.cumsum(lengths)])
+            line = bytes(block[lines[i] : lines[i + 1]])
+            row = parse_line(self._path, number + i + 1, line, self._rows.problems)
+            found = self._rows.read(row) if row is not None else None
+            if found is not None:
+                read.append((i, *found))
+        return read
 
     def _guess(self, block: memoryview) -> Kind:
         """The format of the first usable row; a wrong guess costs time only."""
+        rows = replace(self._rows, problems=Problems("skip"))
         for number, line in enumerate(bytes(block[: 1 << 20]).split(b"\n")[:50]):
-            row = parse_line(self._path, number, line, Problems("skip"))
-            record = interpret(row, Problems("skip"), format="auto", fields=self._fields) if row is not None else None
-            if record is not None and record.kind in PARTS:
-                return record.kind
+            row = parse_line(self._path, number, line, rows.problems)
+            found = rows.read(row) if row is not None else None
+            if found is not None and found[0].kind in PARTS:
+                return found[0].kind
         return "text"
 
     def _unwanted(self, names: Sequence[str]) -> list[str]:
         """Fields that make a row one of another format, or weighted."""
-        every = {self._fields.get(n, n) for fields in FIELDS.values() for n in fields}
-        return sorted((every | _OTHERS) - set(names))
+        every = {self._rows.fields.get(n, n) for fields in FIELDS.values() for n in fields}
+        return sorted((every | OTHERS) - set(names))
+
+
+def _last_fields(found: JsonlFields, width: int, left_out: int) -> Texts:
+    """The texts of lines without their first fields."""
+    if not left_out:
+        return found.text, np.ascontiguousarray(found.offsets[::width])
+    sizes = np.diff(found.offsets)
+    taken = np.tile(np.arange(width) >= left_out, len(found.status))
+    ends = np.cumsum(sizes.reshape(-1, width)[:, left_out:].sum(axis=1))
+    return found.text[np.repeat(taken, sizes)], np.append(0, ends)
+
+
+def _inserted(texts: Texts, places: Sequence[int], values: Sequence[str]) -> Texts:
+    """With other texts at places that had none."""
+    pieces: list[npt.NDArray[np.uint8]] = []
+    lengths = np.diff(texts[1])
+    done = 0
+    for i, value in zip(places, values, strict=True):
+        text = np.frombuffer(value.encode(), np.uint8)
+        pieces += [texts[0][done : texts[1][i]], text]
+        done = int(texts[1][i])
+        lengths[i] = len(text)
+    return np.concatenate([*pieces, texts[0][done:]]), np.append(0, np.cumsum(lengths))
 
 
 def pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[bytes]:
@@ -269,118 +230,3 @@ def _read(file: int, begin: int, end: int) -> bytes:
 
 def _ended(lines: bytes) -> bytes:
     return lines if lines.endswith(b"\n") or not lines else lines + b"\n"
-
-
-def read_tables(source: Source, problems: Problems, *, start: int = 0, rows: Ints | None = None) -> Iterator[pa.Table]:
-    """The rows of a Parquet file or dataset from ``start`` on, as Arrow tables of some thousand rows, fewer if these
-    are large. With ``rows``, tables without any of these need not hold what the file does."""
-    import pyarrow as pa
-
-    if source.kind == "dataset":
-        dataset = open_dataset(source.path).with_format("arrow")
-        step = _table_rows(dataset.data.nbytes, dataset.data.num_rows)
-        for begin in range(start, len(dataset), step):
-            yield dataset[begin : begin + step]
-        return
-    file = open_parquet(source.path)
-    position = 0
-    try:
-        for group in range(file.num_row_groups):
-            about = file.metadata.row_group(group)
-            count, step = about.num_rows, _table_rows(about.total_byte_size, about.num_rows)
-            begin = max(start - position, 0)
-            if begin < count:
-                read = 0
-                for batch in file.iter_batches(batch_size=step, row_groups=[group]):
-                    if read + batch.num_rows > begin:
-                        yield pa.Table.from_batches([batch.slice(max(begin - read, 0))])
-                    read += batch.num_rows
-            position += count
-    except (pa.ArrowException, OSError) as error:  # a damaged page
-        problems.add(str(source.path), "unreadable file", str(error))
-
-
-def _table_rows(size: int, rows: int) -> int:
-    """Of which a table is made, where ``rows`` have ``size`` bytes."""
-    return min(_TABLE_ROWS, max(1, _TABLE_BYTES * rows // max(size, 1)))
-
-
-def _of_table(table: pa.Table, path: Path, problems: Problems, fields: dict[str, str], position: int) -> TextBatch:
-    """Rows ``position`` and on of a Parquet file or dataset."""
-    columns = _string_columns(table, fields)
-    n = table.num_rows
-    rows = np.arange(n)
-    if columns is not None:
-        kind, parts = columns
-        digests = _combine(kind, np.stack([ops.text_digests(_arena(p)) for p in parts], axis=1))
-        texts = _arena(_joined(parts))
-    else:
-        found = [
-            (i, interpret(Row(f"{path}:{position + i + 1}", value), problems, format="auto", fields=fields))
-            for i, value in _values(table, path, problems, position)
-        ]
-        records = [(i, r) for i, r in found if r is not None]
-        rows = np.array([i for i, _ in records], np.int64)
-        digests = digest_records([r for _, r in records])
-        texts = join_texts([r.text() for _, r in records])
-    return TextBatch(
-        texts, digests, position + rows + 1, position + rows, np.diff(texts[1]), (position + n, position + n)
-    )
-
-
-def _values(table: pa.Table, path: Path, problems: Problems, position: int) -> Iterator[tuple[int, Any]]:
-    for i in range(table.num_rows):
-        try:
-            yield i, table.slice(i, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            problems.add(f"{path}:{position + i + 1}", "invalid UTF-8", f"byte {error.start}: {error.reason}")
-
-
-def _string_columns(table: pa.Table, fields: dict[str, str]) -> tuple[Kind, list[pa.Array]] | None:
-    """The format of all rows and its parts with their separators, where these are whole columns of strings."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    names = set(table.column_names)
-    if names & _OTHERS or "weight" in fields:
-        return None
-    kind = next((k for k, parts in FIELDS.items() if all(fields.get(p, p) in names for p in parts)), None)
-    if kind not in PARTS:
-        return None
-    parts = []
-    for name in PARTS[kind]:
-        column = table[fields.get(name, name)]
-        if column.null_count or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            return None
-        column = column.cast(pa.large_string()).combine_chunks()
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid:  # not UTF-8
-            return None
-        if SEPARATORS[kind] and name != PARTS[kind][-1]:
-            end = pa.scalar(SEPARATORS[kind], pa.large_string())
-            column = pc.binary_join_element_wise(column, end, pa.scalar("", pa.large_string()))
-        parts.append(column)
-    return kind, parts
-
-
-def _joined(parts: list[pa.Array]) -> pa.Array:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
-
-
-def _arena(column: pa.Array) -> tuple[npt.NDArray[np.uint8], Ints]:
-    """The buffers of a large_string array, not copied."""
-    _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    return np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8), ends
-
-
-def join_texts(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint8], Ints]:
-    """Strings as one buffer with offsets."""
-    encoded = [t.encode() for t in texts]
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(e) for e in encoded], out=offsets[1:])
-    return np.frombuffer(b"".join(encoded), np.uint8), offsets

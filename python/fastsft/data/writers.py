@@ -13,7 +13,8 @@ from fastsft.data.lock import hold
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.sources import Source, is_dataset, open_dataset, open_parquet
 from fastsft.data.streams import LINE_ENDINGS, create_lines
-from fastsft.data.texts import pick_lines, read_tables
+from fastsft.data.tables import read_tables
+from fastsft.data.texts import pick_lines
 from fastsft.files import sync, sync_tree
 
 Ints = npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ class Output:
             self._stage.mkdir()
 
     def write(self, source: Source, starts: Ints, sizes: Ints, *, batch_bytes: int = 1 << 22) -> None:
-        """The rows of a source at ``starts``, which ascend, as :class:`fastsft.data.texts.TextBatch` has them."""
+        """The rows of a source at ``starts``, which ascend, as :class:`fastsft.data.text_batch.TextBatch` has them."""
         path = self._stage / source.path.name if self._folder else self._stage
         with ExitStack() as failed:
             failed.callback(self._lock.close)

@@ -29,7 +29,10 @@ def dedup(
     ngram: int = 5,
     unit: Literal["word", "char"] = "word",
     mode: Literal["near", "exact"] = "near",
-    keep: Literal["first", "longest"] = "first",
+    on: tuple[str, ...] = (),
+    keep: Literal["first", "longest", "source", "score"] = "first",
+    prefer: tuple[Path, ...] = (),
+    score: str | None = None,
     max_cluster: int | None = 1000,
     memory: str | None = None,
     work: Path | None = None,
@@ -53,7 +56,12 @@ def dedup(
         ngram: words or characters per shingle.
         unit: of what shingles are made.
         mode: near (includes exact) or exact only.
-        keep: the first row of a cluster in the order of the sources, or the one with the longest text.
+        on: what is compared instead of whole rows, e.g. --on prompt: fields by our names (text, prompt, completion,
+            prefix, suffix, middle) and roles of messages (user, assistant, ...).
+        keep: the row of a cluster that stays: the first in the order of the sources, the one with the longest text,
+            that of the source which comes first in --prefer, or the one with the highest --score.
+        prefer: files among the sources, the best first, for --keep source; all others come last.
+        score: field of numbers, for --keep score; by default the row's weight.
         max_cluster: limit of the different texts in one cluster, against chains that join texts with nothing in common;
             the clusters of an index have none.
         memory: what to hold at most, e.g. 4GiB, for sources that do not fit; by default everything is held.
@@ -84,6 +92,8 @@ def dedup(
     if report is not None and report.is_dir():
         raise UsageError(f"dedup: --report: expected a file, got the folder {report}")
     limit = None if memory is None else _bytes("--memory", memory)
+    if index is not None and (keep != "first" or prefer or score is not None):
+        raise UsageError("dedup: --index: expected --keep first, without --prefer and --score: earlier rows stay")
     if index is not None and engine != "local":
         raise UsageError("dedup: --index: expected --engine local")
     if (limit is not None or engine == "ray") and work is None and index is None:
@@ -99,14 +109,12 @@ def dedup(
     with bars() as tell:
         if index is None:
             found = dedup_files(
-                sources, output, problems, sketch=sketch, how=how, keep=keep, memory=limit, work=work, engine=engine,
-                progress=tell,
+                sources, output, problems, sketch=sketch, how=how, on=on or None, keep=keep, prefer=prefer,
+                score=score, memory=limit, work=work, engine=engine, progress=tell,
             )  # fmt: skip
-        elif keep != "first":
-            raise UsageError("dedup: --keep: with --index, earlier rows stay: expected first")
         else:
             found = dedup_with_index(
-                sources, output, problems, index, sketch=sketch, how=how, memory=limit, progress=tell
+                sources, output, problems, index, sketch=sketch, how=how, on=on or None, memory=limit, progress=tell
             )  # fmt: skip
     summary = {**found.to_dict(), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
     if report is not None:

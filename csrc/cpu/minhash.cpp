@@ -39,10 +39,10 @@ struct Factors {
   }
 };
 
-// hash_units(i, shingler) gives the units of text i to the shingler, which returns the number of its shingles;
+// read(i, shingler, take) hands the shingles of text i to take(shingles, count), perhaps in pieces;
 // use(i, signature) gets the signature [num_perm].
-template <typename HashUnits, typename Use>
-void sign_all(int64_t n, const MinHashOptions& options, const HashUnits& hash_units, const Use& use) {
+template <typename Read, typename Use>
+void sign_all(int64_t n, const MinHashOptions& options, const Read& read, const Use& use) {
   const Factors factors(options);
   const auto reduce = FASTSFT_ISA_SELECT(sketch);
   const int64_t padded = static_cast<int64_t>(factors.a.size());
@@ -50,8 +50,10 @@ void sign_all(int64_t n, const MinHashOptions& options, const HashUnits& hash_un
     static thread_local Shingler<uint32_t> shingler;
     std::vector<uint32_t> signature(padded);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t count = hash_units(i, shingler);
-      reduce(shingler.shingles(), count, factors.a.data(), factors.b.data(), padded, signature.data());
+      std::fill(signature.begin(), signature.end(), ~uint32_t{0});
+      read(i, shingler, [&](const uint32_t* shingles, int64_t count) {
+        reduce(shingles, count, factors.a.data(), factors.b.data(), padded, signature.data());
+      });
       use(i, signature.data());
     }
     shingler.release_if_large();
@@ -63,7 +65,13 @@ void sign_texts(const char* op, const std::string_view* texts, int64_t n, const 
                 const Use& use) {
   check_lengths(op, texts, n);
   const ShingleOptions shape{options.ngram, options.unit};
-  sign_all(n, options, [&](int64_t i, Shingler<uint32_t>& shingler) { return shingler.read(texts[i], shape); }, use);
+  const auto read = [&](int64_t i, Shingler<uint32_t>& shingler, const auto& take) {
+    shingler.start(texts[i], shape);
+    for (auto piece = shingler.next(); !piece.empty(); piece = shingler.next()) {
+      take(piece.data(), static_cast<int64_t>(piece.size()));
+    }
+  };
+  sign_all(n, options, read, use);
 }
 
 void hash_tokens(const int32_t* tokens, int64_t count, uint32_t* units) {
@@ -102,11 +110,11 @@ void minhash_token_signatures(const Token* tokens, int64_t num_tokens, const int
   }
   sign_all(
       n, options,
-      [&](int64_t i, Shingler<uint32_t>& shingler) {
+      [&](int64_t i, Shingler<uint32_t>& shingler, const auto& take) {
         const int64_t count = cu_seqlens[i + 1] - cu_seqlens[i];
         shingler.fit(count);
         hash_tokens(tokens + cu_seqlens[i], count, shingler.units());
-        return shingler.read_units(count, options.ngram);
+        take(shingler.shingles(), shingler.read_units(count, options.ngram));
       },
       [&](int64_t i, const uint32_t* signature) {
         std::copy_n(signature, options.num_perm, signatures + i * options.num_perm);

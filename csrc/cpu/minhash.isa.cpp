@@ -23,7 +23,7 @@ inline Vec load(const uint32_t* from) {
 
 }  // namespace
 
-// signature [padded] = min over shingles of a * h + b, for a, b [padded], padded a multiple of 64.
+// signature [padded] = min of itself and, over shingles, of a * h + b, for a, b [padded], padded a multiple of 64.
 void sketch(const uint32_t* shingles, int64_t n, const uint32_t* a, const uint32_t* b, int64_t padded,
             uint32_t* signature) {
   constexpr int kGroup = 4;  // vectors at a time: with their factors they fill, but do not exceed, 16 registers
@@ -32,7 +32,7 @@ void sketch(const uint32_t* shingles, int64_t n, const uint32_t* a, const uint32
     for (int g = 0; g < kGroup; ++g) {
       va[g] = load(a + j + g * kLanes);
       vb[g] = load(b + j + g * kLanes);
-      least[g] = ~Vec{};
+      least[g] = load(signature + j + g * kLanes);
     }
     for (int64_t i = 0; i < n; ++i) {
       const Vec h = shingles[i] - Vec{};

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
+import subprocess
+import sys
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -355,3 +358,56 @@ def test_signature_errors(texts: list[str], options: dict[str, object], message:
 def test_cluster_errors(signatures: npt.NDArray[np.uint32], options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.lsh_clusters(signatures, **options)
+
+
+PIECE = 1 << 19  # larger texts are hashed in pieces of about this size
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 5, 300])
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_large_texts_equal_their_small_parts(unit: str, ngram: int) -> None:
+    """A signature is the least of those of parts that overlap by a shingle; every n-gram counts, at any place."""
+    rng = random.Random(ngram)
+    plain = [f"w{rng.randrange(10**6)}" for _ in range(2 * PIECE // 7)]
+    mixed = [rng.choice(["é", "日本", "A", "b_9", "😀x"]) + str(rng.randrange(10**6)) for _ in range(PIECE // 4)]
+    single = [chr(97 + rng.randrange(26)) + chr(0x4E00 + rng.randrange(20000)) for _ in range(PIECE // 3)]
+    for words, space in ((plain, " "), (mixed, " \n\t "), (single, " "), ([*plain[:9], "x" * PIECE, *plain], "  ")):
+        parts = [" ".join(words[at : at + 5000 + ngram]) for at in range(0, len(words), 5000)]
+        options: dict[str, Any] = {"ngram": ngram, "unit": unit}
+        expected = ops.minhash_signatures([*parts[:-1], " ".join(words[-5000 - ngram :])], **options).min(0)
+        assert np.array_equal(ops.minhash_signatures([space.join(words)], **options)[0], expected)
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_large_texts_at_any_border(unit: str) -> None:
+    """Spaces, letters and characters of several bytes around the place where a piece may end."""
+    for shift in range(12):
+        for middle in ("   ", " a b ", "日 本", "xyz", "\u00e9\u00e9", " 日 "):
+            head, tail = "q " * (PIECE // 2 - 6) + "r" * shift, " and the end"
+            small = "q " * 20 + "r" * shift
+            options: dict[str, Any] = {"ngram": 4, "unit": unit}
+            got, expected = ops.minhash_signatures([head + middle + tail, small + middle + tail], **options)
+            assert np.array_equal(got, expected)
+
+
+def test_large_texts_with_fewer_units_than_n() -> None:
+    texts = [" " * PIECE + "a" + " " * PIECE + "B" + " " * PIECE, "a b", " " * (2 * PIECE), ""]
+    for unit in ("word", "char"):
+        got = ops.minhash_signatures(texts, ngram=5, unit=unit)
+        assert np.array_equal(got[::2], got[1::2])
+
+
+@pytest.mark.parametrize("text", ['"word " * (12 << 20)', '"x" * (60 << 20)'])
+def test_large_texts_take_little_scratch(text: str) -> None:
+    steps = f"""
+import resource
+from fastsft import ops
+text = {text}
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+ops.minhash_signatures(["a b"])
+before = peak()
+ops.minhash_signatures([text])
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", steps], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 2 * 60, f"{done.stdout} MiB for 60 MiB"

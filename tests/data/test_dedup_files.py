@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import pytest
 from dedup_cases import lines_of, rows_of, texts
 
 from fastsft import ops
-from fastsft.data.dedup import DedupReport
+from fastsft.data.dedup import DedupReport, dedup
 from fastsft.data.dedup_files import dedup_files
 from fastsft.data.link import LinkOptions
 from fastsft.data.problems import DataError, Problems
@@ -147,6 +148,19 @@ def test_keep_the_longest(tmp_path: Path) -> None:
     report = run([path], keep="longest")
     assert report.labels.tolist() == [0, 1, 1, 1, 1]
     assert report.keep.tolist() == [True, False, False, False, True]
+
+
+def test_the_longest_has_the_most_characters(tmp_path: Path) -> None:
+    """Not bytes; as :func:`fastsft.dedup` of the same records says."""
+    words = " ".join(f"w{i}" for i in range(60))
+    all_texts = [f"{words} {'é' * 6}", f"{words} {'e' * 8}", "", "😀 ü", f"{words} {'😀' * 8}"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in all_texts).encode())
+    expected = [False, True, True, True, False]
+    for memory in (None, 1 << 16):
+        report = run([path], keep="longest", memory=memory, work=tmp_path / "work" if memory else None)
+        assert report.keep.tolist() == expected
+    assert dedup(path, keep="longest").keep.tolist() == expected
 
 
 def test_nothing_and_little(tmp_path: Path) -> None:

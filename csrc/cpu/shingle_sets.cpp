@@ -2,18 +2,24 @@
 
 namespace fastsft {
 
-Fingerprint append_distinct(Shingles shingles, ShingleTable& table, std::vector<uint64_t>& sets) {
-  table.clear(static_cast<int64_t>(shingles.size()));
+Fingerprint append_distinct(std::string_view text, const ShingleOptions& options, Shingler<uint64_t>& shingler,
+                            ShingleTable& table, std::vector<uint64_t>& sets) {
   const std::size_t before = sets.size();
-  sets.resize(before + shingles.size());
-  uint64_t* out = sets.data() + before;
   Fingerprint print;
-  for (const uint64_t shingle : shingles) {
-    const uint64_t h = shingle | (shingle == 0);  // the table's empty slots are 0
-    if (!table.insert(h)) continue;
-    out[print.size++] = h;
-    print.sum += h;
-    print.products += (h >> 32) * (h & 0xFFFFFFFFu);
+  table.clear(0);
+  shingler.start(text, options);
+  for (Shingles piece = shingler.next(); !piece.empty(); piece = shingler.next()) {
+    const int64_t room = static_cast<int64_t>(print.size + piece.size());
+    print.size == 0 ? table.clear(room) : table.grow(room);
+    sets.resize(before + print.size + piece.size());
+    uint64_t* out = sets.data() + before;
+    for (const uint64_t shingle : piece) {
+      const uint64_t h = shingle | (shingle == 0);  // the table's empty slots are 0
+      if (!table.insert(h)) continue;
+      out[print.size++] = h;
+      print.sum += h;
+      print.products += (h >> 32) * (h & 0xFFFFFFFFu);
+    }
   }
   sets.resize(before + print.size);
   return print;
@@ -53,10 +59,8 @@ void SetPool::clear() {
 }
 
 uint32_t SetPool::add(std::string_view text, const ShingleOptions& options) {
-  const int64_t count = shingler_.read(text, options);
   const int64_t begin = static_cast<int64_t>(elements_.size());
-  const uint32_t set =
-      prints_.add(append_distinct(Shingles(shingler_.shingles(), static_cast<std::size_t>(count)), table_, elements_));
+  const uint32_t set = prints_.add(append_distinct(text, options, shingler_, table_, elements_));
   if (set == begins_.size()) {
     begins_.push_back(begin);
   } else {

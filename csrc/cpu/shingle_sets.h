@@ -35,6 +35,17 @@ class ShingleTable {
     mask_ = slots - 1;
   }
 
+  // Makes room for so many in all, those already in it included.
+  void grow(int64_t room) {
+    if (static_cast<std::size_t>(2 * room + 2) <= slots_.size()) return;
+    const std::vector<uint64_t> old = std::move(slots_);
+    slots_ = {};
+    clear(room);
+    for (const uint64_t h : old) {
+      if (h != 0) insert(h);
+    }
+  }
+
   bool insert(uint64_t hash) {
     uint64_t at = hash & mask_;
     while (slots_[at] != 0) {
@@ -61,8 +72,9 @@ class ShingleTable {
   std::vector<uint64_t> slots_;
 };
 
-// Appends the distinct ones of the shingles to `sets`, in the order of the text, and leaves them in the table.
-Fingerprint append_distinct(Shingles shingles, ShingleTable& table, std::vector<uint64_t>& sets);
+// Appends the distinct shingles of the text to `sets`, in its order, and leaves them in the table.
+Fingerprint append_distinct(std::string_view text, const ShingleOptions& options, Shingler<uint64_t>& shingler,
+                            ShingleTable& table, std::vector<uint64_t>& sets);
 
 // Of two sets without elements: 1.
 inline double jaccard(int64_t common, int64_t x, int64_t y) {

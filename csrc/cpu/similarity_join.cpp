@@ -49,10 +49,8 @@ struct Pieces {
       static thread_local ShingleTable table;
       Piece& piece = pieces[begin / kTextsPerTask];
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t count = shingler.read(texts[i], options);
         piece.begins.push_back(static_cast<int64_t>(piece.elements.size()));
-        piece.prints.push_back(
-            append_distinct(Shingles(shingler.shingles(), static_cast<std::size_t>(count)), table, piece.elements));
+        piece.prints.push_back(append_distinct(texts[i], options, shingler, table, piece.elements));
       }
       shingler.release_if_large();
       if (table.large()) table = ShingleTable();

@@ -144,6 +144,28 @@ def test_clusters_take_less_than_every_pair() -> None:
     assert clusters < (time.perf_counter() - start) / 5
 
 
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_similarity_of_texts_read_in_pieces(unit: str) -> None:
+    """Texts of more than 512 KiB, one of them another with some words changed."""
+    rng = random.Random(3)
+    words = [f"w{rng.randrange(60_000)}" for _ in range(240_000)]
+    changed = [f"v{w}" if rng.random() < 0.02 else w for w in words]
+    texts = [" ".join(words), "\n".join(changed), " ".join(words[100_000:])]
+    sets = [set(zip(*(w[k:] for k in range(3)), strict=False)) for w in (words, changed, words[100_000:])]
+    if unit == "char":
+        sets = [{t[i : i + 3] for i in range(len(t) - 2)} for t in (" ".join(t.split()) for t in texts)]
+    pairs, similarity = ops.similar_pairs(texts, threshold=0.01, ngram=3, unit=unit)
+    assert pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert similarity.tolist() == [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs.tolist()]
+    for i, j in pairs.tolist():
+        found = np.arange(2)
+        exact = len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+        ops.link_similar(
+            [texts[i], texts[j]], np.arange(2), np.array([0, 2]), found, threshold=exact, ngram=3, unit=unit
+        )
+        assert found.tolist() == [0, 0]
+
+
 def test_empty() -> None:
     for texts in ([], ["a"], ["a", "b"]):
         pairs, similarity = ops.similar_pairs(texts)

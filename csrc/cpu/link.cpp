@@ -7,12 +7,12 @@
 #include <utility>
 #include <vector>
 
-#include "capped_linkage.h"
 #include "fastsft/common.h"
 #include "fastsft/duplicates.h"
 #include "fastsft/parallel.h"
 #include "forest.h"
 #include "shingle_sets.h"
+#include "stars.h"
 
 namespace fastsft {
 namespace {
@@ -198,7 +198,7 @@ class Linker {
     });
   }
 
-  // Makes the clusters of more than max_cluster sets anew.
+  // Makes the clusters of more than max_cluster sets anew, as stars.
   void cap(const Shared& shared, const int64_t* begin, const int64_t* end) {
     texts_.clear();
     for (const int64_t* b = begin; b < end; ++b) {
@@ -217,58 +217,56 @@ class Linker {
       const auto [from, to] = std::equal_range(roots.begin(), roots.end(), root[set]);
       return static_cast<std::size_t>(to - from) > limit;
     };
-    std::vector<char> redone(pool_.size());
-    for (Row set = 0; set < pool_.size(); ++set) redone[set] = too_large(set);
-
-    std::vector<Fingerprint> prints;
-    for (Row set = 0; set < pool_.size(); ++set) prints.push_back(pool_.print(set));
-    CappedLinkage linkage(prints, shared.options.max_cluster);
-    link_pairs(shared, begin, end, redone, linkage);
-    const std::vector<Row> cluster = linkage.clusters();
-    const auto mine = [&](Row text) { return redone[shared.set_of[text]] != 0; };
+    std::vector<Row> order;
+    for (Row set = 0; set < pool_.size(); ++set) {
+      if (too_large(set)) order.push_back(set);
+    }
+    if (order.empty()) return;
+    sort_for_stars(order, [&](Row set) { return pool_.print(set); });
+    std::vector<Row> place(pool_.size(), kNone);
+    for (Row at = 0; at < order.size(); ++at) place[order[at]] = at;
+    const Stars stars = make_stars(shared, begin, end, order, place);
+    const auto mine = [&](Row text) { return place[shared.set_of[text]]; };
     for (const Row text : texts_) {
-      if (mine(text)) shared.links.parent[text] = text;
+      if (mine(text) != kNone) shared.links.parent[text] = text;
     }
     for (const Row text : texts_) {
-      if (mine(text)) shared.links.join(owners_[cluster[shared.set_of[text]]], text);
+      if (mine(text) != kNone) shared.links.join(owners_[order[stars.centre(mine(text))]], text);
     }
   }
 
-  // All linked pairs of the sets to be redone, each from the first of the buckets that have both.
-  void link_pairs(const Shared& shared, const int64_t* begin, const int64_t* end, const std::vector<char>& redone,
-                  CappedLinkage& linkage) {
+  // Stars of the sets `order`, whose places in it are `place`. A set is compared with the open centres of its buckets.
+  Stars make_stars(const Shared& shared, const int64_t* begin, const int64_t* end, const std::vector<Row>& order,
+                   const std::vector<Row>& place) {
     const double threshold = shared.options.verify ? shared.options.threshold : 0.0;
-    std::vector<std::vector<Row>> sets_of, buckets_of(pool_.size());
+    std::vector<std::vector<Row>> buckets_of(order.size());
     for (const int64_t* b = begin; b < end; ++b) {
-      std::vector<Row> sets;
       for (const int64_t text : members(shared, *b)) {
-        if (const Row set = shared.set_of[text]; redone[set]) sets.push_back(set);
-      }
-      std::sort(sets.begin(), sets.end());
-      sets.erase(std::unique(sets.begin(), sets.end()), sets.end());
-      for (const Row set : sets) buckets_of[set].push_back(static_cast<Row>(sets_of.size()));
-      sets_of.push_back(std::move(sets));
-    }
-    FirstPairs first(linkage);
-    do {
-      for (Row b = 0; b < sets_of.size(); ++b) {
-        for (const Row x : sets_of[b]) {
-          for (const Row y : sets_of[b]) {
-            if (y >= x) break;
-            if (!linkage.open(x, y) || first_common(buckets_of[x], buckets_of[y]) != b) continue;
-            if (const double s = pool_.similarity(x, y, threshold); s >= 0) first.offer({s, x, y});
-          }
+        const Row at = place[shared.set_of[text]];
+        const Row bucket = static_cast<Row>(b - begin);
+        if (at != kNone && (buckets_of[at].empty() || buckets_of[at].back() != bucket)) {
+          buckets_of[at].push_back(bucket);
         }
       }
-    } while (first.join());
-  }
-
-  static Row first_common(const std::vector<Row>& x, const std::vector<Row>& y) {
-    for (std::size_t i = 0, j = 0; i < x.size() && j < y.size();) {
-      if (x[i] == y[j]) return x[i];
-      x[i] < y[j] ? ++i : ++j;
     }
-    return kNone;
+    Stars stars(order.size(), shared.options.max_cluster);
+    std::vector<std::vector<Row>> centres(
+        static_cast<std::size_t>(end - begin));  // of each bucket, closed ones left out
+    std::vector<Row> compared_with(order.size(), kNone);
+    for (Row at = 0; at < order.size(); ++at) {
+      Stars::Choice choice;
+      for (const Row bucket : buckets_of[at]) {
+        std::erase_if(centres[bucket], [&](Row centre) { return !stars.open(centre); });
+        for (const Row centre : centres[bucket]) {
+          if (std::exchange(compared_with[centre], at) == at) continue;
+          const double needed = std::max(threshold, choice.similarity());
+          if (const double s = pool_.similarity(order[at], order[centre], needed); s >= 0) choice.offer(centre, s);
+        }
+      }
+      if (!stars.place(at, choice)) continue;
+      for (const Row bucket : buckets_of[at]) centres[bucket].push_back(at);
+    }
+    return stars;
   }
 
   SetPool pool_;

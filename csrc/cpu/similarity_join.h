@@ -5,10 +5,14 @@
 #include <string_view>
 #include <vector>
 
-#include "capped_linkage.h"
 #include "shingle_sets.h"
 
 namespace fastsft {
+
+struct SimilarSets {
+  double similarity;
+  uint32_t x, y;
+};
 
 struct SimilarityJoin {
   std::vector<uint32_t> set_of;     // [texts]: equal for texts with equal sets, numbered by the first text with each

@@ -1,5 +1,6 @@
 #include "fastsft/duplicates.h"
 
+#include <algorithm>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -93,7 +94,21 @@ TEST(links) {
   CHECK((parent == Labels{0, 0, 0, 3, 3, 5}));
   reset();
   link(texts, {0, 1, 2, 3, 4}, {0, 3, 5}, {.threshold = 0.8, .shingles = {.ngram = 1}, .max_cluster = 2}, parent);
-  CHECK((parent == Labels{0, 1, 1, 3, 3, 5}));  // 5/6 before 4/5
+  CHECK((parent == Labels{0, 1, 1, 3, 3, 5}));  // 5/6 before 4/5, wherever the centre is
+}
+
+TEST(stars_are_full_where_all_are_similar) {
+  std::vector<std::string> similar;
+  for (int i = 0; i < 50; ++i) similar.push_back("a b c d e f g h i j x" + std::to_string(i));
+  const Texts texts(similar);
+  const LinkOptions options{.threshold = 0.8, .shingles = {.ngram = 1}, .max_cluster = 7};
+  Labels members(50), parent(50);
+  std::iota(members.begin(), members.end(), 0);
+  std::iota(parent.begin(), parent.end(), 0);
+  link(texts, members, {0, 50}, options, parent);
+  Labels size(50);
+  for (const int64_t label : parent) ++size[label];
+  CHECK(std::count(size.begin(), size.end(), 7) == 7 && std::count(size.begin(), size.end(), 1) == 1);
 }
 
 TEST(broken_arguments) {

@@ -79,6 +79,9 @@ def test_same_pairs_on_every_isa_thread_count_and_order() -> None:
     pairs, similarity = ops.similar_pairs(texts, threshold=0.5, ngram=2)
     expected = {(i, j): s for (i, j), s in zip(map(tuple, pairs.tolist()), similarity.tolist(), strict=True)}
     clusters = ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs")
+    stars = ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs", max_cluster=2)
+    expected_stars = {frozenset(np.flatnonzero(stars == label).tolist()) for label in stars}
+    assert not np.array_equal(stars, clusters)
     rng = random.Random(1)
     try:
         for name, count in itertools.product(_C.available_isas(), (1, 2, 4)):
@@ -90,6 +93,8 @@ def test_same_pairs_on_every_isa_thread_count_and_order() -> None:
             original = [tuple(sorted((order[i], order[j]))) for i, j in got.tolist()]
             assert dict(zip(original, values.tolist(), strict=True)) == expected
             assert np.array_equal(ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs"), clusters)
+            stars = ops.near_duplicates(mixed, threshold=0.5, ngram=2, mode="all_pairs", max_cluster=2)
+            assert {frozenset(order[i] for i in np.flatnonzero(stars == label)) for label in stars} == expected_stars
     finally:
         _C.set_isa(isa)
         _C.set_num_threads(threads)

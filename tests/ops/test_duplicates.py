@@ -73,27 +73,51 @@ def test_capped_clusters_equal_reference(limit: int, verify: bool) -> None:
             assert len({sets[i] for i in np.flatnonzero(got == label)}) <= limit
 
 
-def test_a_chain_is_cut_where_it_is_weakest() -> None:
+def jaccard(x: frozenset[Any], y: frozenset[Any]) -> float:
+    return len(x & y) / len(x | y)
+
+
+@pytest.mark.parametrize("mode", ["lsh", "all_pairs"])
+def test_members_of_a_star_are_similar_to_its_centre(mode: str) -> None:
     """Texts that slide over a long sequence: without a limit one cluster of texts with nothing in common."""
     words = [f"w{i}" for i in range(3000)]
-    texts = [" ".join(words[at : at + 100]) for at in range(0, 2000, 10)]
-    options: dict[str, Any] = {"threshold": 0.7, "bands": 128, "rows": 1}
+    texts = [" ".join(words[at : at + 100]) for at in range(0, 1500, 5)]
+    options: dict[str, Any] = {"threshold": 0.7, "bands": 128, "rows": 1, "mode": mode}
     assert (ops.near_duplicates(texts, **options) == 0).all()
-    capped = ops.near_duplicates(texts, max_cluster=10, **options)
-    assert np.unique(capped, return_counts=True)[1].max() == 10
-    assert len(np.unique(capped)) < 60
-    identical = ops.near_duplicates(texts + texts[:1] * 500, max_cluster=10, **options)
-    assert (identical[200:] == identical[0]).all()  # the same text counts once
+    capped = ops.near_duplicates(texts, max_cluster=5, **options)
+    assert np.unique(capped, return_counts=True)[1].max() == 5
+    assert len(np.unique(capped)) < 120
+    sets = [frozenset(reference.shingles(t, 5, "word")) for t in texts]
+    for label in np.unique(capped).tolist():
+        members = [sets[i] for i in np.flatnonzero(capped == label)]
+        assert any(all(jaccard(centre, m) >= 0.7 for m in members) for centre in members)
+    identical = ops.near_duplicates(texts + texts[:1] * 500, max_cluster=5, **options)
+    assert (identical[300:] == identical[0]).all()  # the same text counts once
 
 
-def test_more_pairs_than_are_held_at_a_time() -> None:
-    """The 4.3 million links in one component, in several passes; the join of all pairs holds them all."""
-    words = [f"w{i}" for i in range(9)]
-    texts = [" ".join([*words, f"x{i}", f"y{i // 2}"]) for i in range(2950)]
-    options: dict[str, Any] = {"threshold": 0.6, "ngram": 1, "max_cluster": 100}
+def test_stars_of_texts_that_are_all_similar_are_full() -> None:
+    """All but the last star, in both modes and in any order."""
+    words = [f"w{i}" for i in range(20)]
+    texts = [" ".join([*words, f"x{i}", f"y{i // 2}"]) for i in range(1050)]
+    options: dict[str, Any] = {"threshold": 0.7, "ngram": 1, "max_cluster": 100}
     got = ops.near_duplicates(texts, bands=128, rows=1, **options)
+    assert sorted(np.unique(got, return_counts=True)[1]) == [50] + 10 * [100]
     assert np.array_equal(got, ops.near_duplicates(texts, mode="all_pairs", **options))
-    assert np.unique(got, return_counts=True)[1].max() == 100
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    mixed = ops.near_duplicates([texts[i] for i in order], bands=128, rows=1, **options)
+    assert permuted(mixed, order) == permuted(got, list(range(len(texts))))
+
+
+def test_a_star_s_members_share_a_band_with_its_centre() -> None:
+    """Similar texts of one component, which are not candidates of each other."""
+    texts = [" ".join([*"abcdefghij", f"x{i}"]) for i in range(12)]
+    members = np.array([pair for i in range(11) for pair in (i, i + 1)])
+    parent = np.arange(12)
+    ops.link_similar(texts, members, np.arange(0, 23, 2), parent, threshold=0.5, ngram=1, max_cluster=11)
+    expected = np.arange(12)
+    reference.link_similar(texts, members, np.arange(0, 23, 2), expected, threshold=0.5, ngram=1, max_cluster=11)
+    assert np.array_equal(parent, expected)
+    assert np.bincount(parent).max() <= 3  # a text and its two neighbours
 
 
 def permuted(labels: Labels, order: list[int]) -> set[frozenset[int]]:

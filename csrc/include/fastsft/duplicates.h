@@ -4,10 +4,10 @@
 //
 // Texts with the same set of shingles are one in everything below. Clusters are the connected components of the links,
 // the same for any order of the texts, number of threads and instruction set. Where max_cluster > 0, a component of
-// more than max_cluster distinct sets is made anew: its links, in order of descending similarity and, among equal ones,
-// of the two sets' hashes, join their clusters unless the result would hold more than max_cluster distinct sets
-// (single linkage with a limit of size). That compares all candidate pairs of such a component, within a limit of
-// memory.
+// more than max_cluster distinct sets is made anew, as stars: in the order of the sets' hashes, each joins the most
+// similar centre among its candidates (the first of equally similar ones) that it is linked with and whose star has
+// fewer than max_cluster distinct sets, or else becomes a centre. A set is then linked with its centre directly, and is
+// compared with centres whose stars have room, of which there is one at a time where all are similar.
 #pragma once
 
 #include <cstdint>

@@ -98,8 +98,9 @@ def dedup(
             files for ``keep="source"``, ``score`` rates a record for ``keep="score"``.
         verify: False takes all candidates for near duplicates.
         max_cluster: limit of the different texts in one cluster, against chains of similar texts whose ends have
-            nothing in common. The default keeps at least one in a thousand whatever the data are, and real clusters
-            are smaller; None is no limit.
+            nothing in common: larger ones become stars of texts that are all similar to one of them
+            (:func:`fastsft.ops.near_duplicates`). The default keeps at least one in a thousand whatever the data are,
+            and real clusters are smaller; None is no limit.
 
     Raises:
         DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range, a record that has

@@ -43,10 +43,11 @@ def near_duplicates(
         bands, rows: the shape of the bands, ``bands * rows <= num_perm``; both or neither. By default
             :func:`fastsft.ops.minhash.lsh_shape`.
         verify: False links every candidate pair.
-        max_cluster: limit of the distinct sets of n-grams in one cluster, against chains of links that join texts with
-            nothing in common. A component above it is made anew: its links, in order of descending similarity (and of
-            the two texts' hashes among equal ones), join their clusters unless the result would be above the limit.
-            This compares all candidate pairs of such a component. None: no limit.
+        max_cluster: limit of the distinct sets of n-grams in one cluster. A component above it is made anew, as stars
+            around centres: in the order of the texts' hashes, each text joins the most similar centre (the first of
+            equally similar ones) that it is linked with and whose star has room, or else becomes a centre. What is
+            linked with its centre is similar to it, while a chain of links joins texts with nothing in common.
+            None: no limit.
         mode: "lsh", or "all_pairs": no pair is missed (:func:`fastsft.ops.similar_pairs`), for a few times the time;
             ``threshold`` is above 0 then, and ``num_perm``, ``bands``, ``rows``, ``verify`` and ``seed`` play no part.
 

@@ -95,30 +95,39 @@ def _clusters(
     pairs = {frozenset((sets[i], sets[j])) for b in buckets for i, j in itertools.combinations(b, 2)}
     links = [(similarity(*pair), *pair) for pair in map(tuple, pairs) if len(pair) == 2]
     links = [link for link in links if link[0] >= threshold]
-    cluster = _linked(links, sets, None)
+    cluster = _linked(links, sets)
     if max_cluster is not None:
-        small = [link for link in links if len(set(cluster[link[1]])) <= max_cluster]
-        large = [link for link in links if len(set(cluster[link[1]])) > max_cluster]
-        cluster = _linked(small + sorted(large, key=lambda link: _order(link, unit)), sets, max_cluster)
+        large = {s for s, members in cluster.items() if len(members) > max_cluster}
+        cluster |= _stars(large, links, max_cluster, unit)
     first = {
         members: min(i for i, s in enumerate(sets) if s in members) for members in map(frozenset, cluster.values())
     }
     return np.array([first[frozenset(cluster[s])] for s in sets], np.int64)
 
 
-def _linked(links: list[tuple[float, Set, Set]], sets: list[Set], limit: int | None) -> dict[Set, list[Set]]:
+def _linked(links: list[tuple[float, Set, Set]], sets: list[Set]) -> dict[Set, list[Set]]:
     """The cluster of each set, by merging lists."""
     cluster = {s: [s] for s in sets}
     for _, x, y in links:
-        if cluster[x] is not cluster[y] and (limit is None or len(cluster[x]) + len(cluster[y]) <= limit):
+        if cluster[x] is not cluster[y]:
             cluster[x] += cluster[y]
             for s in cluster[y]:
                 cluster[s] = cluster[x]
     return cluster
 
 
-def _order(link: tuple[float, Set, Set], unit: str) -> tuple[float, list[tuple[int, int, int]]]:
-    return -link[0], sorted(_fingerprint(s, unit) for s in link[1:])
+def _stars(sets: set[Set], links: list[tuple[float, Set, Set]], limit: int, unit: str) -> dict[Set, list[Set]]:
+    """The star of each set; its first member is the centre."""
+    linked = {frozenset((x, y)): value for value, x, y in links}
+    stars: list[list[Set]] = []
+    for s in sorted(sets, key=lambda members: _fingerprint(members, unit)):
+        room = [(linked[frozenset((s, star[0]))], star) for star in stars
+                if len(star) < limit and frozenset((s, star[0])) in linked]  # fmt: skip
+        if room:
+            max(room, key=lambda found: found[0])[1].append(s)  # max: the first of equal ones
+        else:
+            stars.append([s])
+    return {s: star for star in stars for s in star}
 
 
 def _fingerprint(members: Set, unit: str) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RATES = ("documents_per_second", "tokens_per_second")
 
 
 def run(extra: list[str]) -> list[dict[str, Any]]:
@@ -26,7 +27,7 @@ def run(extra: list[str]) -> list[dict[str, Any]]:
 
 
 def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per contestant: seconds, spread, and how many times longer than fastsft it took in the same group."""
+    """One row per contestant: seconds and their spread."""
     rows = []
     for b in benchmarks:
         contestant = str((b["params"] or {}).get("contestant", b["name"]))
@@ -35,11 +36,18 @@ def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {"group": b["group"], "contestant": contestant, "median": stats["median"], "iqr": stats["iqr"],
              "rounds": stats["rounds"], "extra": b["extra_info"]}
         )  # fmt: skip
-    ours = {r["group"]: r["median"] for r in rows if r["contestant"] == "fastsft"}
-    for r in rows:
-        if r["group"] in ours:
-            r["times_ours"] = r["median"] / ours[r["group"]]
     return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """How many times longer than fastsft each contestant took in the same group: for as much work, where the slow ones
+    got less of it and say how much they did in a second."""
+    ours = {r["group"]: r for r in rows if r["contestant"] == "fastsft"}
+    for row in rows:
+        if own := ours.get(row["group"]):
+            rate = next((k for k in RATES if k in own["extra"] and k in row["extra"]), None)
+            times = own["extra"][rate] / row["extra"][rate] if rate else row["median"] / own["median"]
+            row["times_ours"] = times
 
 
 def merged(older: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,7 +57,7 @@ def merged(older: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -78,7 +86,8 @@ def render(result: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         f"{m['cpu']} ({m['isa']}), {m['threads']} threads, torch {m['versions']['torch']}, {result['date']}. Medians.",
-        "The fourth column is the time relative to fastsft's in the same process on the same inputs: below 1 we lose.",
+        "The fourth column is the time relative to fastsft's in the same process on the same inputs (for as much work,",
+        "where a slow rival got fewer of them): below 1 we lose.",
         "Every bench checks that the results agree before it times them. Single rows vary by tens of percent on a",
         "shared machine, so read ratios. Written by `python bench/record.py`.",
         "",
@@ -123,6 +132,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if "-k" in extra and (older := sorted(folder.glob("*.json"))):
         rows = merged(json.loads(older[-1].read_text()), rows)
+    compare(rows)
     result = {"date": today, "machine": machine(), "rows": rows}
     path = folder / f"{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsft.data.link import (
-    LinkOptions,
-    band_buckets,
-    candidate_texts,
-    equal_rows,
-    for_signatures,
-    limit_clusters,
-    link_buckets,
-    oversized,
-    roots,
-    signature_texts,
-)
+from fastsft.data.candidates import candidate_texts, for_signatures, signature_texts
+from fastsft.data.link import LinkOptions, band_buckets, equal_rows, limit_clusters, link_buckets, oversized, roots
 from fastsft.data.problems import Problems
 from fastsft.data.scan import Progress, SketchOptions, scan, scan_source
 from fastsft.data.shards import Shard, Shards, by_source, open_shards

@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastsft.report import plots
+from fastsft.report.page import render
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Evaluation data in training data</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top; }
-tr:nth-child(even) { background: #f4f6f8; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { margin: .2rem 0; font-size: 13px; white-space: pre-wrap; } .note { color: #52606d; }
-svg { max-width: 620px; height: auto; }
-</style></head><body>
-<h1>Evaluation data in training data</h1>
+_BODY = """\
 <p>{{ kept }} of {{ records }} records kept, {{ dropped | length }} dropped by {{ rules | join(", ") }}.</p>
 {% for reason, count in skipped.items() %}
 <p class="note">left out: {{ count }} x {{ reason }}, e.g. {{ skipped_examples[reason][0] }}</p>
@@ -32,15 +23,12 @@ a name in .json has all.</p>{% endif %}
 <table><tr><th>row</th><th>evaluation</th><th>rule</th><th>covered</th><th>shared words</th></tr>
 {% for d in shown %}<tr><td>{{ d.source }}</td><td>{{ d.evaluation }}</td><td>{{ d.rule }}</td>
 <td class="n">{{ "%.0f" | format(100 * d.coverage) }} %</td><td><pre>{{ d.passage }}</pre></td></tr>{% endfor %}</table>
-</body></html>
 """
 
 
 def contamination_page(summary: dict[str, Any], limit: int = 500) -> str:
     """The page for what ``DecontaminationReport.to_dict()`` gives, with at most ``limit`` dropped rows; all text is
     escaped, nothing is loaded from elsewhere."""
-    import jinja2
-
     figure = None
     if plots.available():
         files = summary["evaluation"]
@@ -48,6 +36,5 @@ def contamination_page(summary: dict[str, Any], limit: int = 500) -> str:
         shares = [100 * e["found"] / max(e["rows"], 1) for e in files]
         figure = plots.bars("evaluation rows found in the training data", "% of rows", names, shares, "{:.1f}")
     shown = sorted(summary["dropped"], key=lambda d: -d["coverage"])[:limit]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = {"skipped": {}, "skipped_examples": {}, **summary}
-    return environment.from_string(_PAGE).render(**page, shown=shown, figure=figure)
+    return render("Evaluation data in training data", _BODY, {**page, "shown": shown, "figure": figure})

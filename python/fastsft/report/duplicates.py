@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastsft.report import plots
+from fastsft.report.page import render
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Duplicates</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top; }
-tr:nth-child(even) { background: #f4f6f8; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { margin: .2rem 0; font-size: 13px; white-space: pre-wrap; } .note { color: #52606d; }
-svg { max-width: 620px; height: auto; }
-</style></head><body>
-<h1>Duplicates</h1>
+_BODY = """\
 <p>{{ kept }} of {{ records }} records kept: {{ exact_duplicates }} exact and {{ near_duplicates }} near duplicates.</p>
 {% for reason, count in skipped.items() %}
 <p class="note">left out: {{ count }} x {{ reason }}, e.g. {{ skipped_examples[reason][0] }}</p>
@@ -30,22 +21,18 @@ svg { max-width: 620px; height: auto; }
 {% for c in clusters %}<tr><td class="n">{{ c.size }}</td>
 <td>{% for source in c.sources %}{{ source }}<br>{% endfor %}{% if c.size > c.sources | length %}...{% endif %}</td>
 <td><pre>{{ c.example }}</pre></td></tr>{% endfor %}</table>
-</body></html>
 """
 
 
 def duplicates_page(summary: dict[str, Any]) -> str:
     """The page for what ``DedupReport.to_dict()`` gives; all text is escaped, nothing is loaded from elsewhere."""
-    import jinja2
-
     sizes = _binned({int(size): count for size, count in summary["cluster_sizes"].items()})
     figure = None
     if plots.available():
         figure = plots.histogram("clusters by size", "members of the cluster (smallest of the bin)", sizes)
     named = [(str(low) if low < 4 else f"{low} to {2 * low - 1}", count) for low, count in sorted(sizes.items())]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = {"skipped": {}, "skipped_examples": {}, **summary}
-    return environment.from_string(_PAGE).render(**{**page, "sizes": named, "figure": figure})
+    return render("Duplicates", _BODY, {**page, "sizes": named, "figure": figure})
 
 
 def _binned(sizes: dict[int, int]) -> dict[int, int]:

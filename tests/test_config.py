@@ -14,11 +14,11 @@ from fastsft.config import (
     ConfigError,
     DataOptions,
     TrainOptions,
-    _leaves,
     load_config,
     to_dict,
     to_json,
 )
+from fastsft.config.load import _leaves
 from fastsft.data.records import FIELDS
 
 

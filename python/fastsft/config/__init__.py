@@ -1,0 +1,37 @@
+"""A run as dataclasses: read from TOML, checked, and written back resolved beside every result."""
+
+from fastsft.config.data import (
+    FIELD_NAMES,
+    DataOptions,
+    DecontaminateOptions,
+    DedupOptions,
+    FilterOptions,
+    FimOptions,
+    SourceOptions,
+    WeightOptions,
+)
+from fastsft.config.errors import ConfigError, unknown_key
+from fastsft.config.load import load_config, to_dict, to_json
+from fastsft.config.run import Config, ModelOptions, OptimOptions, ScheduleOptions, TokenizerOptions, TrainOptions
+
+__all__ = [
+    "FIELD_NAMES",
+    "Config",
+    "ConfigError",
+    "DataOptions",
+    "DecontaminateOptions",
+    "DedupOptions",
+    "FilterOptions",
+    "FimOptions",
+    "ModelOptions",
+    "OptimOptions",
+    "ScheduleOptions",
+    "SourceOptions",
+    "TokenizerOptions",
+    "TrainOptions",
+    "WeightOptions",
+    "load_config",
+    "to_dict",
+    "to_json",
+    "unknown_key",
+]

@@ -1,0 +1,64 @@
+"""What the values of a configuration may be, beyond their types."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fastsft.config.errors import ConfigError
+from fastsft.config.run import Config
+
+
+def check_ranges(config: Config, where: str) -> None:
+    """Raises ConfigError for a value out of range; ``where`` names the file."""
+
+    def check(ok: bool, name: str, expected: str, value: object) -> None:
+        if not ok:
+            raise ConfigError(f"{where}: {name}: expected {expected}, got {value!r}")
+
+    m, d, o, s, t = config.model, config.data, config.optim, config.schedule, config.train
+    if m.path is not None and m.init:
+        raise ConfigError(f"{where}: model: give either path or init, not both")
+    check(0 <= config.seed < 2**63, "seed", "an integer in [0, 2**63)", config.seed)
+    if m.path is not None and config.tokenizer.train_vocab is not None:
+        raise ConfigError(f"{where}: tokenizer.train_vocab: a model read from model.path keeps its own tokenizer")
+    check(0 <= d.eval_fraction < 1, "data.eval_fraction", "a fraction in [0, 1)", d.eval_fraction)
+    check(not (d.train and d.sources), "data.train", "nothing beside data.sources", d.train)
+    names = [source.name for source in d.sources]
+    check(len(set(names)) == len(names), "data.sources", "different names", names)
+    for i, source in enumerate(d.sources):
+        check(len(source.files) > 0, f"data.sources.{i}.files", "at least one file", source.files)
+        check(0 <= source.weight < math.inf, f"data.sources.{i}.weight", "a finite number, at least 0", source.weight)
+        check(source.cap is None or source.cap >= 1, f"data.sources.{i}.cap", "at least 1", source.cap)
+    for name, limit in dataclasses.asdict(d.filters).items():
+        if name.partition("_")[0] in ("min", "max") and limit is not None:
+            check(limit >= 0, f"data.filters.{name}", "at least 0", limit)
+    for tag, ratio in d.ratios.items():
+        check(ratio > 0, f"data.ratios.{tag}", "more than 0", ratio)
+    check(d.max_length >= 2, "data.max_length", "at least 2", d.max_length)
+    check(0 <= d.max_bad <= 1, "data.max_bad", "a share in [0, 1]", d.max_bad)
+    for name, value in dataclasses.asdict(d.weights).items():
+        check(value >= 0, f"data.weights.{name}", "at least 0", value)
+    check(0 < d.dedup.threshold <= 1, "data.dedup.threshold", "a similarity in (0, 1]", d.dedup.threshold)
+    check(d.dedup.num_perm >= 1, "data.dedup.num_perm", "at least 1", d.dedup.num_perm)
+    check(0 <= d.fim.rate <= 1, "data.fim.rate", "a probability", d.fim.rate)
+    check(0 <= d.fim.spm_rate <= 1, "data.fim.spm_rate", "a probability", d.fim.spm_rate)
+    check(len(set(d.fim.markers)) in (0, 3) and len(d.fim.markers) in (0, 3), "data.fim.markers",
+          "three different tokens, or none", d.fim.markers)  # fmt: skip
+    check(not d.fim.markers or d.fim.format == "auto", "data.fim.format", '"auto" beside data.fim.markers',
+          d.fim.format)  # fmt: skip
+    check(o.lr > 0, "optim.lr", "more than 0", o.lr)
+    check(0 <= o.beta1 < 1, "optim.beta1", "a value in [0, 1)", o.beta1)
+    check(0 <= o.beta2 < 1, "optim.beta2", "a value in [0, 1)", o.beta2)
+    check(o.eps > 0, "optim.eps", "more than 0", o.eps)
+    check(o.weight_decay >= 0, "optim.weight_decay", "at least 0", o.weight_decay)
+    check(o.clip_norm >= 0, "optim.clip_norm", "at least 0", o.clip_norm)
+    check(s.warmup >= 0, "schedule.warmup", "at least 0", s.warmup)
+    check(0 <= s.final <= 1, "schedule.final", "a fraction in [0, 1]", s.final)
+    check(t.tokens_per_batch >= d.max_length, "train.tokens_per_batch", f"at least data.max_length = {d.max_length}",
+          t.tokens_per_batch)  # fmt: skip
+    for name in ("accumulation", "epochs", "keep"):
+        check(getattr(t, name) >= 1, f"train.{name}", "at least 1", getattr(t, name))
+    check(t.max_steps is None or t.max_steps >= 1, "train.max_steps", "at least 1", t.max_steps)
+    for name in ("eval_every", "save_every"):
+        check(getattr(t, name) >= 0, f"train.{name}", "at least 0", getattr(t, name))

@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "train": (verbs.train, True),
     "generate": (verbs.generate, False),
     "eval": (verbs.evaluate, False),
+    "soup": (verbs.soup, False),
+    "restore-layers": (verbs.restore_layers, False),
 }
 
 

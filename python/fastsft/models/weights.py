@@ -12,26 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastsft.files import sync
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.stored import EMBEDDING, HEAD, INDEX, SINGLE, check_tied, hf_name, match, open_tensors
 from fastsft.models.tokenizer import FILES
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
-_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
-
-# stored by old checkpoints, recomputed from the configuration
-_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
-
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_LISTED = 20
 
 
 def init_model(config: ModelConfig | Mapping[str, Any], *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -82,13 +71,13 @@ def load_model(
     config = ModelConfig.from_file(folder / "config.json")
     model = _empty(config, dtype, device)
     with contextlib.ExitStack() as stack:
-        stored = _open_tensors(folder, stack)
-        targets = _match(model, stored, folder)
+        stored = open_tensors(folder, stack)
+        targets = match(model, stored, folder)
         with torch.no_grad():
             for name, parameter in targets.items():
                 parameter.copy_(stored[name].read())
-        if config.tie_word_embeddings and _HEAD in stored and _EMBEDDING in stored:
-            _check_tied(stored[_HEAD], stored[_EMBEDDING])
+        if config.tie_word_embeddings and HEAD in stored and EMBEDDING in stored:
+            check_tied(stored[HEAD], stored[EMBEDDING])
     return model
 
 
@@ -158,107 +147,13 @@ def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) 
     return model.to(dtype).to_empty(device=device)
 
 
-def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-class _Stored:
-    """One tensor in an open safetensors file; nothing of it is read until :meth:`read`."""
-
-    def __init__(self, handle: Any, name: str, file: Path) -> None:
-        self.file = file
-        self._handle = handle
-        self._name = name
-        header = handle.get_slice(name)
-        self.shape: list[int] = list(header.get_shape())
-        self.dtype: str = header.get_dtype()
-
-    def read(self) -> torch.Tensor:
-        tensor: torch.Tensor = self._handle.get_tensor(self._name)
-        return tensor
-
-
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Every tensor of the folder by its stored name."""
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file():
-        placed = None
-        files = [_SINGLE]
-    elif index.is_file():
-        placed = _read_index(index)
-        files = sorted(set(placed.values()))
-    else:
-        raise ValueError(f"{folder}: found neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
-    stored: dict[str, _Stored] = {}
-    for name in files:
-        file = folder / name
-        try:
-            handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
-            stored |= {key: _Stored(handle, key, file) for key in sorted(handle.keys())}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
-    for key, name in (placed or {}).items():
-        if key not in stored or stored[key].file.name != name:
-            raise ValueError(f"{index}: places {key} in {name}, which does not hold it")
-    return stored
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        placed = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
-    if not isinstance(placed, dict) or not all(isinstance(v, str) and Path(v).name == v for v in placed.values()):
-        raise ValueError(f"{index}: weight_map: expected tensor names mapped to file names in this folder")
-    return placed
-
-
-def _match(model: Decoder, stored: dict[str, _Stored], folder: Path) -> dict[str, torch.Tensor]:
-    """Stored name -> parameter, with one error for everything that does not fit."""
-    wanted: dict[str, torch.Tensor] = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
-    if tied and _EMBEDDING not in stored and _HEAD in stored:
-        wanted[_HEAD] = wanted.pop(_EMBEDDING)
-    problems = [f"missing: {name}" for name in wanted if name not in stored]
-    for name, tensor in stored.items():
-        parameter = wanted.get(name)
-        if parameter is None:
-            if not _IGNORED.fullmatch(name) and not (tied and name == _HEAD):
-                problems.append(f"unexpected: {name} in {tensor.file.name}")
-        elif tensor.shape != list(parameter.shape):
-            problems.append(
-                f"shape: {name} in {tensor.file.name}: expected {list(parameter.shape)}, got {tensor.shape}"
-            )
-        elif tensor.dtype not in _FLOATS:
-            problems.append(f"type: {name} in {tensor.file.name}: expected floating point, got {tensor.dtype}")
-    if problems:
-        more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        raise ValueError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(problems[:_LISTED] + more))
-    return wanted
-
-
-def _check_tied(head: _Stored, embedding: _Stored) -> None:
-    """Both are stored: they must agree. transformers quietly unties such a model; its owner should decide."""
-    if not torch.equal(head.read(), embedding.read()):
-        raise ValueError(
-            f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json ties them; "
-            "set tie_word_embeddings to false or remove one of the tensors"
-        )
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def _write_weights(model: Decoder, stage: Path, max_shard_bytes: int) -> list[str]:
     """Write the weight files into ``stage``; return their names, the index last."""
-    tensors = {_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
-        _save(shards[0], stage / _SINGLE)
-        return [_SINGLE]
+        _save(shards[0], stage / SINGLE)
+        return [SINGLE]
     names, placed = [], {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -270,8 +165,8 @@ def _write_weights(model: Decoder, stage: Path, max_shard_bytes: int) -> list[st
         "total_size": sum(t.nbytes for t in tensors.values()),
     }
     index = json.dumps({"metadata": metadata, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
-    (stage / _INDEX).write_bytes(index.encode("utf-8"))
-    return [*names, _INDEX]
+    (stage / INDEX).write_bytes(index.encode("utf-8"))
+    return [*names, INDEX]
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -8,6 +8,19 @@ from fastsft.verbs.console import UsageError
 from fastsft.verbs.data import dedup, prepare
 from fastsft.verbs.decontamination import decontaminate
 from fastsft.verbs.evaluation import evaluate
+from fastsft.verbs.merging import restore_layers, soup
 from fastsft.verbs.model import generate, train
 
-__all__ = ["UsageError", "decontaminate", "dedup", "demo", "evaluate", "generate", "info", "prepare", "train"]
+__all__ = [
+    "UsageError",
+    "decontaminate",
+    "dedup",
+    "demo",
+    "evaluate",
+    "generate",
+    "info",
+    "prepare",
+    "restore_layers",
+    "soup",
+    "train",
+]

@@ -71,7 +71,7 @@ def evaluate(
     results: dict[str, Any] = {}
     with bars() as tell:
         if data:
-            results["loss"] = _held_out_loss(decoder, tokenizer, model, data, fields or {}, tell)
+            results["loss"] = _held_out_loss(decoder, tokenizer, data, fields or {}, tell)
         if tasks is not None:
             results["tasks"] = _pass_at(decoder, tokenizer, rows, params, k, completion, tell)
     if json:
@@ -83,28 +83,16 @@ def evaluate(
 def _held_out_loss(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    model: Path,
     data: tuple[Path, ...],
     fields: dict[str, str],
     tell: Progress,
 ) -> dict[str, Any]:
-    from fastsft.config import TrainOptions, load_config
     from fastsft.data.prepare import notices
-    from fastsft.data.records import Problems, read_records
-    from fastsft.data.store import SampleStore
-    from fastsft.data.tokenise import tokenise
     from fastsft.train.evaluate import evaluate_loss
-    from fastsft.train.start import positions
+    from fastsft.train.held_out import CAPACITY, read_held_out
 
-    longest, capacity = positions(decoder.config), TrainOptions().tokens_per_batch
-    options = {"train": list(map(str, data)), "fields": fields, "max_length": longest}
-    batch = {"tokens_per_batch": max(capacity, longest)}
-    config = load_config({"model": {"path": str(model)}, "data": options, "train": batch})
-    problems = Problems("fail")
-    records = list(read_records(data, problems, fields=fields))
-    store = SampleStore.from_samples(tokenise(records, tokenizer, config, problems, limit="the model's context"))
-    report = {"rows": len(records), "skipped": dict(problems.counts), "skipped_examples": problems.examples}
-    result = evaluate_loss(decoder, store, capacity=capacity, progress=functools.partial(tell, "held-out loss"))
+    store, report = read_held_out(data, tokenizer, decoder.config, fields=fields)
+    result = evaluate_loss(decoder, store, capacity=CAPACITY, progress=functools.partial(tell, "held-out loss"))
     if result is None:
         raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *notices(report)]))
     return {**dataclasses.asdict(result), "samples": len(store), **report}

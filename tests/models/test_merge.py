@@ -72,7 +72,8 @@ def test_layouts_and_types_may_differ(tmp_path: Path) -> None:
 def test_tensors_may_lie_in_any_order(tmp_path: Path) -> None:
     """The file of another writer: the last tensor by name comes first."""
     a, b = folders(tmp_path, 2)
-    tensors = dict(sorted(load_file(a / "model.safetensors").items(), reverse=True))
+    found = load_file(a / "model.safetensors")
+    tensors = {name: found[name].clone() for name in sorted(found, reverse=True)}  # not the file, which is overwritten
     entries, data = {}, b""
     for name, tensor in tensors.items():
         raw = tensor.numpy().tobytes()

@@ -102,8 +102,10 @@ def save_model(
         max_shard_bytes: above it the weights are split, in the model's order, into shards with an index.
 
     Raises:
-        ValueError: ``files_from`` is no folder, or ``max_shard_bytes`` is not positive.
+        ValueError: ``files_from`` is no folder, ``max_shard_bytes`` is not positive, or the model has LoRA adapters.
     """
+    if adapted := [name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))]:
+        raise ValueError(f"model: expected one without adapters, got {adapted[0]}: merge_lora it, or save_adapter")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
     if files_from is not None and not Path(files_from).is_dir():

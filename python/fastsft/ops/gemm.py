@@ -97,14 +97,18 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight.t(), bias.repeat(x.shape[0], 1), accumulate=True)
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
-    d_x = product(grad, weight, x.new_empty(x.shape)) if wants_x else x.new_empty(0)
-    d_weight = product(grad.t(), x, weight.new_empty(weight.shape)) if wants_weight else x.new_empty(0)
+def _backward(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    d_x, d_weight = _fake_backward(grad, x, weight)
+    if weight is not None:
+        product(grad, weight, d_x)
+    if x is not None:
+        product(grad.t(), x, d_weight)
     return d_x, d_weight
 
 
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if wants_x else 0), weight.new_empty(weight.shape if wants_weight else 0)
+def _fake_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    d_x = grad.new_empty(0 if weight is None else (grad.shape[0], weight.shape[1]))
+    return d_x, grad.new_empty(0 if x is None else (grad.shape[1], x.shape[1]))
 
 
 _linear = define(
@@ -115,7 +119,7 @@ _linear = define(
     cuda_is=_CUDA_IS,
 )
 _linear_backward = define(
-    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x, bool wants_weight) -> (Tensor, Tensor)",
+    "linear_backward(Tensor grad, Tensor? x, Tensor? weight) -> (Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_backward,
     cpu_is=_CPU_IS,
@@ -126,15 +130,15 @@ _linear_backward = define(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)  # a frozen weight needs no x
         out: Tensor = _linear(x, weight, bias)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        d_x, d_weight = _linear_backward(grad, x, weight, wants_x, wants_weight)
+        d_x, d_weight = _linear_backward(grad, *ctx.saved_tensors)
         d_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype) if wants_bias else None
         return d_x if wants_x else None, d_weight if wants_weight else None, d_bias

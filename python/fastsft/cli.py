@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "train": (verbs.train, True),
     "generate": (verbs.generate, False),
     "eval": (verbs.evaluate, False),
+    "check": (verbs.check, False),
     "soup": (verbs.soup, False),
     "restore-layers": (verbs.restore_layers, False),
 }

@@ -4,6 +4,7 @@ Heavy imports sit inside the functions, so that help is quick.
 """
 
 from fastsft.verbs.about import demo, info
+from fastsft.verbs.checking import check
 from fastsft.verbs.console import UsageError
 from fastsft.verbs.data import dedup, prepare
 from fastsft.verbs.decontamination import decontaminate
@@ -13,6 +14,7 @@ from fastsft.verbs.model import generate, train
 
 __all__ = [
     "UsageError",
+    "check",
     "decontaminate",
     "dedup",
     "demo",

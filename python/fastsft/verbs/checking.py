@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastsft.verbs.console import UsageError, print_json
 
@@ -26,6 +26,10 @@ def check(model: Path, /, *, dtype: Literal["float32", "bfloat16"] = "float32", 
     if not model.is_dir():
         raise UsageError(f"check: {model}: expected a folder with config.json and *.safetensors")
     try:
+        from transformers.utils import logging
+
+        quiet: Any = logging
+        quiet.disable_progress_bar()
         findings = check_folder(model, dtype=getattr(torch, dtype))
     except ModuleNotFoundError as error:
         if error.name != "transformers":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastsft.verify.passk import Task, evaluate_tasks
+from fastsft.verify.passk import evaluate_tasks
 from fastsft.verify.sandbox import Limits, run
+from fastsft.verify.tasks import Task
 
 Forbid = Callable[..., tuple[str, ...]]
 LOSSES = [(), ("root",), ("namespaces",), ("landlock",), ("seccomp",), ("namespaces", "landlock"), ("root", "landlock")]

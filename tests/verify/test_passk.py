@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastsft.verify.passk import Task, evaluate_tasks, extract_code, pass_at_k, read_tasks
+from fastsft.verify.passk import evaluate_tasks, pass_at_k
+from fastsft.verify.tasks import Task, extract_code, read_tasks
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 5, 2), (7, 3, 5), (6, 0, 6)])
@@ -60,9 +61,18 @@ def test_files(tmp_path: Path) -> None:
     assert [t.task_id for t in tasks] == ["HumanEval/0", "own"]
     assert evaluate_tasks(tasks, [["    return x + 1\n"], [""]]).pass_at[1] == 1.0
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(json.dumps(own) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"broken.jsonl:2: expected task_id"):
-        read_tasks(broken)
+    program = {"task_id": "c", "prompt": "p"}
+    for row, message in (
+        ({}, "expected task_id, prompt and check or cases"),
+        (program | {"cases": []}, "cases: expected at least one pair"),
+        (program | {"cases": [{"input": "1", "output": 2}]}, "cases: expected at least one pair of strings"),
+        (program | {"cases": [{"input": "1"}]}, "found no 'output'"),
+    ):
+        broken.write_text(json.dumps(own) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=rf"broken.jsonl:2: .*{message}"):
+            read_tasks(broken)
+    broken.write_text(json.dumps(program | {"cases": [{"input": "1", "output": "2"}] * 2}))
+    assert read_tasks(broken) == [Task("c", "p", cases=(("1", "2"), ("1", "2")))]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from fastsft.models.weights import load_model
 from fastsft.report.html import write_report
 from fastsft.train.metrics import read_metrics
 from fastsft.train.trainer import Trainer, TrainResult
-from fastsft.verify.passk import PassReport, Task, evaluate_tasks
+from fastsft.verify.passk import PassReport, evaluate_tasks
+from fastsft.verify.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsft.verify.passk import Task
+from fastsft.verify.tasks import Task
 
 _ADJECTIVES = ("total", "final", "base", "net", "next", "last", "main", "raw", "best", "local", "new", "old")
 _NOUNS = ("price", "score", "value", "count", "level", "index", "width", "rate", "cost", "point", "size", "limit")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastsft.engine.request import SamplingParams
     from fastsft.models.decoder import Decoder
     from fastsft.models.tokenizer import Tokenizer
-    from fastsft.verify.passk import Task
+    from fastsft.verify.tasks import Task
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         model: folder with config.json, weights and tokenizer.
         data: held-out files, in the formats of training data.
-        tasks: JSONL(.gz) of tasks: task_id, prompt, check; or HumanEval's fields.
+        tasks: JSONL(.gz) of tasks: task_id, prompt, and check or cases; or HumanEval's fields.
         k: pass@k for each of these.
         n: samples per task, at least the largest k.
         temperature: 0 is greedy.
@@ -57,7 +57,7 @@ def evaluate(
     from fastsft.models.tokenizer import Tokenizer
     from fastsft.models.weights import load_model
     from fastsft.progress import bars
-    from fastsft.verify.passk import read_tasks
+    from fastsft.verify.tasks import read_tasks
 
     if not data and tasks is None:
         raise UsageError("eval: give --data, --tasks or both")
@@ -109,7 +109,8 @@ def _pass_at(
 ) -> dict[str, Any]:
     from fastsft.engine.llm import LLM
     from fastsft.engine.request import PromptError
-    from fastsft.verify.passk import evaluate_tasks, extract_code
+    from fastsft.verify.passk import evaluate_tasks
+    from fastsft.verify.tasks import extract_code
 
     llm = LLM(decoder, tokenizer)
     generating, executing = functools.partial(tell, "generating"), functools.partial(tell, "executing")

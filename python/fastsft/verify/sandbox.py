@@ -31,8 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -117,34 +115,6 @@ def run(
         return _run(request, limits)
     finally:
         _remove(outer)
-
-
-def run_all(
-    codes: Sequence[str],
-    *,
-    checks: Sequence[str] | None = None,
-    workers: int = 2,
-    limits: Limits | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[SandboxResult]:
-    """Several scripts, each with its check, ``workers`` at a time; results in order.
-
-    Args:
-        progress: called with (scripts done, all).
-
-    Raises:
-        ValueError: ``checks`` that are not one per script.
-    """
-    checks = [""] * len(codes) if checks is None else checks
-    if len(checks) != len(codes):
-        raise ValueError(f"run_all: checks: expected {len(codes)}, one per script, got {len(checks)}")
-    results = []
-    with ThreadPoolExecutor(workers) as pool:
-        for result in pool.map(lambda code, check: run(code, check=check, limits=limits), codes, checks):
-            results.append(result)
-            if progress:
-                progress(len(results), len(codes))
-    return results
 
 
 @dataclass

@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "fastsft/bpe.h"
+#include "fastsft/bpe_texts.h"
 #include "fastsft/fim_rows.h"
 #include "tensor_view.h"
+#include "text_views.h"
 
 namespace fastsft::bindings {
 namespace {
@@ -25,12 +27,22 @@ std::unique_ptr<ByteBpe> make_encoder(const std::vector<py::bytes>& token_bytes,
                                    check.size("M"), table, split);
 }
 
-// (ids or None, code points of unknown class)
-py::tuple encode(const ByteBpe& encoder, const py::bytes& text) {
-  std::vector<int32_t> ids;
-  std::vector<uint32_t> unknown;
-  const bool done = encoder.encode(std::string_view(text), ids, unknown);
-  return py::make_tuple(done ? py::cast(ids) : py::none(), unknown);
+std::unique_ptr<BpeTexts> encode_texts(const ByteBpe& encoder, py::handle texts) {
+  const std::vector<std::string_view> views = text_views("ByteBpe", texts, py::none());
+  py::gil_scoped_release release;
+  return std::make_unique<BpeTexts>(encoder, views);
+}
+
+void write_texts(const BpeTexts& self, py::handle ids, py::handle cu_seqlens, py::handle exact) {
+  Check check("ByteBpe");
+  auto* out = check.in<int32_t>("ids", ids, "T");
+  auto* cu = check.in<int64_t>("cu_seqlens", cu_seqlens, "B+1");
+  auto* whole = check.in<uint8_t>("exact", exact, "B");
+  check.require(check.size("T") == self.num_tokens(), "ids", std::to_string(self.num_tokens()) + " tokens",
+                std::to_string(check.size("T")));
+  check.require(check.size("B") == self.num_texts(), "exact", "one per text", std::to_string(check.size("B")));
+  py::gil_scoped_release release;
+  self.write(out, cu, whole);
 }
 
 template <typename Token>
@@ -107,8 +119,12 @@ void cut_texts(const std::vector<py::bytes>& texts, py::handle doc_ids, const Fi
 void register_fim(py::module_& m) {
   py::class_<ByteBpe>(m, "ByteBpe", "A byte-level BPE vocabulary; see bpe.h.")
       .def(py::init(&make_encoder), py::arg("token_bytes"), py::arg("merges"), py::arg("classes"), py::arg("gpt4"),
-           py::arg("max_digits"), py::arg("digits_apart"), py::arg("ignore_merges"), py::keep_alive<1, 4>())
-      .def("encode", &encode, py::arg("text"), "(ids or None, code points of unknown class) of UTF-8 bytes.");
+           py::arg("max_digits"), py::arg("digits_apart"), py::arg("ignore_merges"), py::keep_alive<1, 4>());
+  py::class_<BpeTexts>(m, "BpeTexts", "The ids of many texts; see bpe_texts.h.")
+      .def(py::init(&encode_texts), py::arg("encoder"), py::arg("texts"))
+      .def_property_readonly("num_tokens", &BpeTexts::num_tokens)
+      .def_property_readonly("unknown", &BpeTexts::unknown)
+      .def("write", &write_texts, py::arg("ids"), py::arg("cu_seqlens"), py::arg("exact"));
   py::class_<FimRowOptions>(m, "FimRowOptions")
       .def(py::init([](uint64_t seed, double rate, double spm_rate, int64_t max_len, int unit, bool train_context,
                        std::vector<int64_t> plain, std::vector<int64_t> psm, std::vector<int64_t> spm) {

@@ -6,17 +6,27 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class ByteBpe:
     """
     A byte-level BPE vocabulary; see bpe.h.
     """
     def __init__(self, token_bytes: collections.abc.Sequence[bytes], merges: typing.Any, classes: typing.Any, gpt4: bool, max_digits: typing.SupportsInt | typing.SupportsIndex, digits_apart: bool, ignore_merges: bool) -> None:
         ...
-    def encode(self, text: bytes) -> tuple:
-        """
-        (ids or None, code points of unknown class) of UTF-8 bytes.
-        """
+class BpeTexts:
+    """
+    The ids of many texts; see bpe_texts.h.
+    """
+    def __init__(self, encoder: ByteBpe, texts: typing.Any) -> None:
+        ...
+    def write(self, ids: typing.Any, cu_seqlens: typing.Any, exact: typing.Any) -> None:
+        ...
+    @property
+    def num_tokens(self) -> int:
+        ...
+    @property
+    def unknown(self) -> list[int]:
+        ...
 class FimRowOptions:
     def __init__(self, seed: typing.SupportsInt | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, spm_rate: typing.SupportsFloat | typing.SupportsIndex, max_len: typing.SupportsInt | typing.SupportsIndex, unit: typing.SupportsInt | typing.SupportsIndex, train_context: bool, plain: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], psm: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], spm: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...

@@ -143,6 +143,66 @@ def test_unusable_row_is_reported_with_its_place(row: Any, reason: str, tmp_path
     json.dumps(prepared.report)
 
 
+LONG = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "alpha beta " * 40}]}
+DROPPED = {"messages": [*CHAT["messages"], *CHAT["messages"]]}  # the template below forgets the first answer
+FORGETFUL = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if m.role == 'user' or loop.last else '' }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (UNANSWERED, "nothing to train on"),
+        (LONG, "truncated answer"),
+        ({"prompt": "q", "completion": "alpha beta " * 40}, "truncated answer"),
+        ({"messages": [{"role": "system", "content": "!"}, *CHAT["messages"]]}, "double BOS"),
+        (DROPPED, "prompt is not a prefix"),
+    ],
+)
+def test_what_spoils_a_sample_is_fatal_above_its_share(row: Any, reason: str, tmp_path: Path) -> None:
+    """Counted, listed, left out, and the end of the run where there are more of them than allowed."""
+    path = jsonl(tmp_path / "a.jsonl", [CHAT, CHAT, row, *[CHAT] * 16, row])
+    config_of(tmp_path, path)  # writes the tokenizer
+    settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
+    if reason == "double BOS":
+        settings["bos_token"] = "<|im_start|>"
+        settings["chat_template"] = "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    elif reason == "prompt is not a prefix":
+        settings["chat_template"] = FORGETFUL
+    (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: {reason}"):
+        prepare(config_of(tmp_path, path, on_long="truncate"))
+    prepared = prepare(config_of(tmp_path, path, on_long="truncate", max_bad=0.1))
+    assert prepared.report["skipped"][reason] == 2
+    assert [p.split(": ")[1] for p in prepared.report["skipped_examples"][reason]] == [reason] * 2
+    assert f"left out: 2 x {reason}, e.g. {path}:3: {reason}" in "\n".join(notices(prepared.report))
+    assert len(prepared.train) == 18
+    with pytest.raises(DataError, match=rf"2 of 20 rows are unusable, data\.max_bad allows 0\.05.*2 x {reason}"):
+        prepare(config_of(tmp_path, path, on_long="truncate", max_bad=0.05))
+
+
+def test_a_conversation_may_lose_whole_turns(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns * 2}])
+    whole = prepare(config_of(tmp_path, path)).train
+    first, full = len(whole[0].ids), len(whole[1].ids)
+    kept, refused = 0, 0
+    for limit in range(first, full + 1):
+        prepared = prepare(config_of(tmp_path, path, on_long="truncate", max_length=limit, max_bad=0.5))
+        refused += prepared.report["skipped"].get("truncated answer", 0)
+        for sample in (prepared.train[i] for i in range(1, len(prepared.train))):
+            kept += 1
+            assert sample.ids.tolist() == whole[1].ids[:limit].tolist()
+            last = np.flatnonzero(sample.weights > 0)[-1]
+            assert prepared.tokenizer.decode([sample.ids[last]], False) == "<|im_end|>"
+    assert kept
+    assert refused
+    assert kept + refused == full + 1 - first
+
+
 def test_no_usable_row_at_all(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [UNANSWERED] * 3)
     with pytest.raises(DataError, match=r"no usable row; 3 x nothing to train on\. .*a\.jsonl:1"):

@@ -134,18 +134,21 @@ def test_token_rows_are_those_of_fim_permute() -> None:
 def test_the_encoder_is_the_tokenizer(family: str) -> None:
     rng = random.Random(1)
     texts = ["".join(rng.choices(ALPHABET, k=rng.randint(0, 14))) for _ in range(5000)]
-    for text, expected in zip(texts, encode(family, texts), strict=True):
-        normal = backend(family).normalizer.normalize_str(text) if backend(family).normalizer else text
-        assert encoder(family).encode(normal) == expected, text
+    ids, cu, exact = encoder(family).encode(texts)
+    assert exact.all()
+    for text, begin, end, expected in zip(texts, cu[:-1], cu[1:], encode(family, texts), strict=True):
+        assert ids[begin:end].tolist() == expected, text
 
 
 def test_texts_with_an_added_token_are_the_tokenizers() -> None:
     added = tokenizers.Tokenizer.from_str(backend("gpt2").to_str())
     added.add_tokens(["<tool>"])
-    native = ByteBpe(added)
-    assert native.encode("a<tool>b") is None
-    assert native.encode("a<|end|>b") is None
-    assert native.encode("a<tool") == added.encode("a<tool").ids
+    ids, cu, exact = ByteBpe(added).encode(["a<tool>b", "a<tool", "a<|end|>b", "", "x" * 3000, "y"])
+    assert exact.tolist() == [False, True, False, True, False, True]
+    assert cu.tolist() == [0, 0, len(ids) - 1, len(ids) - 1, len(ids) - 1, len(ids) - 1, len(ids)]
+    assert ids.tolist() == added.encode("a<tool").ids + added.encode("y").ids
+    with pytest.raises(ValueError, match=r"texts\[1\]: .* lone surrogate"):
+        ByteBpe(added).encode(["a", "\ud800"])
 
 
 @pytest.mark.parametrize("unit", ["character", "line", "syntax"])

@@ -146,6 +146,10 @@ def _finish(
             return None
         shortened = True
         ids, weights = join(fitting)
+        edge = weights[options.max_length - 1 : options.max_length + 1]
+        if record.kind != "text" and len(edge) == 2 and all(w > 0 for w in edge):
+            problems.add(record.source, "truncated answer", f"{detail}, which ends within what is trained")
+            return None
         ids, weights = ids[: options.max_length], weights[: options.max_length]
     if shortened:
         problems.note(record.source, "truncated", f"to {limit}, {options.max_length} tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import tokenizers
 from fastsft.files import sync
 from fastsft.models.control import CONTROL, ControlTokens, continuing, marking
 from fastsft.models.template import CHATML, CHATML_TOKENS, Span, TemplateError, render
-from fastsft.ops.bpe import ByteBpe
+from fastsft.ops.bpe import ByteBpe, NotExactError
 
 END_OF_TEXT = "<|endoftext|>"
 # How Qwen's tokenizers split text. Each digit stands alone, and a line's end is apart from the next line's indentation.
@@ -192,13 +193,22 @@ class Tokenizer:
         return continuing(self._marking)
 
     @functools.cached_property
+    def _native(self) -> ByteBpe | NotExactError:
+        try:
+            return ByteBpe(self._marking)
+        except NotExactError as error:
+            return error
+
+    @property
     def byte_bpe(self) -> ByteBpe:
-        """The vocabulary for :func:`fastsft.ops.fim_rows`, whose ids are those of :meth:`encode_text`.
+        """The native encoder, for :func:`fastsft.ops.fim_rows`; its ids are those of :meth:`encode_text`.
 
         Raises:
             NotExactError: a tokenizer that cannot be encoded natively, such as SentencePiece's; the message says why.
         """
-        return ByteBpe(self._marking)
+        if isinstance(self._native, NotExactError):
+            raise NotExactError(str(self._native))
+        return self._native
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
@@ -210,10 +220,16 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of prompts, as :meth:`encode` gives them."""
+        plain = [i for i, text in enumerate(texts) if self.control.first_in(text) is None]
+        marked = [i for i, text in enumerate(texts) if self.control.first_in(text) is not None]
+        found = dict(zip(plain, self.encode_text([texts[i] for i in plain]), strict=True))
+        encodings = self.backend.encode_batch_fast([texts[i] for i in marked], add_special_tokens=False)
+        found.update(zip(marked, (e.ids for e in encodings), strict=True))
+        return [found[i] for i in range(len(texts))]
 
     def encode_text(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
-        """Ids of texts in which nothing is a control token.
+        """Ids of texts in which nothing is a control token: natively where that is exact, otherwise by the backend.
 
         Args:
             continues: each goes on where another text ended, so that nothing is put before it.
@@ -224,7 +240,16 @@ class Tokenizer:
         if not texts:
             return []
         backend = self._continuing if continues else self._marking
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if isinstance(self._native, NotExactError):
+            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        packed = self._native.encode(texts)  # which puts nothing before a text in either case
+        cuts = packed.cu_seqlens.tolist()
+        found: list[list[int]] = [packed.ids[a:b].tolist() for a, b in itertools.pairwise(cuts)]
+        others = [i for i, exact in enumerate(packed.exact.tolist()) if not exact]
+        encodings = backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)
+        for i, encoding in zip(others, encodings, strict=True):
+            found[i] = encoding.ids
+        return found
 
     def encode_rendered(self, texts: Sequence[str], *, continues: bool = False) -> list[tuple[list[int], list[Span]]]:
         """Ids of texts that :meth:`render` wrote and, for each id, the half-open range of characters that it covers.

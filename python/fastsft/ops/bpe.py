@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,14 @@ _PATTERNS = {_GPT4 % "": 1, _GPT4 % "{1,3}": 3}  # -> digits in a piece
 
 class NotExactError(ValueError):
     """The native encoder cannot give this tokenizer's ids; the message says why."""
+
+
+class PackedIds(NamedTuple):
+    """Text i has ``ids[cu_seqlens[i] : cu_seqlens[i + 1]]``; none where ``exact[i]`` is False."""
+
+    ids: npt.NDArray[np.int32]  # [T]
+    cu_seqlens: npt.NDArray[np.int64]  # [N + 1]
+    exact: npt.NDArray[np.bool_]  # [N]
 
 
 class ByteBpe:
@@ -51,6 +59,7 @@ class ByteBpe:
             raise NotExactError("an added token is one only as a whole word, which a cut changes")
         # The tokenizer takes these out of a text before it splits it.
         self._added = re.compile("|".join(re.escape(token["content"]) for token in added.values()) or "(?!)")
+        self._normalizer = backend.normalizer
         byte_of = _bytes_of_letters()
         vocabulary: dict[str, int] = model["vocab"]
         size = 1 + max([*vocabulary.values(), *added])
@@ -73,17 +82,33 @@ class ByteBpe:
             classify(range(0x500))  # Latin, Greek, Cyrillic; the others when they are met
         _compare(self, backend)
 
-    def encode(self, text: str) -> list[int] | None:
-        """The ids, or None where only the tokenizer itself can tell: of a text with an added token's in it."""
-        if self._added.search(text):
-            return None
-        data = text.encode()
-        ids, unknown = self.native.encode(data)
-        while unknown:
-            classify(unknown)
-            ids, unknown = self.native.encode(data)
-        found: list[int] | None = ids
-        return found
+    def normal(self, text: str) -> str:
+        """The text as the tokenizer's normaliser leaves it: its ids stand for this."""
+        if self._normalizer is None or text.isascii():
+            return text
+        normal: str = self._normalizer.normalize_str(text)
+        return normal
+
+    def encode(self, texts: Sequence[str]) -> PackedIds:
+        """The ids of N texts, one after the other, on all threads. They are not exact, and none are given, of a text
+        with an added token's in it or an unbroken run of more than 2048 letters or the like: only the tokenizer itself
+        can encode those.
+
+        Raises:
+            ValueError: a text with a lone surrogate.
+        """
+        normal = [self.normal(text) for text in texts]
+        pairs = zip(texts, normal, strict=True)
+        added = np.array([bool(self._added.search(text) or self._added.search(n)) for text, n in pairs], bool)
+        views = tuple("" if skip else text for text, skip in zip(normal, added, strict=True))
+        found = _C.BpeTexts(self.native, views)
+        while found.unknown:  # characters met for the first time
+            classify(found.unknown)
+            found = _C.BpeTexts(self.native, views)
+        ids, exact = np.empty(found.num_tokens, np.int32), np.empty(len(views), np.uint8)
+        cu_seqlens = np.empty(len(views) + 1, np.int64)
+        found.write(ids, cu_seqlens, exact)
+        return PackedIds(ids, cu_seqlens, exact.astype(bool) & ~added)
 
 
 def classify(code_points: Iterable[int]) -> None:
@@ -160,9 +185,8 @@ _TEXTS: Sequence[str] = (
 
 
 def _compare(encoder: ByteBpe, backend: Any) -> None:
-    for text in _TEXTS:
-        for piece in (text, *text.split("x"), *(text[i:] for i in range(1, len(text), 7))):
-            normal = backend.normalizer.normalize_str(piece) if backend.normalizer else piece
-            expected = backend.encode(piece, add_special_tokens=False).ids
-            if encoder.encode(normal) != expected:
-                raise NotExactError(f"the ids of {piece!r} differ")
+    pieces = [p for t in _TEXTS for p in (t, *t.split("x"), *(t[i:] for i in range(1, len(t), 7)))]
+    found = encoder.encode(pieces)
+    for piece, begin, end, exact in zip(pieces, found.cu_seqlens, found.cu_seqlens[1:], found.exact, strict=False):
+        if not exact or found.ids[begin:end].tolist() != backend.encode(piece, add_special_tokens=False).ids:
+            raise NotExactError(f"the ids of {piece!r} differ")

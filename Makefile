@@ -27,7 +27,7 @@ test-cpp-%: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$* -G Ninja -DFASTSFT_PYTHON=OFF -DFASTSFT_TESTS=ON \
 	  -DFASTSFT_SANITIZE=$* -DFASTSFT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$*
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/$* --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/$* --output-on-failure --parallel $$(nproc)
 
 # Registers and local memory of every CUDA kernel, where nvcc is at hand; ARCHS="100 120": for the release's others.
 ptxas: $(VENV)/ready

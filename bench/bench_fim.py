@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fastsft import ops
+from fastsft.ops.fim import FimResult
 
 SENTINELS = (50_001, 50_002, 50_003)
 DOCUMENTS = 20_000
@@ -46,7 +47,7 @@ def with_numpy(tokens: np.ndarray, cu: np.ndarray, rate: float) -> tuple[np.ndar
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
-def native(tokens: np.ndarray, cu: np.ndarray, rate: float) -> ops.fim.FimResult:
+def native(tokens: np.ndarray, cu: np.ndarray, rate: float) -> FimResult:
     return ops.fim_permute(tokens, cu, sentinels=SENTINELS, seed=0, rate=rate)
 
 

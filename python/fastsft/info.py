@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import sys
 from typing import Any
 
@@ -17,11 +15,16 @@ def info() -> dict[str, Any]:
     them or ``gpus_unread``, the reason why not), ``build`` (compiler) and ``ops`` (op -> device ->
     ``{"kind", "reason"}``; kind is ``native``, ``triton``, ``torch`` or ``none``).
     """
+    import platform
+
     import torch
 
-    from fastsft import _C, __version__
+    from fastsft import _C, __version__, ops
     from fastsft.gpu import gpus
-    from fastsft.ops._library import REGISTRY
+    from fastsft.ops._registry import REGISTRY
+
+    for op in ops.__all__:  # each is recorded where it is defined
+        getattr(ops, op)
 
     try:
         found, unread = gpus(), None
@@ -60,6 +63,8 @@ _REPORTED_PACKAGES = (
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

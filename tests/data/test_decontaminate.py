@@ -14,7 +14,8 @@ import pytest
 import fastsft
 from fastsft.config import load_config
 from fastsft.data.decontaminate import PRESETS, Rule, decontaminate, decontaminate_files, parse_rules
-from fastsft.data.prepare import notices, prepare
+from fastsft.data.notices import notices
+from fastsft.data.prepare import prepare
 from fastsft.data.records import DataError, Problems, Record
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastsft.config import ConfigError, FilterOptions, load_config
 from fastsft.data.filters import MEASURES, _fenced, apply, syntax_error, written
-from fastsft.data.prepare import notices, prepare
+from fastsft.data.notices import notices
+from fastsft.data.prepare import prepare
 from fastsft.data.problems import Problems
 from fastsft.data.records import Record
 from fastsft.models.tokenizer import Tokenizer

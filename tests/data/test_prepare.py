@@ -13,7 +13,8 @@ import pytest
 
 from fastsft.config import Config, ConfigError, load_config
 from fastsft.data import prepare as module
-from fastsft.data.prepare import Prepared, notices, prepare, split
+from fastsft.data.notices import notices
+from fastsft.data.prepare import Prepared, prepare, split
 from fastsft.data.records import DataError, Record
 from fastsft.models.fim import Fim
 from fastsft.models.template import CHATML

@@ -8,7 +8,7 @@ from attention_cases import assert_as_good_as, offsets
 
 from fastsft import _C
 from fastsft.ops import paged_attention, reference, varlen_attention
-from fastsft.ops.paged_attention import _native_paged, _torch_paged
+from fastsft.ops.attention_paged import _native_paged, _torch_paged
 
 QUERIES = [1, 1, 40, 5, 0, 1, 130]
 CONTEXTS = [1, 257, 40, 77, 12, 64, 200]

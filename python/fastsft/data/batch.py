@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100
 
@@ -70,6 +73,8 @@ def lay_out(
     origins: tuple[int, ...],
 ) -> VarlenBatch:
     """The batch of documents that already stand end to end: ids and weights [T], lengths [B]."""
+    import torch
+
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     lasts = cu_seqlens[1:][lengths > 0] - 1
     positions = ranges(np.zeros_like(lengths), lengths)

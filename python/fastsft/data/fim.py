@@ -14,7 +14,6 @@ from fastsft.data.records import Record
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
-from fastsft.ops.reference import philox
 
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text
 Spans = Literal["char", "token", "line", "syntax", "tree_sitter"]
@@ -59,6 +58,8 @@ def cut(
     Raises:
         ImportError: "tree_sitter", which is not installed.
     """
+    from fastsft.ops.reference import philox  # which imports torch
+
     unit = {"line": "line", "syntax": "syntax"}.get(spans, "character")
     (mode,), (places,) = fim_cuts([text], seed=seed, rate=rate, spm_rate=spm_rate, unit=unit, doc_ids=[index])
     if mode == 0:

@@ -157,31 +157,6 @@ def _idle(options: FimOptions, tokenizer: Tokenizer, has_texts: bool) -> list[st
 
 
 # What happened to rows that are counted and used.
-_USED = {
-    "truncated": "shortened", "special token text": "used", "masked e-mail": "changed", "masked ip": "changed",
-}  # fmt: skip
-
-
-def notices(report: dict[str, Any]) -> list[str]:
-    """Lines for people: settings without effect, and the rows that are not, or not wholly, used: how many, why, and the
-    first of each kind."""
-    places = report.get("skipped_examples", {})
-    lines = list(report.get("without_effect", []))
-    for reason, count in report.get("skipped", {}).items():
-        what = _USED.get(reason, "left out")
-        lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")
-    for kind in ("exact", "near"):
-        if count := report.get("dedup", {}).get(f"{kind}_duplicates"):
-            lines.append(f"left out: {count} x {kind} duplicate")
-    if dropped := report.get("decontaminate", {}).get("dropped"):
-        first = dropped[0]
-        lines.append(
-            f"left out: {len(dropped)} x in evaluation files, e.g. {first['source']}: {first['coverage']:.0%} of "
-            f"{first['evaluation']}"
-        )
-    return lines
-
-
 def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Hold out about ``fraction`` of the records by a hash of their content: equal rows fall on the same side."""
     limit = int(fraction * 2**64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsft import _C
-from fastsft.ops._library import Implementation
+from fastsft.ops._registry import Implementation
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

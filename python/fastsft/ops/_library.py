@@ -1,4 +1,4 @@
-"""The one way an op is registered with torch, and the record of which implementation serves it on which device.
+"""The one way an op is registered with torch.
 
 ``Library.define`` + ``impl`` + ``register_fake`` rather than ``custom_op``: a call costs a third. Autograd sits in a
 ``torch.autograd.Function`` outside the op, so that an op's schema stays a plain function of tensors.
@@ -10,23 +10,15 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsft import _C
+from fastsft.ops._registry import Implementation, record
 
 _LIBRARY = torch.library.Library("fastsft", "DEF")  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """What runs for one op on one device."""
-
-    kind: str  # "native" (C++ or CUDA C++), "triton", "torch" (plain torch) or "none"
-    reason: str  # one sentence: why this one
 
 
 # For ops whose CUDA kernels are native.
@@ -35,8 +27,6 @@ ON_CUDA = (
     if _C.cuda_architectures()
     else Implementation("none", "built without CUDA kernels")
 )
-
-REGISTRY: dict[str, dict[str, Implementation]] = {}
 
 
 def define(
@@ -101,11 +91,6 @@ def triton_or(plain: Callable[..., Any], module: str, launcher: str) -> dict[str
         return loaded()(*inputs)
 
     return {"cuda": launch, "cuda_is": Implementation("triton", "Triton kernels, not yet run on a GPU")}
-
-
-def record(name: str, **devices: Implementation) -> None:
-    """Report an implementation of an op that does not go through the dispatcher (text in, arrays out)."""
-    REGISTRY.setdefault(name, {}).update(devices)
 
 
 def autocast(first: Tensor, *others: Any) -> tuple[Any, ...]:

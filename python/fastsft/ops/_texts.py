@@ -1,36 +1,52 @@
-"""How the text ops take their texts and options."""
+"""How the ops on texts and arrays take them, and their options, without importing torch."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Array = torch.Tensor | npt.NDArray[Any]
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import TypeIs
+
+Array: TypeAlias = "torch.Tensor | npt.NDArray[Any]"
 
 # N strings, or (data uint8 [bytes], offsets int64 [N + 1]): text i is the UTF-8 data[offsets[i] : offsets[i + 1]], the
 # layout of Arrow's large_string. The arrays are read in place.
-Texts = Sequence[str] | tuple[Array, Array]
+Texts: TypeAlias = "Sequence[str] | tuple[Array, Array]"
 
 UNITS = ("word", "char")
+
+
+def is_tensor(value: Any) -> TypeIs[torch.Tensor]:
+    """Whether it is a torch tensor; there is none where nobody has imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_array(value: Any) -> TypeIs[Array]:
+    return isinstance(value, np.ndarray) or is_tensor(value)
+
+
+def dtype_name(array: Array) -> str:
+    """ "int64" for numpy's and for torch's."""
+    return str(array.dtype).removeprefix("torch.")
 
 
 def native(op: str, texts: Texts) -> tuple[Any, Array | None, int]:
     """What the binding takes, (texts, offsets or None), and the number of texts."""
     if isinstance(texts, str | bytes):
         raise ValueError(f"{op}: texts: expected a sequence of str or (data, offsets), got {type(texts).__name__}")
-    if isinstance(texts, tuple) and len(texts) == 2 and isinstance(texts[1], np.ndarray | torch.Tensor):
+    if isinstance(texts, tuple) and len(texts) == 2 and is_array(texts[1]):
         data, offsets = texts
-        for name, array, kinds in (
-            ("data", data, (np.dtype(np.uint8), torch.uint8)),
-            ("offsets", offsets, (np.dtype(np.int64), torch.int64)),
-        ):
-            if not isinstance(array, np.ndarray | torch.Tensor) or array.dtype not in kinds or array.ndim != 1:
+        for name, array, dtype in (("data", data, "uint8"), ("offsets", offsets, "int64")):
+            if not is_array(array) or dtype_name(array) != dtype or array.ndim != 1:
                 got = f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else type(array).__name__
-                raise ValueError(f"{op}: texts: expected {name} as {kinds[0]}[1 dimension], got {got}")
+                raise ValueError(f"{op}: texts: expected {name} as {dtype}[1 dimension], got {got}")
         if len(offsets) == 0:
             raise ValueError(f"{op}: texts: expected offsets int64 [N + 1], got none")
         return data, offsets, len(offsets) - 1

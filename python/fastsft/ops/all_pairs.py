@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import _C
-from fastsft.ops import _library, _texts
+from fastsft.ops import _registry, _texts
 from fastsft.ops._texts import Texts
 
 
@@ -37,8 +37,8 @@ def similar_pairs(
     return pairs, similarities
 
 
-_library.record(
+_registry.record(
     "similar_pairs",
-    cpu=_library.Implementation("native", "C++ kernel"),
-    cuda=_library.Implementation("none", "texts live on the host"),
+    cpu=_registry.Implementation("native", "C++ kernel"),
+    cuda=_registry.Implementation("none", "texts live on the host"),
 )

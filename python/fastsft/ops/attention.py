@@ -25,7 +25,8 @@ from fastsft.ops._attention_inputs import (
     reference_options,
     require,
 )
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import define
+from fastsft.ops._registry import Implementation
 
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
 _PLAN_TILE = 128  # rows of a tile of the plan; kPlanTile in attention.h

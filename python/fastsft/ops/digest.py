@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import _C
-from fastsft.ops import _library, _texts
+from fastsft.ops import _registry, _texts
 from fastsft.ops._texts import Texts
 
 
@@ -30,8 +30,8 @@ def text_digests(texts: Texts) -> npt.NDArray[np.uint64]:
     return digests
 
 
-_library.record(
+_registry.record(
     "text_digests",
-    cpu=_library.Implementation("native", "C++ kernel"),
-    cuda=_library.Implementation("none", "texts live on the host"),
+    cpu=_registry.Implementation("native", "C++ kernel"),
+    cuda=_registry.Implementation("none", "texts live on the host"),
 )

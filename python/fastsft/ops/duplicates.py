@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import _C
-from fastsft.ops import _library, _texts
+from fastsft.ops import _registry, _texts
 from fastsft.ops._texts import Texts
 from fastsft.ops.minhash import lsh_shape
 
@@ -128,8 +128,8 @@ def _check_threshold(op: str, threshold: float) -> None:
 
 
 for _name in ("near_duplicates", "link_similar"):
-    _library.record(
+    _registry.record(
         _name,
-        cpu=_library.Implementation("native", "C++ kernel"),
-        cuda=_library.Implementation("none", "texts live on the host"),
+        cpu=_registry.Implementation("native", "C++ kernel"),
+        cuda=_registry.Implementation("none", "texts live on the host"),
     )

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastsft import _C
-from fastsft.ops import _library
+from fastsft.ops import _registry
+from fastsft.ops._texts import Array
 from fastsft.ops.bpe import ByteBpe, classify
 
-Array = torch.Tensor | npt.NDArray[Any]
+if TYPE_CHECKING:
+    import torch
 
-_library.record(
+_registry.record(
     "fim_rows",
-    cpu=_library.Implementation("native", "C++ kernel"),
-    cuda=_library.Implementation("none", "rows are made on the CPU, where the texts are"),
+    cpu=_registry.Implementation("native", "C++ kernel"),
+    cuda=_registry.Implementation("none", "rows are made on the CPU, where the texts are"),
 )
 
 UNITS = ("token", "character", "line", "syntax")
@@ -91,6 +92,8 @@ def fim_rows(
         ValueError: a wrong dtype or shape, broken ``cu_seqlens``, a span outside its document, a layout with a piece
             missing, an option out of range.
     """
+    import torch
+
     as_numpy = isinstance(tokens, np.ndarray)
     ids = _as_tensor(tokens).contiguous()
     if ids.dtype not in (torch.int32, torch.int64):
@@ -121,6 +124,8 @@ def fim_rows(
 
 
 def _as_tensor(x: Array) -> torch.Tensor:
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, autocast, define
+from fastsft.ops._library import autocast, define
+from fastsft.ops._registry import Implementation
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MIN_ROWS = 16  # with fewer a product is one pass over the weight, and packing it would be a second

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import _C
-from fastsft.ops import _library
+from fastsft.ops import _registry
 
 DECIDED, UNDECIDED, BLANK = 0, 1, 2
 
@@ -81,8 +81,8 @@ def jsonl_fields(
     return JsonlFields(lines, status, text[:used], offsets)
 
 
-_library.record(
+_registry.record(
     "jsonl_fields",
-    cpu=_library.Implementation("native", "C++ kernel"),
-    cuda=_library.Implementation("none", "text lives on the host"),
+    cpu=_registry.Implementation("native", "C++ kernel"),
+    cuda=_registry.Implementation("none", "text lives on the host"),
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsft import _C
-from fastsft.ops._library import Implementation, define, record
+from fastsft.ops._library import define
+from fastsft.ops._registry import Implementation, record
 
 FORMATS = ("float32", "bfloat16", "int8", "int4", "w8a8")
 _PER_CHANNEL = ("int8", "w8a8")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft import _C
-from fastsft.ops import _library, _texts
+from fastsft.ops import _registry, _texts
 from fastsft.ops._texts import Texts
 
 Ints = npt.NDArray[np.int64]
@@ -79,8 +79,8 @@ def ngram_overlap(texts: Texts, index: _C.NgramIndex) -> Overlaps:
 
 
 for _name in ("ngram_index", "ngram_overlap"):
-    _library.record(
+    _registry.record(
         _name,
-        cpu=_library.Implementation("native", "C++ kernel"),
-        cuda=_library.Implementation("none", "texts live on the host"),
+        cpu=_registry.Implementation("native", "C++ kernel"),
+        cuda=_registry.Implementation("none", "texts live on the host"),
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastsft import _C
-from fastsft.ops import _library
+from fastsft.ops import _registry
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def pack_sequences(lengths: Sequence[int] | npt.NDArray[np.integer] | torch.Tens
     return Packs(order, offsets[: bins + 1].copy())
 
 
-_library.record(
+_registry.record(
     "pack_sequences",
-    cpu=_library.Implementation("native", "C++ kernel"),
-    cuda=_library.Implementation("none", "works on lengths, which live on the host"),
+    cpu=_registry.Implementation("native", "C++ kernel"),
+    cuda=_registry.Implementation("none", "works on lengths, which live on the host"),
 )

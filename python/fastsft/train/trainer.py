@@ -21,7 +21,8 @@ from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.loader import PackedLoader
 from fastsft.data.lock import hold
-from fastsft.data.prepare import Prepared, notices, prepare
+from fastsft.data.notices import notices
+from fastsft.data.prepare import Prepared, prepare
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model, save_model
 from fastsft.progress import bars

@@ -151,7 +151,7 @@ def _show_duplicates(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
 
     console = Console(markup=False)  # the texts are the user's
     console.print(
@@ -187,7 +187,7 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
         return
     from rich.console import Console
 
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
 
     console = Console(markup=False)
     for name in ("train", "eval"):

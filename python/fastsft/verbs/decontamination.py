@@ -80,7 +80,7 @@ def _show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
 
     console = Console(markup=False)  # the texts are the user's
     dropped = summary["dropped"]

@@ -87,7 +87,7 @@ def _held_out_loss(
     fields: dict[str, str],
     tell: Progress,
 ) -> dict[str, Any]:
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
     from fastsft.train.evaluate import evaluate_loss
     from fastsft.train.held_out import CAPACITY, read_held_out
 
@@ -126,7 +126,7 @@ def _pass_at(
 
 
 def _show(results: dict[str, Any]) -> None:
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
 
     if loss := results.get("loss"):
         print(f"held-out loss {loss['loss']:.4f} over {loss['tokens']} tokens of {loss['samples']} samples")

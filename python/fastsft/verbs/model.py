@@ -24,7 +24,7 @@ def train(config: Config, *, json: bool = False) -> None:
     if json:
         print_json({**dataclasses.asdict(result), "model_path": str(result.model_path)})
         return
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
 
     for line in notices(result.data):
         print(line)

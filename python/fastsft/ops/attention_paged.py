@@ -20,7 +20,8 @@ from fastsft.ops._attention_inputs import (
     checked_options,
     reference_options,
 )
-from fastsft.ops._library import Implementation, define
+from fastsft.ops._library import define
+from fastsft.ops._registry import Implementation
 
 
 def paged_attention(

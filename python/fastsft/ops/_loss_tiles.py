@@ -19,12 +19,12 @@ from torch import Tensor
 from fastsft import _C
 from fastsft.ops import _loss_plan, _loss_products, objectives
 from fastsft.ops._library import define
-from fastsft.ops._registry import Implementation, record
 from fastsft.ops._loss_gradients import Gradients, tamed
 from fastsft.ops._loss_inputs import BIAS, HIDDEN, PER_TOKEN, WEIGHT, Inputs, Options, gradient_dtype
 from fastsft.ops._loss_plan import Plan, padded
 from fastsft.ops._loss_products import HAS_WIDE_RESULTS, scratch
 from fastsft.ops._loss_rows import Kept
+from fastsft.ops._registry import Implementation, record
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:

@@ -67,7 +67,7 @@ def _greedy(
 
     import torch
 
-    from fastsft.data.prepare import notices
+    from fastsft.data.notices import notices
     from fastsft.models.config import ModelConfig
     from fastsft.models.decoder import Decoder
     from fastsft.models.tokenizer import Tokenizer

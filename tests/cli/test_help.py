@@ -6,9 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from cli_cases import result_of
+from cli_cases import conversations, result_of, write
 
 from fastsft import cli
 from fastsft.verbs.console import to_json
@@ -23,6 +24,21 @@ def test_help_imports_nothing_heavy() -> None:
     assert out.splitlines()[-1] == "[]"
     for verb in cli.VERBS:
         assert f"\n  {verb} " in out
+
+
+HEAVY = ("torch", "pydantic", "pyarrow", "datasets", "tokenizers", "transformers", "jinja2", "rich", "ray")
+
+
+@pytest.mark.parametrize("verb", ["dedup", "decontaminate"])
+def test_data_verbs_start_at_once(verb: str, tmp_path: Path) -> None:
+    """What takes seconds to import, or is an extra, is imported by neither verb for files of JSON lines."""
+    rows, others = (write(tmp_path / name, conversations(20)) for name in ("rows.jsonl", "others.jsonl"))
+    command = [verb, str(rows), "-o", str(tmp_path / "kept.jsonl"), "--json"]
+    command += ["--against", str(others)] if verb == "decontaminate" else []
+    code = f"import sys\nfrom fastsft import cli\ncli.main({command})\nprint([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -78,6 +78,24 @@ def test_import_is_light() -> None:
     assert not set(heavy) & set(run(code).split())
 
 
+def test_the_data_side_needs_no_torch() -> None:
+    """Training data up to token ids; ops on tensors come with the first of them that is named."""
+    code = (
+        "import sys; from fastsft import ops; import fastsft.data.prepare; data = 'torch' in sys.modules; "
+        "ops.rms_norm; print(data, 'torch' in sys.modules)"
+    )
+    assert run(code).split() == ["False", "True"]
+
+
+def test_no_op_is_hidden_by_the_module_that_it_comes_from() -> None:
+    code = (
+        "import importlib, pkgutil; from fastsft import ops; "
+        "[importlib.import_module(f'fastsft.ops.{m.name}') for m in pkgutil.iter_modules(ops.__path__)]; "
+        "print([name for name in ops.__all__ if not callable(getattr(ops, name))])"
+    )
+    assert run(code) == "[]\n"
+
+
 def test_import_time_beyond_torch() -> None:
     """The stated limit is 150 ms; the best of five keeps a busy machine from failing it."""
     code = "import torch, time; t = time.perf_counter(); import fastsft; print(time.perf_counter() - t)"

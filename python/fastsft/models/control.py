@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
+if TYPE_CHECKING:
+    import tokenizers
 
 # Noncharacters, which Unicode sets aside for a program's own use.
 BEGIN, END = "\ufdd0", "\ufdd1"  # around what the assistant wrote, in a rendered conversation
@@ -116,6 +117,8 @@ def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _build(spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception

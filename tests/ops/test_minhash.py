@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from samples import noisy_copies
 
 from fastsft import _C, ops
-from fastsft.ops import minhash, reference
+from fastsft.ops import lsh, reference
 from fastsft.ops.minhash import lsh_shape
 
 datasketch = pytest.importorskip("datasketch")
@@ -267,7 +267,7 @@ def test_order_of_the_steps_on_cuda(shape: tuple[int, int], threshold: float, mo
     signatures = np.concatenate([signatures, signatures[:5]])
     expected = ops.lsh_clusters(signatures, threshold=threshold, bands=shape[0], rows=shape[1])
     monkeypatch.setattr(_C, "lsh_step", PlainSteps())
-    got = minhash._cuda_clusters(torch.from_numpy(signatures), threshold, *shape)
+    got = lsh._cuda_clusters(torch.from_numpy(signatures), threshold, *shape)
     assert np.array_equal(got.numpy(), expected)
 
 

@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <numeric>
 
+#include "centre_index.h"
 #include "fastsft/common.h"
 #include "forest.h"
-#include "similarity_join.h"
+#include "prefix_filter.h"
+#include "set_join.h"
 #include "stars.h"
+#include "text_sets.h"
 
 namespace fastsft {
 namespace {
@@ -19,47 +22,51 @@ void check(const char* op, const std::string_view* texts, int64_t n, double thre
   check_lengths(op, texts, n);
 }
 
-// The sets of `order` in stars: for each the set that is its centre goes to `cluster`.
-void make_stars(std::vector<SimilarSets>& pairs, const std::vector<uint32_t>& order, int64_t limit,
+std::vector<PrefixSet> filter(const DistinctSets& sets, double threshold) {
+  std::vector<uint32_t> numbers(sets.elements.size());
+  std::iota(numbers.begin(), numbers.end(), 0u);
+  return filter_by_prefix(sets.elements, numbers, threshold);
+}
+
+std::vector<const PrefixSet*> pointers(const std::vector<PrefixSet>& sets) {
+  std::vector<const PrefixSet*> to;
+  for (const PrefixSet& set : sets) to.push_back(&set);
+  return to;
+}
+
+// The sets in stars: for each the set that is its centre goes to `cluster`.
+void make_stars(const std::vector<const PrefixSet*>& sets, double threshold, int64_t limit,
                 std::vector<uint32_t>& cluster) {
-  std::vector<uint32_t> place(cluster.size());
-  for (uint32_t at = 0; at < order.size(); ++at) place[order[at]] = at;
-  for (SimilarSets& pair : pairs) {  // from here on places, the later one first
-    const auto [earlier, later] = std::minmax({place[pair.x], place[pair.y]});
-    pair.x = later;
-    pair.y = earlier;
-  }
-  std::sort(pairs.begin(), pairs.end(), [](const SimilarSets& a, const SimilarSets& b) { return a.x < b.x; });
-  Stars stars(order.size(), limit);
-  auto pair = pairs.begin();
-  for (uint32_t at = 0; at < order.size(); ++at) {
+  Stars stars(sets.size(), limit);
+  CentreIndex centres(sets);
+  SetComparer comparer;
+  for (uint32_t at = 0; at < sets.size(); ++at) {
     Stars::Choice choice;
-    for (; pair != pairs.end() && pair->x == at; ++pair) {
-      if (stars.open(pair->y)) choice.offer(pair->y, pair->similarity);
-    }
-    stars.place(at, choice);
-    cluster[order[at]] = order[stars.centre(at)];
+    centres.each_candidate(at, stars, [&](uint32_t centre) {
+      const double needed = std::max(threshold, choice.similarity());
+      const double similarity = comparer.similarity(view(*sets[at]), view(*sets[centre]), needed);
+      if (similarity >= 0) choice.offer(centre, similarity);
+    });
+    if (stars.place(at, choice)) centres.add(at);
+    cluster[sets[at]->id] = sets[stars.centre(at)]->id;
   }
 }
 
 // For each set the number of one set of its cluster: of its component, or, where that has more than `limit` sets (0: no
 // limit), of its star.
-std::vector<uint32_t> clusters(SimilarityJoin& join, int64_t limit) {
-  std::vector<uint32_t> cluster(join.prints.size());
+std::vector<uint32_t> clusters(const DistinctSets& sets, double threshold, int64_t limit) {
+  const std::vector<PrefixSet> filtered = filter(sets, threshold);
+  std::vector<uint32_t> cluster(sets.elements.size());
   std::iota(cluster.begin(), cluster.end(), 0u);
   const Forest<uint32_t> components{cluster.data()};
-  for (const SimilarSets& pair : join.pairs) components.join(pair.x, pair.y);
+  SetJoin(pointers(filtered), threshold).connect(components);
   std::vector<int64_t> size(cluster.size());
   for (uint32_t set = 0; set < cluster.size(); ++set) ++size[cluster[set] = components.find(set)];
   if (limit == 0) return cluster;
-  const auto large = [&](uint32_t set) { return size[cluster[set]] > limit; };
-  std::vector<uint32_t> order;
-  for (uint32_t set = 0; set < cluster.size(); ++set) {
-    if (large(set)) order.push_back(set);
-  }
-  std::erase_if(join.pairs, [&](const SimilarSets& pair) { return !large(pair.x); });
-  sort_for_stars(order, [&](uint32_t set) { return join.prints[set]; });
-  make_stars(join.pairs, order, limit, cluster);
+  std::vector<const PrefixSet*> large = pointers(filtered);
+  std::erase_if(large, [&](const PrefixSet* set) { return size[cluster[set->id]] <= limit; });
+  sort_for_stars(large, [&](const PrefixSet* set) { return sets.prints[set->id]; });
+  make_stars(large, threshold, limit, cluster);
   return cluster;
 }
 
@@ -68,18 +75,19 @@ std::vector<uint32_t> clusters(SimilarityJoin& join, int64_t limit) {
 std::vector<SimilarPair> similar_pairs(const std::string_view* texts, int64_t n, double threshold,
                                        const ShingleOptions& shingles) {
   check("similar_pairs", texts, n, threshold, shingles.ngram);
-  const SimilarityJoin join = join_all_pairs(texts, n, threshold, shingles, 0);
-  std::vector<std::vector<int64_t>> texts_of(join.prints.size());
-  for (int64_t i = 0; i < n; ++i) texts_of[join.set_of[i]].push_back(i);
+  const DistinctSets sets({texts, static_cast<std::size_t>(n)}, shingles);
+  std::vector<std::vector<int64_t>> texts_of(sets.elements.size());
+  for (int64_t i = 0; i < n; ++i) texts_of[sets.set_of[i]].push_back(i);
   std::vector<SimilarPair> pairs;
   for (const auto& same : texts_of) {
     for (std::size_t i = 0; i < same.size(); ++i) {
       for (std::size_t j = i + 1; j < same.size(); ++j) pairs.push_back({same[i], same[j], 1.0});
     }
   }
-  for (const SimilarSets& sets : join.pairs) {
-    for (const int64_t x : texts_of[sets.x]) {
-      for (const int64_t y : texts_of[sets.y]) pairs.push_back({std::min(x, y), std::max(x, y), sets.similarity});
+  const std::vector<PrefixSet> filtered = filter(sets, threshold);
+  for (const SimilarSets& found : SetJoin(pointers(filtered), threshold).pairs()) {
+    for (const int64_t x : texts_of[found.x]) {
+      for (const int64_t y : texts_of[found.y]) pairs.push_back({std::min(x, y), std::max(x, y), found.similarity});
     }
   }
   std::sort(pairs.begin(), pairs.end(),
@@ -90,12 +98,11 @@ std::vector<SimilarPair> similar_pairs(const std::string_view* texts, int64_t n,
 void all_pairs_clusters(const std::string_view* texts, int64_t n, const LinkOptions& options, int64_t* labels) {
   check("near_duplicates", texts, n, options.threshold, options.shingles.ngram);
   FASTSFT_CHECK(options.max_cluster >= 0, "near_duplicates: max_cluster: expected >= 1, got ", options.max_cluster);
-  const int64_t whole_above = options.max_cluster == 0 ? n : options.max_cluster;
-  SimilarityJoin join = join_all_pairs(texts, n, options.threshold, options.shingles, whole_above);
-  const std::vector<uint32_t> cluster = clusters(join, options.max_cluster);
-  std::vector<int64_t> first(join.prints.size(), -1);
+  const DistinctSets sets({texts, static_cast<std::size_t>(n)}, options.shingles);
+  const std::vector<uint32_t> cluster = clusters(sets, options.threshold, options.max_cluster);
+  std::vector<int64_t> first(sets.elements.size(), -1);
   for (int64_t i = 0; i < n; ++i) {
-    int64_t& label = first[cluster[join.set_of[i]]];
+    int64_t& label = first[cluster[sets.set_of[i]]];
     if (label < 0) label = i;
     labels[i] = label;
   }

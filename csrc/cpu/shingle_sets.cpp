@@ -25,6 +25,19 @@ Fingerprint append_distinct(std::string_view text, const ShingleOptions& options
   return print;
 }
 
+double SetComparer::similarity(SetView x, SetView y, double threshold) {
+  const int64_t needed = least_common(x.size, y.size, threshold);
+  if (needed > std::min(x.size, y.size)) return -1;
+  if (in_table_ == y.id) std::swap(x, y);
+  if (in_table_ != x.id) {
+    table_.clear(static_cast<int64_t>(x.elements.size()));
+    for (const uint64_t h : x.elements) table_.insert(h);
+    in_table_ = x.id;
+  }
+  const int64_t common = count_common(table_, y.elements, needed);
+  return common < needed ? -1 : jaccard(common, x.size, y.size);
+}
+
 void PrintIndex::clear() {
   prints_.clear();
   slots_.assign(8, 0);
@@ -52,36 +65,32 @@ std::size_t PrintIndex::slot(const Fingerprint& print) const {
 
 void SetPool::clear() {
   if (large()) *this = SetPool();
-  in_table_ = -1;
+  comparer_.forget();
   elements_.clear();
   begins_.clear();
   prints_.clear();
 }
 
 uint32_t SetPool::add(std::string_view text, const ShingleOptions& options) {
-  const int64_t begin = static_cast<int64_t>(elements_.size());
-  const uint32_t set = prints_.add(append_distinct(text, options, shingler_, table_, elements_));
+  const std::size_t begin = elements_.size();
+  comparer_.forget();
+  const uint32_t set = prints_.add(append_distinct(text, options, shingler_, comparer_.table(), elements_));
+  comparer_.holds(set);
   if (set == begins_.size()) {
     begins_.push_back(begin);
   } else {
-    elements_.resize(static_cast<std::size_t>(begin));
+    elements_.resize(begin);
   }
-  in_table_ = set;
   return set;
 }
 
-double SetPool::similarity(uint32_t x, uint32_t y, double threshold) {
-  const int64_t size_x = prints_[x].size, size_y = prints_[y].size, needed = least_common(size_x, size_y, threshold);
-  if (needed > std::min(size_x, size_y)) return -1;
-  if (in_table_ == y) std::swap(x, y);
-  if (in_table_ != x) {
-    const Shingles set = elements(x);
-    table_.clear(static_cast<int64_t>(set.size()));
-    for (const uint64_t h : set) table_.insert(h);
-    in_table_ = x;
+uint32_t SetPool::add(const Fingerprint& print, Shingles elements) {
+  const uint32_t set = prints_.add(print);
+  if (set == begins_.size()) {
+    begins_.push_back(elements_.size());
+    elements_.insert(elements_.end(), elements.begin(), elements.end());
   }
-  const int64_t common = count_common(table_, elements(y), needed);
-  return common < needed ? -1 : jaccard(common, size_x, size_y);
+  return set;
 }
 
 }  // namespace fastsft

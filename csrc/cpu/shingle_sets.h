@@ -103,6 +103,29 @@ inline int64_t count_common(const ShingleTable& table, Shingles set, int64_t nee
   return common;
 }
 
+// A set for comparison. Elements that no other set has may be left out; `size` counts them.
+struct SetView {
+  uint32_t id;
+  uint32_t size;
+  Shingles elements;
+};
+
+class SetComparer {
+ public:
+  // Their similarity if it is at least `threshold`, otherwise -1. Fast for one after the other with the same x.
+  double similarity(SetView x, SetView y, double threshold);
+
+  // For a caller that fills the table itself: forget(), then fill it, then holds(set).
+  ShingleTable& table() { return table_; }
+  void holds(uint32_t set) { in_table_ = set; }
+  void forget() { in_table_ = -1; }
+  bool large() const { return table_.large(); }
+
+ private:
+  ShingleTable table_;
+  int64_t in_table_ = -1;  // the id of the set that the table holds
+};
+
 // Numbers distinct fingerprints in the order in which they come.
 class PrintIndex {
  public:
@@ -123,27 +146,27 @@ class PrintIndex {
 class SetPool {
  public:
   void clear();
-  bool large() const { return elements_.capacity() > std::size_t{1} << 20 || table_.large() || shingler_.large(); }
+  bool large() const { return elements_.capacity() > std::size_t{1} << 20 || comparer_.large() || shingler_.large(); }
 
   // The number of the text's set: that of an equal one if there is one already.
   uint32_t add(std::string_view text, const ShingleOptions& options);
+  uint32_t add(const Fingerprint& print, Shingles elements);
 
   uint32_t size() const { return prints_.size(); }
   const Fingerprint& print(uint32_t set) const { return prints_[set]; }
-
-  // Their similarity if it is at least `threshold`, otherwise -1. Fast for one y after the other with the same x.
-  double similarity(uint32_t x, uint32_t y, double threshold);
-
- private:
-  Shingles elements(uint32_t set) const {
-    return Shingles(elements_).subspan(static_cast<std::size_t>(begins_[set]), prints_[set].size);
+  SetView operator[](uint32_t set) const {
+    const uint32_t size = prints_[set].size;
+    return {set, size, Shingles(elements_).subspan(begins_[set], size)};
   }
 
+  // One that knows the set last added.
+  SetComparer& comparer() { return comparer_; }
+
+ private:
   Shingler<uint64_t> shingler_;
-  ShingleTable table_;
-  int64_t in_table_ = -1;  // the set that the table holds
+  SetComparer comparer_;
   std::vector<uint64_t> elements_;
-  std::vector<int64_t> begins_;
+  std::vector<std::size_t> begins_;
   PrintIndex prints_;
 };
 

@@ -11,9 +11,9 @@
 namespace fastsft {
 
 // Puts the sets, all different, into the order in which they are to be placed. print(set): its Fingerprint.
-template <typename Print>
-void sort_for_stars(std::vector<uint32_t>& sets, const Print& print) {
-  std::sort(sets.begin(), sets.end(), [&](uint32_t x, uint32_t y) { return print(x) < print(y); });
+template <typename Set, typename Print>
+void sort_for_stars(std::vector<Set>& sets, const Print& print) {
+  std::sort(sets.begin(), sets.end(), [&](Set x, Set y) { return print(x) < print(y); });
 }
 
 // Sets are numbered in the order in which they are placed.

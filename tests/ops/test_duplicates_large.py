@@ -1,0 +1,79 @@
+"""Large buckets of candidates: the clusters are those of comparing all pairs, in time that follows the texts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsft import _C, ops
+from fastsft.ops import reference
+
+
+@pytest.fixture
+def settings_kept() -> Iterator[None]:
+    isa, threads = _C.active_isa(), _C.num_threads()
+    yield
+    _C.set_isa(isa)
+    _C.set_num_threads(threads)
+
+
+def with_header(count: int, header: int, tails: range, seed: int, common: int = 0) -> list[str]:
+    """Single words: `header` that all texts have, and a tail whose length varies, of which `common` words are drawn
+    from a few and the others are the text's own."""
+    rng = random.Random(seed)
+    texts = []
+    for i in range(count):
+        words = [f"h{j}" for j in range(header)]
+        words += [f"c{rng.randrange(3 * common)}" for _ in range(common)]
+        words += [f"t{i}_{j}" for j in range(rng.choice(tails))]
+        texts.append(" ".join(words))
+    return texts
+
+
+CORPORA = {
+    "similar to none": with_header(130, 40, range(10, 11), 0),
+    "near the threshold": with_header(130, 40, range(2, 18), 1),
+    "similar to all": with_header(130, 40, range(1, 3), 2),
+    "subsets of few words": with_header(130, 24, range(0, 3), 3, common=12),
+    "of any size": with_header(130, 20, range(0, 120), 4, common=4),
+}
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_equal_reference(corpus: str, threshold: float, limit: int | None) -> None:
+    options: dict[str, Any] = {"threshold": threshold, "ngram": 1, "num_perm": 64, "max_cluster": limit}
+    for shape in ({"bands": 16, "rows": 4}, {"bands": 64, "rows": 1}):
+        got = ops.near_duplicates(CORPORA[corpus], **options, **shape)
+        assert np.array_equal(got, reference.near_duplicates(CORPORA[corpus], **options, **shape))
+
+
+def test_large_components_are_the_same_on_any_number_of_threads(settings_kept: None) -> None:
+    texts = with_header(1500, 60, range(2, 26), 1, common=4)
+    texts += [f"{text} more" for text in texts[:100]]
+    options: dict[str, Any] = {"ngram": 1, "bands": 16, "rows": 2}
+    found = set()
+    for isa, threads in itertools.product(_C.available_isas(), (1, 2)):
+        _C.set_isa(isa)
+        _C.set_num_threads(threads)
+        found.add(ops.near_duplicates(texts, **options).tobytes())
+    assert len(found) == 1
+    labels = np.frombuffer(found.pop(), np.int64)
+    assert 100 < (labels != np.arange(1600)).sum() < 1600
+    assert np.array_equal(labels, ops.near_duplicates(texts, mode="all_pairs", ngram=1))
+
+
+def test_time_follows_the_texts() -> None:
+    """None of the 8,000 are similar, and a fifth of them meet in each band: all pairs would take ten seconds."""
+    texts = with_header(8000, 157, range(36, 37), 5)
+    begun = time.process_time()
+    labels = ops.near_duplicates(texts, ngram=1, bands=16, rows=8)
+    assert time.process_time() - begun < 2
+    assert np.array_equal(labels, np.arange(8000))

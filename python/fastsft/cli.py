@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "train": (verbs.train, True),
     "generate": (verbs.generate, False),
     "eval": (verbs.evaluate, False),
+    "sample": (verbs.sample, False),
     "check": (verbs.check, False),
     "soup": (verbs.soup, False),
     "restore-layers": (verbs.restore_layers, False),
@@ -126,7 +127,8 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
 
 
 def _say_interrupted(verb: str) -> None:
-    after = "goes on from the newest checkpoint, if there is one" if verb == "train" else "begins anew"
+    goes_on = {"train": "goes on from the newest checkpoint, if there is one", "sample": "goes on where it was"}
+    after = goes_on.get(verb, "begins anew")
     print(f"\nfastsft: interrupted; the same command {after}", file=sys.stderr)
 
 

@@ -54,7 +54,7 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
                        write(tmp_path / "calls.jsonl", [{"messages": [message]}]))  # fmt: skip
     assert "calls.jsonl:1: chat template: this template cannot write tool_calls (" in refused
     tasks = tmp_path / "tasks.jsonl"
-    for rows, wrong in (([{"task_id": "a"}], "tasks.jsonl:1: expected task_id, prompt and check, found no 'prompt'"),
+    for rows, wrong in (([{"task_id": "a"}], "(each with input and output), found no 'prompt'"),
                         ([7], "tasks.jsonl:1: expected an object"), ([], "tasks.jsonl: no task")):  # fmt: skip
         assert wrong in refusal(capsys, "eval", trained / "run" / "model", "--tasks", write(tasks, rows))
 

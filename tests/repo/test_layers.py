@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"ops", "models", "data", "config", "files", "progress"},
     "engine": {"ops", "models"},
     "verify": set(),
+    "synthesis": {"ops", "models", "data", "train", "engine", "verify", "config", "files"},
     "integrations": {"ops"},
     "config": set(),
     "gpu": set(),

@@ -11,6 +11,7 @@ from fastsft.verbs.decontamination import decontaminate
 from fastsft.verbs.evaluation import evaluate
 from fastsft.verbs.merging import restore_layers, soup
 from fastsft.verbs.model import generate, train
+from fastsft.verbs.sampling import sample
 
 __all__ = [
     "UsageError",
@@ -23,6 +24,7 @@ __all__ = [
     "info",
     "prepare",
     "restore_layers",
+    "sample",
     "soup",
     "train",
 ]

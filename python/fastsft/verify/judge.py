@@ -34,7 +34,8 @@ def judge(
         RuntimeError: the sandbox cannot be set up on this machine.
     """
     results: list[SandboxResult] = []
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         running: dict[tuple[Task, str], Future[SandboxResult]] = {}
         for pair in pairs:
             if pair not in running:
@@ -42,11 +43,12 @@ def judge(
         for pair in pairs:
             result = running[pair].result()
             if result.status == "refused":
-                pool.shutdown(cancel_futures=True)
                 raise RuntimeError(f"sandbox: {result.stderr}")
             results.append(result)
             if progress:
                 progress(len(results), len(pairs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the others are not waited for
     return results
 
 

@@ -163,6 +163,22 @@ def test_records_of_every_kind(tmp_path: Path) -> None:
     assert [d.source for d in report.dropped] == ["a:1", "a:2", "a:3"]
 
 
+def test_code_in_a_call_and_in_reasoning(tmp_path: Path) -> None:
+    """Escapes of JSON, "\\n" between two lines say, must not become parts of words."""
+    against = write(tmp_path / "eval.jsonl", [{"solution": SOLUTION}])
+    ask = {"role": "user", "content": "please"}
+    arguments = {"path": "a.py", "text": SOLUTION}
+    answers = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "write", "arguments": arguments}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "write", "arguments": json.dumps(arguments)}}]},
+        {"role": "assistant", "content": "done", "reasoning_content": SOLUTION},
+        {"role": "assistant", "content": "done"},
+    ]
+    report = decontaminate([{"messages": [ask, answer]} for answer in answers], against=against)
+    assert report.keep.tolist() == [False, False, False, True]
+    assert [(d.source, d.coverage) for d in report.dropped] == [("#0", 1.0), ("#1", 1.0), ("#2", 1.0)]
+
+
 def test_text_that_is_none(tmp_path: Path) -> None:
     against = write(tmp_path / "eval.jsonl", [{"prompt": PROMPT}])
     with pytest.raises(ValueError, match="decontaminate: #1: expected text, got a lone surrogate"):

@@ -185,6 +185,13 @@ def test_unknown_fields(on: Any) -> None:
         dedup(pairs, on=on)
 
 
+def test_rows_as_files_have_them() -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"completion": "b", "prompt": "a", "weight": 2}, {"text": "a"}]
+    assert dedup(rows).labels.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match=r"#1: expected a record, text, row \(dict\) or path, got int"):
+        dedup(["a", 1])
+
+
 def test_a_lone_surrogate_is_named() -> None:
     records = [Record("text", f"a:{i}", parts=(text,)) for i, text in enumerate(["x", "x", "y \ud800"])]
     with pytest.raises(ValueError, match="dedup: a:2: expected text, got a lone surrogate"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastsft.data.records import DataError, Problems, Record, read_records
+from fastsft.data.records import DataError, Problems, Record, of_memory, read_records
 
 
 def read(path: Path | list[Path], mode: str = "fail", **options: Any) -> tuple[list[Record], Problems]:
@@ -25,6 +25,14 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 GOOD = {"text": "good"}
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
 
 BAD: list[tuple[Any, str]] = [
     (b"{broken", "broken JSON: "),
@@ -53,14 +61,21 @@ BAD: list[tuple[Any, str]] = [
         {"messages": [{"role": "user", "content": [1]}]},
         r"wrong type: messages\[0\].content: expected a string, got list",
     ),
-    ({"text": "a", "weight": -1}, "bad weight: weight: expected a number >= 0, got -1"),
-    ({"text": "a", "weight": "1"}, "bad weight: weight: expected a number >= 0, got '1'"),
+    ({"text": "a", "weight": -1}, r"bad weight: weight: expected a number from 0 to 1e\+09, got -1"),
+    ({"text": "a", "weight": "1"}, "bad weight: weight: expected a number from 0 to .*, got '1'"),
     ({"text": "a", "weight": None}, "bad weight: "),
+    ({"text": "a", "weight": 1e39}, "bad weight: .* got 1e\\+39"),  # infinite in float32
+    (b'{"text": "a", "weight": %d}' % 2**70, "bad weight: "),
     ({"text": "a", "weight": True}, "bad weight: "),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, r"unknown role: messages\[0\]"),
     ({"conversations": [{"from": "human", "value": None}]}, r"wrong type: messages\[0\].content"),
     ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role: .* got 'alien'"),
     ({"conversations": []}, "empty conversation"),
+    (
+        {"messages": [{**CHAT[0], "more": nested(100)}]},
+        r"wrong type: messages\[0\]: expected at most 100 lists and objects",
+    ),
+    ({"messages": CHAT, "tools": [{"parameters": nested(300)}]}, "wrong type: tools: expected at most 100 lists"),
     ({"instruction": 5, "output": "y"}, "wrong type: prompt: expected a string, got int"),
     ({"instruction": 5, "input": "x", "output": "y"}, "wrong type: prompt: expected a string"),
     ({"instruction": "a", "input": ["x"], "output": "y"}, "wrong type: prompt: expected a string"),
@@ -113,7 +128,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     assert records[5].messages == ({"role": "user", "content": "h"}, {"role": "assistant", "content": "g"})
     assert records[6].parts == ("do\n\nthis", "done")
     assert records[7].parts == records[8].parts == ("do", "done")
-    assert records[9].text() == 'assistant\n[{"id": 1}]'
+    assert records[9].text() == "assistant\nid\n1"
 
 
 def test_field_names_and_explicit_format(tmp_path: Path) -> None:
@@ -182,6 +197,46 @@ def test_parquet(tmp_path: Path) -> None:
         read(path)
 
 
+def test_parquet_text_that_is_no_utf8(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"a", b"b\xff", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:2: invalid UTF-8: byte 1"):
+        read(tmp_path / "a.parquet")
+    records, problems = read(tmp_path / "a.parquet", "skip")
+    assert [(r.parts, r.source.rpartition(":")[2]) for r in records] == [(("a",), "1"), (("c",), "3")]
+    assert problems.counts == {"invalid UTF-8": 1}
+
+
+def test_text_of_a_conversation() -> None:
+    """Words of code in a call's arguments are those of the code, however the call is written."""
+    code = 'def f():\n\treturn "a"\n'
+    arguments = {"path": "a.py", "text": code, "none": None, "lines": [1, 2]}
+    for written in (arguments, json.dumps(arguments)):
+        call = {"type": "function", "function": {"name": "edit", "arguments": written}}
+        message = {"role": "assistant", "reasoning_content": "think", "content": "I edit", "tool_calls": [call]}
+        record = of_memory({"messages": [CHAT[0], message]}, 0)
+        assert record.text() == (
+            "user\nhi\nassistant\nthink\nI edit\ntype\nfunction\nfunction\nname\nedit\narguments\n"
+            f"path\na.py\ntext\n{code}\nlines\n1\n2"
+        )
+    broken = {"role": "assistant", "tool_calls": [{"name": "run", "arguments": "{oops"}]}
+    assert of_memory({"messages": [broken]}, 0).text() == "assistant\nname\nrun\narguments\n{oops"
+
+
+def test_rows_in_memory() -> None:
+    record = Record("text", "x:1", parts=("a",))
+    assert of_memory(record, 0) is record
+    assert of_memory("a", 3) == Record("text", "#3", parts=("a",))
+    assert of_memory({"prompt": "a", "completion": "b", "weight": 2}, 1).weight == 2.0
+    with pytest.raises(DataError, match="#4: wrong type: text: expected a string, got int"):
+        of_memory({"text": 1}, 4)
+    with pytest.raises(ValueError, match=r"#5: expected a record, text, row \(dict\) or path, got int"):
+        of_memory(1, 5)
+
+
 def test_datasets_folder(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
@@ -206,10 +261,12 @@ def test_folder_of_files_in_name_order(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.json").write_text("[]")
     for name, message in (
         ("none.jsonl", "no such file"),
         ("empty", "not a saved dataset"),
         ("a.csv", "expected a name"),
+        ("a.json", "expected a name.*; one list in a .json file becomes lines with: jq -c"),
     ):
         with pytest.raises(DataError, match=f"{name}: {message}"):
             read(tmp_path / name)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.dedup_files import find_all
-from fastsft.data.records import DataError, Problems, Record, Row, interpret, read_rows
+from fastsft.data.records import DataError, Problems, Record, Row, interpret, of_memory, read_rows
 from fastsft.data.sources import Source, find_sources
 from fastsft.data.text_batch import join_texts
 from fastsft.data.texts import read_texts
@@ -99,7 +99,7 @@ class DecontaminationReport:
 
 
 def decontaminate(
-    records: Sequence[Record | str | os.PathLike[str]] | PathLike,
+    records: Sequence[Record | str | dict[str, Any] | os.PathLike[str]] | PathLike,
     *,
     against: Sequence[PathLike] | PathLike,
     rules: Sequence[str] = ("tulu3",),
@@ -113,7 +113,8 @@ def decontaminate(
 
     Args:
         records: one path to a JSONL(.gz, .zst) or Parquet file, datasets folder or folder of files; or a list of
-            records, texts (strings) and files (:class:`pathlib.Path`). Files are read in batches.
+            records, texts (strings), rows (dicts, as files have them) and files (:class:`pathlib.Path`). Files are
+            read in batches.
         against: evaluation files, in the same formats; their rows need none of our fields.
         rules: any of which drops a row: names of :data:`PRESETS`, ``"13"`` (any shared 13-gram) or ``"8:0.5"`` (more
             than half of an instance's words lie in shared 8-grams).
@@ -147,7 +148,7 @@ def decontaminate(
                     keep.append(kept)
                     _tell(progress, keep)
             continue
-        held.append(Record("text", f"#{i}", parts=(given,)) if isinstance(given, str) else given)
+        held.append(of_memory(given, i))
         if len(held) == 1024:
             check_held()
             _tell(progress, keep)

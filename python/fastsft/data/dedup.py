@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastsft import ops
 from fastsft.data.compared import lacking, names_of, text_of
 from fastsft.data.keep import Keep, choose
-from fastsft.data.records import Problems, Record, read_records
+from fastsft.data.records import Problems, Record, of_memory, read_records
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -66,7 +66,7 @@ class DedupReport:
 
 
 def dedup(
-    records: Sequence[Record | str | os.PathLike[str]] | str | os.PathLike[str],
+    records: Sequence[Record | str | dict[str, Any] | os.PathLike[str]] | str | os.PathLike[str],
     *,
     threshold: float = 0.7,
     num_perm: int = 128,
@@ -89,8 +89,8 @@ def dedup(
     exactly: see :func:`fastsft.ops.near_duplicates`.
 
     Args:
-        records: one path to a JSONL(.gz)/Parquet file or datasets folder; or a list of records, texts (strings) and
-            files (:class:`pathlib.Path`).
+        records: one path to a JSONL(.gz)/Parquet file or datasets folder; or a list of records, texts (strings), rows
+            (dicts, as files have them) and files (:class:`pathlib.Path`).
         mode: "near" and "all_pairs" (which misses no pair) include exact duplicates; "exact" finds nothing else.
         on: what is compared, by default the whole record: names among "text"; "prompt", "completion"; "prefix",
             "suffix", "middle"; and the roles of messages, such as "user" and "assistant".
@@ -116,7 +116,7 @@ def dedup(
         if isinstance(given, os.PathLike):
             rows += read_records([given], Problems("fail"))
         else:
-            rows.append(Record("text", f"#{i}", parts=(given,)) if isinstance(given, str) else given)
+            rows.append(of_memory(given, i))
     texts = [_text(r, on) for r in rows]
     contents = (r.canonical() for r in rows) if on is None else (t.encode("utf-8", "surrogatepass") for t in texts)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import orjson
 
@@ -27,6 +27,9 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "fim": ("prefix", "suffix", "middle"),
     "text": ("text",),
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, as templates read them
+MAX_WEIGHT = 1e9  # sums of these, over all tokens of a batch, are far from float32's limit
+_MAX_DEPTH = 100  # of lists and objects in a message or tool: what reads them recurses
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 
 
@@ -49,8 +52,8 @@ class Record:
         return json.dumps(content, sort_keys=True, default=str).encode()
 
     def text(self) -> str:
-        """What was said, to compare with others: who said it and which tools were called, but not the tools on offer,
-        which are long and the same in many rows."""
+        """What was said, to compare with others: who said it, reasoning and the tools that were called, but not the
+        tools on offer, which are long and the same in many rows."""
         if self.kind == "messages":
             return "\n".join(map(_turn, self.messages))
         if self.kind == "fim":
@@ -60,9 +63,32 @@ class Record:
 
 
 def _turn(message: dict[str, Any]) -> str:
-    calls = message.get("tool_calls")
-    written = json.dumps(calls, sort_keys=True, ensure_ascii=False, default=str) if calls else None
-    return "\n".join(str(part) for part in (message["role"], message.get("content"), written) if part)
+    said = [message["role"], *(message.get(name) for name in REASONING), message.get("content")]
+    return "\n".join([*(str(part) for part in said if part), *_called(message.get("tool_calls"))])
+
+
+def _called(calls: Any) -> list[str]:
+    """The names and values in tool calls, not as JSON, whose escapes would become part of the words of code."""
+    found: list[str] = []
+    left = [calls]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            for name, value in reversed(item.items()):
+                if value is not None:  # columns with a fixed schema have every field of every row
+                    left += [_parsed(value) if name == "arguments" else value, name]
+        elif isinstance(item, list | tuple):
+            left += reversed(item)
+        elif item is not None:
+            found.append(str(item))
+    return found
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return orjson.loads(arguments) if isinstance(arguments, str) else arguments
+    except orjson.JSONDecodeError:
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -128,8 +154,8 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         problems.add(row.source, "missing field", repr(key))
         return None
     weight = value.get(key, 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        problems.add(row.source, "bad weight", f"{key}: expected a number >= 0, got {weight!r}")
+    if not is_weight(weight):
+        problems.add(row.source, "bad weight", f"{key}: expected a number from 0 to {MAX_WEIGHT:g}, got {weight!r:.80}")
         return None
     parts: list[Any] = []
     for name in FIELDS[kind]:
@@ -157,9 +183,29 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
     return Record(kind, row.source, parts=tuple(parts), weight=float(weight))
 
 
+def is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT
+
+
+def of_memory(given: Any, number: int) -> Record:
+    """A record, a text, or a row as files have them, that is the ``number``-th of a list.
+
+    Raises:
+        DataError: a row that cannot be used. ValueError: anything else.
+    """
+    if isinstance(given, Record):
+        return given
+    if isinstance(given, str):
+        return Record("text", f"#{number}", parts=(given,))
+    if not isinstance(given, dict):
+        raise ValueError(f"#{number}: expected a record, text, row (dict) or path, got {type(given).__name__}")
+    return cast(Record, interpret(Row(f"#{number}", given), Problems("fail"), format="auto", fields={}))
+
+
 def _fields(value: dict[str, Any]) -> str:
     expected = " or ".join(" + ".join(names) for names in FIELDS.values())
-    return f"expected {expected}, got {', '.join(sorted(map(str, value)))[:200] or 'no field'}"
+    names = ", ".join(sorted(map(str, value)))[:200] or "no field"
+    return f"expected {expected}, got {names}; other names are told by fields (--fields, or data.fields of a run)"
 
 
 def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -194,6 +240,8 @@ def _wrong_messages(messages: Any) -> tuple[str, str] | None:
                 "wrong type",
                 f"messages[{i}].content: expected a string, got {type(message.get('content')).__name__}",
             )
+        if _deeper(message, _MAX_DEPTH):
+            return "wrong type", f"messages[{i}]: expected at most {_MAX_DEPTH} lists and objects in one another"
     return None
 
 
@@ -208,7 +256,18 @@ def _tools(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, tuple[str, st
         return None, None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         return None, ("wrong type", f"tools: expected a list of objects, got {type(value).__name__}")
+    if _deeper(value, _MAX_DEPTH):
+        return None, ("wrong type", f"tools: expected at most {_MAX_DEPTH} lists and objects in one another")
     return tuple(value), None
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    """Whether more than ``limit`` lists and objects lie in one another."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return limit == 0 or any(_deeper(item, limit - 1) for item in value)
 
 
 def parse_line(path: Path, number: int, line: bytes, problems: Problems) -> Row | None:
@@ -248,12 +307,29 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
     batches = table.iter_batches(batch_size=1024)
     while True:
         try:
-            values = next(batches).to_pylist()
+            batch = next(batches)
         except StopIteration:
             return
         except (pa.ArrowException, OSError) as error:  # a damaged page
             problems.add(str(path), "unreadable file", str(error))
             return
-        for value in values:
-            number += 1
-            yield Row(f"{path}:{number}", value)
+        for i, value in table_values(batch, path, number, problems):
+            yield Row(f"{path}:{number + i + 1}", value)
+        number += batch.num_rows
+
+
+def table_values(table: Any, path: Path, position: int, problems: Problems) -> Iterator[tuple[int, Any]]:
+    """The number, from 0, and value of each row of an Arrow table or batch before which the file has ``position`` rows.
+    Rows with text that is not UTF-8 go to ``problems``."""
+    try:
+        values = table.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(table.num_rows):
+            try:
+                value = table.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                problems.add(f"{path}:{position + i + 1}", "invalid UTF-8", f"byte {error.start}: {error.reason}")
+            else:
+                yield i, value
+        return
+    yield from enumerate(values)

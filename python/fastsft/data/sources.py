@@ -43,7 +43,8 @@ def find_sources(path: str | os.PathLike[str]) -> list[Source]:
     if not where.is_dir():
         source = _file(where)
         if source is None:
-            raise DataError(f"{where}: expected a name ending in {_ENDINGS}, or a datasets folder")
+            lines = "; one list in a .json file becomes lines with: jq -c '.[]'" if where.suffix == ".json" else ""
+            raise DataError(f"{where}: expected a name ending in {_ENDINGS}, or a datasets folder{lines}")
         return [source]
     if is_dataset(where):
         return [Source(where, "dataset")]

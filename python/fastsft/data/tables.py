@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fastsft import ops
 from fastsft.data.compared import RowReader
 from fastsft.data.problems import Problems
-from fastsft.data.records import FIELDS, Kind, Row
+from fastsft.data.records import FIELDS, Kind, Row, table_values
 from fastsft.data.sources import Source, open_dataset, open_parquet
 from fastsft.data.text_batch import OTHERS, PARTS, SEPARATORS, TextBatch, combine, digest_records, join_texts
 
@@ -75,7 +75,7 @@ def of_table(table: pa.Table, path: Path, reader: RowReader, position: int) -> T
     else:
         read = [
             (i, *found)
-            for i, value in _values(table, path, reader.problems, position)
+            for i, value in table_values(table, path, position, reader.problems)
             if (found := reader.read(Row(f"{path}:{position + i + 1}", value))) is not None
         ]
         rows = np.array([i for i, *_ in read], np.int64)
@@ -85,14 +85,6 @@ def of_table(table: pa.Table, path: Path, reader: RowReader, position: int) -> T
     return TextBatch(
         texts, digests, position + rows + 1, position + rows, np.diff(texts[1]), scores, (position + n, position + n)
     )
-
-
-def _values(table: pa.Table, path: Path, problems: Problems, position: int) -> Iterator[tuple[int, Any]]:
-    for i in range(table.num_rows):
-        try:
-            yield i, table.slice(i, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            problems.add(f"{path}:{position + i + 1}", "invalid UTF-8", f"byte {error.start}: {error.reason}")
 
 
 def _string_columns(table: pa.Table, reader: RowReader) -> tuple[Kind, list[pa.Array]] | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastsft.config import DataOptions, WeightOptions
+from fastsft.data.records import MAX_WEIGHT, REASONING, is_weight
 from fastsft.models.control import CONTROL
 from fastsft.models.template import Span, TemplateError
 from fastsft.models.tokenizer import Tokenizer
@@ -23,7 +24,6 @@ Segment = tuple[int, int, float]  # half-open range of characters, and the loss 
 # What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
 _TODAY = datetime.datetime(2024, 7, 26)
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, as templates read them
 _OPEN = re.compile(f"\\s*{CONTROL}?<think>")
 _OPENED = re.compile(f"{CONTROL}?<think>\\s*$")  # by the generation prompt
 _CLOSE = re.compile(f"{CONTROL}?</think>")
@@ -66,10 +66,10 @@ def turn_weight(message: Message) -> float:
         raise UnfitError("bad weight", "a message has weight or train, not both")
     if train is not None and not isinstance(train, bool):
         raise UnfitError("bad weight", f"a message's train: expected true or false, got {train!r}")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf")
-    ):
-        raise UnfitError("bad weight", f"a message's weight: expected a number >= 0, got {weight!r}")
+    if weight is not None and not is_weight(weight):
+        raise UnfitError(
+            "bad weight", f"a message's weight: expected a number from 0 to {MAX_WEIGHT:g}, got {weight!r:.80}"
+        )
     if message["role"] != "assistant" and (train or weight):
         raise UnfitError("bad weight", f"a message of the {message['role']}: only what the assistant wrote is trained")
     return float(train if train is not None else 1.0 if weight is None else weight)

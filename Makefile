@@ -17,8 +17,9 @@ demo: build
 
 test: build test-python test-cpp
 
+# A process per core; each starts with a part of the suite of its own, so that what a session shares is made once.
 test-python: build
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $$(nproc) --maxprocesses 8 --dist worksteal
 
 # Twice: AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
 test-cpp: test-cpp-address test-cpp-thread

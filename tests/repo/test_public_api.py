@@ -97,6 +97,6 @@ def test_no_op_is_hidden_by_the_module_that_it_comes_from() -> None:
 
 
 def test_import_time_beyond_torch() -> None:
-    """The stated limit is 150 ms; the best of five keeps a busy machine from failing it."""
+    """The stated limit is 150 ms; one of five tries is enough, as the machine may be busy."""
     code = "import torch, time; t = time.perf_counter(); import fastsft; print(time.perf_counter() - t)"
-    assert min(float(run(code)) for _ in range(5)) < 0.150
+    assert any(float(run(code)) < 0.150 for _ in range(5))

@@ -165,13 +165,14 @@ def test_records_of_every_kind(tmp_path: Path) -> None:
 
 def test_code_in_a_call_and_in_reasoning(tmp_path: Path) -> None:
     """Escapes of JSON, "\\n" between two lines say, must not become parts of words."""
-    against = write(tmp_path / "eval.jsonl", [{"solution": SOLUTION}])
+    code = "def f(a, b):\n    if a:\n        return a\n    for c in b:\n        yield c\n"
+    against = write(tmp_path / "eval.jsonl", [{"solution": code}])
     ask = {"role": "user", "content": "please"}
-    arguments = {"path": "a.py", "text": SOLUTION}
+    arguments = {"path": "a.py", "text": code}
     answers = [
         {"role": "assistant", "tool_calls": [{"function": {"name": "write", "arguments": arguments}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "write", "arguments": json.dumps(arguments)}}]},
-        {"role": "assistant", "content": "done", "reasoning_content": SOLUTION},
+        {"role": "assistant", "content": "done", "reasoning_content": code},
         {"role": "assistant", "content": "done"},
     ]
     report = decontaminate([{"messages": [ask, answer]} for answer in answers], against=against)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.config import ConfigError, FilterOptions, load_config
-from fastsft.data.filters import MEASURES, _fenced, apply, syntax_error, written
+from fastsft.data.filters import MEASURES, _fenced, _Text, apply, syntax_error, written
 from fastsft.data.notices import notices
 from fastsft.data.prepare import prepare
 from fastsft.data.problems import Problems
@@ -71,6 +71,15 @@ def test_fences(lines: list[str]) -> None:
 def test_fences_that_are_never_closed() -> None:
     """Each line is looked at once: minutes, if each opening looked for its end."""
     assert passes("```python\n" * 50_000, fenced_languages=["python"])
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_measures_take_linear_time(name: str) -> None:
+    """Marks that end no sentence, by the thousand: a quadratic rule takes minutes."""
+    for text in ("." * 50_000 + "x", "." + "'" * 50_000 + "x", "!?" * 25_000 + "x", "... " * 12_500 + "x"):
+        MEASURES[name](_Text(text))
+    assert MEASURES["sentences"](_Text("One... two?! (Three.) 4.5 six.")) == 4
 
 
 def test_every_limit_has_its_measure() -> None:

@@ -92,6 +92,12 @@ def test_what_cannot_be_done() -> None:
     tokens, cu = rows_of([[9]])
     with pytest.raises(ValueError, match="refill: capacity: expected more than 31, got 31"):
         refill(tokens, cu, FIM, end_id=END, capacity=31, seed=0, encoder=ENCODER)
+    for broken in ([0, 5], [1, len(tokens)], [0, 7, 3, len(tokens)], [0, len(tokens) + 1], []):
+        with pytest.raises(ValueError, match="refill: cu_seqlens: expected to ascend from 0 to the"):
+            refill(tokens, np.array(broken, np.int64), FIM, end_id=END, capacity=64, seed=0, encoder=ENCODER)
+    for ids in ([0, 1], [-1], [1 << 43]):
+        with pytest.raises(ValueError, match=r"refill: row_ids: expected 1 numbers in \[0, 2\^43\)"):
+            refill(tokens, cu, FIM, end_id=END, capacity=64, seed=0, encoder=ENCODER, row_ids=np.array(ids))
 
 
 @pytest.mark.parametrize("spm", [False, True])

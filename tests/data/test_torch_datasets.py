@@ -45,6 +45,18 @@ def test_workers_give_the_batches_of_the_loader(start: str, tmp_path: object) ->
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_persistent_workers_follow_the_epoch(start: str, tmp_path: object) -> None:
+    loader = PackedLoader(write_store(f"{tmp_path}/store", SAMPLES), capacity=24, seed=1)
+    dataset = PackedDataset(loader)
+    options = {"persistent_workers": True, "multiprocessing_context": start}
+    workers = DataLoader(dataset, batch_size=None, num_workers=2, **options)
+    for epoch in (0, 1, 5):
+        dataset.set_epoch(epoch)
+        assert ids(list(workers)) == ids([loader.batch(epoch, i) for i in range(loader.num_batches(epoch))])
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_stream_has_every_sample_once(workers: int) -> None:
     used_pool()

@@ -229,6 +229,19 @@ def test_content_that_the_template_does_not_write(tmp_path: Path) -> None:
         prepared(tmp_path, template, rows)
 
 
+def test_calls_and_tools_that_the_template_does_not_write(tmp_path: Path) -> None:
+    """The model would learn to say nothing where it should call."""
+    template = re.sub("{% if ((tools)|message.'tool_calls'.) %}.*?{% endif %}", "", CHATML)  # where it refuses both
+    call = {"type": "function", "function": {"name": "lookup", "arguments": {}}}
+    turns = [user("a"), assistant("", tool_calls=[call]), {"role": "tool", "content": "lookup: 4"}, assistant("b")]
+    with pytest.raises(DataError, match=r"jsonl:1: content lost: .* the tool_calls of message 1, 'lookup' for one"):
+        prepared(tmp_path, template, [{"messages": turns}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: content lost: .* the tools, 'lookup' for one"):
+        prepared(tmp_path, template, [{"messages": [user("a"), assistant("b")], "tools": [call]}])
+    turns[1]["train"] = False
+    assert "lookup" in marked(prepared(tmp_path, template, [{"messages": turns}]))
+
+
 def test_a_lost_content_whose_words_stand_elsewhere(tmp_path: Path) -> None:
     template = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"

@@ -20,7 +20,8 @@ from fastsft.config import ConfigError, FilterOptions
 from fastsft.data.problems import Problems
 from fastsft.data.records import Record
 
-_SENTENCE_END = re.compile(r"[.!?。！？]+[\"'”’)\]]*(?=\s|$)")  # noqa: RUF001
+# Only where a run begins: from each of its places, a run that ends no sentence would be gone through again.
+_SENTENCE_END = re.compile(r"(?<![.!?。！？])[.!?。！？]+[\"'”’)\]]*(?=\s|$)")  # noqa: RUF001
 _TERMINAL = re.compile(r"[.!?。！？:;][\"'”’)\]]*$")  # noqa: RUF001
 _BULLET = re.compile(r"\s*[-*•‣◦]\s")
 _ELLIPSIS = re.compile(r"(\.\.\.|…)\s*$")

@@ -70,20 +70,25 @@ def refill(
         row_ids: [R] in [0, 2^43), the rows' identities for the random numbers; 0..R-1 by default.
 
     Raises:
-        ValueError: a capacity that leaves no room beside the markers, a row of more than 2^20 fragments, or what
-            :func:`fastsft.ops.fim_rows` refuses.
+        ValueError: a capacity that leaves no room beside the markers, broken ``cu_seqlens``, ``row_ids`` of another
+            number or out of range, a row of more than 2^20 fragments, or what :func:`fastsft.ops.fim_rows` refuses.
     """
     room = capacity - len(fim.layout(False)) - 1 - _SEAMS
     if room < 1:
         raise ValueError(f"refill: capacity: expected more than {capacity - room}, got {capacity}")
     cu = np.asarray(cu_seqlens, np.int64)
-    at_end = tokens == end_id
+    if cu.ndim != 1 or not len(cu) or cu[0] != 0 or cu[-1] != len(tokens) or (np.diff(cu) < 0).any():
+        raise ValueError(f"refill: cu_seqlens: expected to ascend from 0 to the {len(tokens)} tokens, got {cu}")
+    names = np.arange(len(cu) - 1) if row_ids is None else np.asarray(row_ids, np.int64)
+    if names.shape != (len(cu) - 1,) or (names < 0).any() or (names >> (63 - _FRAGMENTS)).any():
+        raise ValueError(f"refill: row_ids: expected {len(cu) - 1} numbers in [0, 2^{63 - _FRAGMENTS}), got {names}")
+    at_end = np.asarray(tokens) == end_id
     starts, ended = _fragments(at_end, cu, room)
     row = np.searchsorted(cu, starts[:-1], side="right") - 1
     number = np.arange(len(row)) - np.searchsorted(row, row)
     if len(number) and number.max() >= 1 << _FRAGMENTS:
         raise ValueError(f"refill: expected rows of at most {1 << _FRAGMENTS} fragments, got {number.max() + 1}")
-    ids = ((row if row_ids is None else np.asarray(row_ids, np.int64)[row]) << _FRAGMENTS) + number
+    ids = (names[row] << _FRAGMENTS) + number
     sizes = np.diff(starts)
     groups = []
     for whole in (True, False):  # documents that end here, and those that go on in another fragment

@@ -235,7 +235,10 @@ def _wrong_messages(messages: Any) -> tuple[str, str] | None:
             return "wrong type", f"messages[{i}]: expected an object with a role"
         if message["role"] not in ROLES:
             return "unknown role", f"messages[{i}]: expected one of {', '.join(ROLES)}, got {message['role']!r}"
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if calls is not None and not _are_calls(calls):
+            return "wrong type", f"messages[{i}].tool_calls: expected a list of objects, got {type(calls).__name__}"
+        if not isinstance(message.get("content"), str) and not calls:
             return (
                 "wrong type",
                 f"messages[{i}].content: expected a string, got {type(message.get('content')).__name__}",
@@ -243,6 +246,12 @@ def _wrong_messages(messages: Any) -> tuple[str, str] | None:
         if _deeper(message, _MAX_DEPTH):
             return "wrong type", f"messages[{i}]: expected at most {_MAX_DEPTH} lists and objects in one another"
     return None
+
+
+def _are_calls(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict | None) for call in value
+    )
 
 
 def _tools(value: Any) -> tuple[tuple[dict[str, Any], ...] | None, tuple[str, str] | None]:

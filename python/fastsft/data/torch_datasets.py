@@ -19,23 +19,28 @@ class PackedDataset(torch.utils.data.Dataset[VarlenBatch]):
     """The batches of one epoch of a :class:`PackedLoader`, by number.
 
     They are shuffled already, by (seed, epoch): a DataLoader should not shuffle them again. Before another epoch's
-    DataLoader iterator is made, call :meth:`set_epoch`.
+    DataLoader iterator is made, call :meth:`set_epoch`; persistent workers follow it.
     """
 
     def __init__(self, loader: PackedLoader, epoch: int = 0) -> None:
         self.loader = loader
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with workers that live on
         self.set_epoch(epoch)
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self._length = self.loader.num_batches(epoch)  # plans the epoch: workers that are forked later have the plan
+        self.loader.num_batches(epoch)  # plans it: workers that are forked later have the plan
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return self._length
+        return self.loader.num_batches(self.epoch)
 
     def __getitem__(self, index: int) -> VarlenBatch:
-        if not 0 <= index < self._length:
-            raise IndexError(f"batch {index} of {self._length}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
         return self.loader.batch(self.epoch, index)
 
 

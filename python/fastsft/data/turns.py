@@ -88,6 +88,7 @@ def lay_out(
     text, turns = assistant_turns(tokenizer, messages, tools, last_only=last_only, non_thinking=non_thinking)
     render = _renderer(tokenizer, tools, non_thinking)
     _check_contents(text, messages)
+    _check_names(tools, text, "tools")
     weights = {i: turn_weight(m) for i, m in enumerate(messages)}
     written = [w for i, w in weights.items() if messages[i]["role"] == "assistant"]
     plain = len({options.weights.thinking, options.weights.answer, options.weights.tool_calls}) == 1
@@ -101,6 +102,7 @@ def lay_out(
             weight, message = weights[number], messages[number]
             if weight > 0:
                 _check_reasoning(text, span, message)
+                _check_names(message.get("tool_calls"), text[slice(*span)], f"tool_calls of message {number}")
         calls = span[1]
         apart = options.weights.answer != options.weights.tool_calls
         if number is not None and apart and messages[number].get("tool_calls"):
@@ -230,7 +232,7 @@ def _content_end(text: str, span: Span, messages: Sequence[Message], number: int
 
 
 def _renamed(call: Message) -> Message:
-    return {**call, "function": _renamed(call["function"])} if "function" in call else {**call, "name": _NAME}
+    return {**call, "function": _renamed(call["function"])} if call.get("function") else {**call, "name": _NAME}
 
 
 def _reasoning(message: Message | None) -> str:
@@ -262,6 +264,14 @@ def _check_contents(text: str, messages: Sequence[Message]) -> None:
         if not found:
             raise UnfitError("content lost", f"the chat template does not write the content of message {i}")
         behind = behind if moves else end
+
+
+def _check_names(calls: Sequence[dict[str, Any]] | None, text: str, what: str) -> None:
+    """Tools, or calls of them, are written with their names, whatever the template makes of the rest."""
+    for call in calls or ():
+        name = (call.get("function") or call).get("name")
+        if isinstance(name, str) and name not in text:
+            raise UnfitError("content lost", f"the chat template does not write the {what}, {name!r} for one")
 
 
 def _check_reasoning(text: str, span: Span, message: Message) -> None:

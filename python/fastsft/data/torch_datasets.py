@@ -24,7 +24,8 @@ class PackedDataset(torch.utils.data.Dataset[VarlenBatch]):
 
     def __init__(self, loader: PackedLoader, epoch: int = 0) -> None:
         self.loader = loader
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with workers that live on
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # with workers that live on
         self.set_epoch(epoch)
 
     @property

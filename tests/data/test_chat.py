@@ -86,7 +86,8 @@ def conversations(count: int, texts: list[str] = TEXTS) -> list[list[dict[str, s
 
 def sample_of(record: Record, tokenizer: Tokenizer, **weights: float) -> tuple[list[int], list[float]]:
     (parts,) = encode([draft(record, tokenizer, DataOptions(weights=WeightOptions(**weights)))], tokenizer)
-    return join(parts)
+    ids, weights = join(parts)
+    return ids.tolist(), weights.tolist()
 
 
 def plain(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:

@@ -105,7 +105,7 @@ def test_repository(spm: bool) -> None:
     files = [("a.py", "x = 1"), ("b/c.py", "")]
     draft = draft_repository("me/it", files, ("ab", "cd", "ef"), TOKENIZER, FIM, spm=spm)
     (parts,) = encode([draft], TOKENIZER)
-    ids, weights = join(parts)
+    ids, weights = (a.tolist() for a in join(parts))
     last = (
         "<|fim_prefix|><|fim_suffix|>ef<|fim_middle|>abcd"
         if spm

@@ -25,7 +25,8 @@ PRE, SUF, MID = (TOKENIZER.token_id(m) for m in MARKS)
 
 def sample(parts: tuple[str, str, str], *, spm: bool, train_context: bool = True) -> tuple[list[int], list[float]]:
     (found,) = encode([draft_fim(parts, TOKENIZER, FIM, spm=spm, train_context=train_context)], TOKENIZER)
-    return join(found)
+    ids, weights = join(found)
+    return ids.tolist(), weights.tolist()
 
 
 def parts_of(ids: list[int], *, spm: bool) -> tuple[list[int], list[int], list[int]]:
@@ -69,7 +70,7 @@ def test_order_of_the_parts() -> None:
 def test_infilling_rows_train_the_middle_only() -> None:
     record = Record("fim", "x:1", parts=("before", "after", "inside"), weight=2.0)
     (parts,) = encode([draft_record(record, TOKENIZER, FIM)], TOKENIZER)
-    ids, weights = join(parts)
+    ids, weights = (a.tolist() for a in join(parts))
     trained = [i for i, w in zip(ids, weights, strict=True) if w]
     assert TOKENIZER.decode(trained, False) == "inside" + END
     assert set(weights) == {0.0, 2.0}

@@ -14,8 +14,9 @@ import pytest
 from fastsft.config import Config, ConfigError, load_config
 from fastsft.data import prepare as module
 from fastsft.data.notices import notices
-from fastsft.data.prepare import Prepared, prepare, split
+from fastsft.data.prepare import Prepared, prepare
 from fastsft.data.records import DataError, Record
+from fastsft.data.selection import held_out
 from fastsft.models.fim import Fim
 from fastsft.models.template import CHATML
 from fastsft.models.tokenizer import Tokenizer
@@ -275,15 +276,13 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
 
 def test_split_is_by_text_and_deterministic(tmp_path: Path) -> None:
     rows = [Record("text", f"x:{i}", parts=(f"text {i // 2}",)) for i in range(4000)]
-    train, held = split(rows, 0.1, 7)
-    assert len(train) + len(held) == 4000
-    assert abs(len(held) - 400) < 5 * (2 * 4000 * 0.1 * 0.9) ** 0.5
-    assert not {r.parts for r in train} & {r.parts for r in held}, "equal texts on both sides"
-    assert split(rows, 0.1, 7) == (train, held)
-    assert split(rows, 0.1, 8) != (train, held)
-    wider = split(rows, 0.3, 7)[1]
-    assert {r.source for r in held} <= {r.source for r in wider}
-    assert split(rows[::-1], 0.1, 7)[1] == held[::-1]
+    held = held_out(rows, 0.1, 7)
+    assert abs(held.sum() - 400) < 5 * (2 * 4000 * 0.1 * 0.9) ** 0.5
+    assert np.array_equal(held[::2], held[1::2]), "equal texts on both sides"
+    assert np.array_equal(held, held_out(rows, 0.1, 7))
+    assert not np.array_equal(held, held_out(rows, 0.1, 8))
+    assert not (held & ~held_out(rows, 0.3, 7)).any(), "a larger part has all of a smaller one"
+    assert np.array_equal(held_out(rows[::-1], 0.1, 7)[::-1], held)
     path = jsonl(tmp_path / "a.jsonl", texts(60))
     prepared = prepare(config_of(tmp_path, path, eval_fraction=0.3))
     assert len(prepared.train) + len(prepared.eval) == 60

@@ -282,7 +282,7 @@ def test_infill_asks_as_training_lays_out(order: Any, folders: dict[str, Path]) 
                        train_context=True)  # fmt: skip
     (parts,) = encode([layout], given)
     prompt = llm.infill("the ", " mat", SamplingParams(max_tokens=1), order=order).prompt_token_ids
-    assert [*prompt, *given.encode_text(["cat"], continues=True)[0], given.eos_id] == join(parts)[0]
+    assert [*prompt, *given.encode_text(["cat"], continues=True)[0], given.eos_id] == join(parts)[0].tolist()
 
 
 def test_loaded_model_and_bfloat16(folders: dict[str, Path]) -> None:

@@ -77,7 +77,7 @@ def tokenizer_for(name: str) -> Tokenizer:
 def sample(name: str, parts: tuple[str, str, str], spm: bool) -> list[int]:
     tokenizer = tokenizer_for(name)
     (found,) = encode([draft_fim(parts, tokenizer, Fim.find(tokenizer, name), spm=spm, train_context=True)], tokenizer)
-    return join(found)[0]
+    return join(found)[0].tolist()
 
 
 @pytest.mark.parametrize(("name", "spm"), list(EXPECTED))
@@ -176,7 +176,7 @@ def test_the_inverse_in_other_vocabularies(name: str) -> None:
             continue  # the vocabulary itself loses the first space
         for spm in (False, True):
             (found,) = encode([draft_fim(parts, tokenizer, fim, spm=spm, train_context=True)], tokenizer)
-            assert fim.restore(join(found)[0], tokenizer) == "".join(parts), (parts, spm)
+            assert fim.restore(join(found)[0].tolist(), tokenizer) == "".join(parts), (parts, spm)
 
 
 @pytest.mark.parametrize("name", ["prepend", "metaspace first", "unigram", "byte level with a space"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,13 +46,15 @@ def tokenise_to_store(
     parts = path.with_name(f"{path.name}.parts")
     if not (path / "manifest.json").is_file():
         found = Problems(problems.mode, problems.skip)
+        infilled: Counter[str] = Counter()
         shards = []
         # Only the names are kept: an open store holds several mapped files, and a process may have few.
         for shard, manifest in _shards(parts, records, tokenizer, config, problems):
             shards.append(shard)
             found.merge(manifest["problems"])
+            infilled.update(manifest["infilled"])
             tell(min(len(shards) * RECORDS, len(records)), len(records))
-        join_stores(path, map(SampleStore.open, shards), problems=found.to_dict())
+        join_stores(path, map(SampleStore.open, shards), problems=found.to_dict(), infilled=infilled)
     sync(path.parent)  # the store's name, which a killed run may have left unsynced, is on disk before the shards go
     shutil.rmtree(parts, ignore_errors=True)
     store = SampleStore.open(path)
@@ -65,10 +67,11 @@ def _shards(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The folder and manifest of each shard's store in order: found if it is there, otherwise made and written."""
 
-    def make(begin: int) -> tuple[list[Sample], Problems]:
-        found = Problems(problems.mode, problems.skip)
+    def make(begin: int) -> tuple[list[Sample], dict[str, Any]]:
+        found, infilled = Problems(problems.mode, problems.skip), Counter[str]()
         shard = records[begin : begin + RECORDS]
-        return list(tokenise(shard, tokenizer, config, found, first=begin)), found
+        samples = list(tokenise(shard, tokenizer, config, found, first=begin, infilled=infilled))
+        return samples, {"problems": found.to_dict(), "infilled": infilled}
 
     threads = min(4, len(os.sched_getaffinity(0)))
     begins = range(0, len(records), RECORDS)
@@ -86,7 +89,7 @@ def _shards(
             if future is None:
                 yield shard, SampleStore.open(shard).manifest
             else:
-                samples, found = future.result()
-                yield shard, write_store(shard, samples, problems=found.to_dict()).manifest
+                samples, manifest = future.result()
+                yield shard, write_store(shard, samples, **manifest).manifest
     finally:
         pool.shutdown(cancel_futures=True)

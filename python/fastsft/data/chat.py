@@ -51,6 +51,8 @@ class ChatDraft:
     segments: tuple[Segment, ...]
     weight: float
     prompt_weight: float
+    context: None = None  # nothing of it may be shortened
+    shortened: bool = False
 
 
 def draft(record: Record, tokenizer: Tokenizer, options: DataOptions) -> Draft | ChatDraft:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from fastsft.config import FimOptions
 from fastsft.data.chat import Draft, Piece
 from fastsft.data.records import Record
@@ -18,7 +21,7 @@ from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text
 Spans = Literal["char", "token", "line", "syntax", "tree_sitter"]
 _STREAM = 0x46494D << 32  # kFimIndex of fim.h
-Part = tuple[list[int], list[float]]  # a piece's ids and weights
+Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # a piece's ids and weights
 
 
 def find_format(tokenizer: Tokenizer, options: FimOptions) -> Fim:

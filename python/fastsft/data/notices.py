@@ -17,6 +17,12 @@ def notices(report: dict[str, Any]) -> list[str]:
     for reason, count in report.get("skipped", {}).items():
         what = _USED.get(reason, "left out")
         lines.append(f"{what}: {count} x {reason}, e.g. {places[reason][0]}")
+    infilled = report.get("infilling", {})
+    if infilled.get("pieces"):
+        why = infilled["why_pieces"] or "not in the normal form, with an added token or one long run"
+        lines.append(
+            f"infilling: {infilled['pieces']} of {infilled['texts']} texts cut and encoded piece by piece: {why}"
+        )
     for kind in ("exact", "near"):
         if count := report.get("dedup", {}).get(f"{kind}_duplicates"):
             lines.append(f"left out: {count} x {kind} duplicate")

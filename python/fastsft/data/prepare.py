@@ -5,31 +5,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastsft.config import Config, ConfigError, DataOptions, FilterOptions, FimOptions, load_config
 from fastsft.data import filters
 from fastsft.data.cache import tokenise_to_store
-from fastsft.data.decontaminate import decontaminate
-from fastsft.data.dedup import dedup, kept
 from fastsft.data.fim import find_format
 from fastsft.data.lock import hold
 from fastsft.data.mixture import passes, sources_of
 from fastsft.data.records import DataError, Problems, Record, read_records
+from fastsft.data.selection import select
+from fastsft.data.spool import Spool, write_spool
 from fastsft.data.store import SampleStore
+from fastsft.files import sync, sync_tree
 from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 10  # raise when the same inputs would give other samples
+_VERSION = 11  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)
@@ -81,60 +87,44 @@ def _open(config: Config, root: Path) -> Prepared:
 
 
 def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
+    """Stage by stage; each lies in ``root`` once it is finished, and is not done again after a kill."""
     options = config.data
-    problems = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
-    records = list(_counted(_read_sources(options, problems), tell, "reading"))
-    report: dict[str, Any] = {"key": key, "rows": len(records) + problems.unusable}
-    _check_share(problems, report["rows"], options.max_bad)
-    if options.filters != FilterOptions():
-        records = list(_counted(filters.apply(records, options.filters, problems), tell, "filtering", len(records)))
-    if options.dedup.mode != "none":
-        found = dedup(
-            records,
-            threshold=options.dedup.threshold,
-            num_perm=options.dedup.num_perm,
-            mode=options.dedup.mode,
-            seed=config.seed,
-            progress=tell,
-        )
-        records = list(kept(records, found))
-        report["dedup"] = found.to_dict()
-    if options.decontaminate.against:
-        clean = decontaminate(
-            records,
-            against=options.decontaminate.against,
-            rules=options.decontaminate.rules,
-            against_fields=options.decontaminate.fields,
-            progress=tell,
-        )
-        records = [r for r, stays in zip(records, clean.keep, strict=True) if stays]
-        report["decontaminate"] = clean.to_dict()
-    records, report["capped"] = _cap(records, options, config.seed)
-    if options.eval:
-        held_out = read_records(options.eval, problems, format=options.format, fields=options.fields)
-        train_records, eval_records = records, list(held_out)
-    else:
-        train_records, eval_records = split(records, options.eval_fraction, config.seed)
-    tokenizer = load_tokenizer(config, (r.text() for r in train_records), tell)
     root.mkdir(parents=True, exist_ok=True)
+    rows = _spool(root / "rows", config, lambda p: _read_sources(options, p), tell, filtered=True)
+    problems = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
+    problems.merge(rows.manifest["unusable"])
+    report: dict[str, Any] = {"key": key, "rows": rows.manifest["read"] + problems.unusable}
+    _check_share(problems, report["rows"], options.max_bad)
+    problems.merge(rows.manifest["filtered"])
+    train, held, chosen = _selected(root / "selection", config, rows, root / "duplicates", tell)
+    report |= chosen
+    parts = {"train": rows.take(train), "eval": rows.take(held)}
+    if options.eval:
+        parts["eval"] = _spool(
+            root / "eval-rows", config,
+            lambda p: read_records(options.eval, p, format=options.format, fields=options.fields), tell,
+        )  # fmt: skip
+        problems.merge(parts["eval"].manifest["unusable"])
+    tokenizer = _saved_tokenizer(root / "tokenizer", config, parts["train"], tell)
     stores = {
         name: tokenise_to_store(
             root / name, part, tokenizer, config, problems, functools.partial(tell, f"tokenising {name}")
         )
-        for name, part in (("train", train_records), ("eval", eval_records))
+        for name, part in parts.items()
     }
-    _check_share(problems, report["rows"] + (len(eval_records) if options.eval else 0), options.max_bad)
+    _check_share(problems, report["rows"] + (len(parts["eval"]) if options.eval else 0), options.max_bad)
     if len(stores["train"]) == 0:
         raise DataError(
             f"{', '.join(f for s in sources_of(options) for f in s.files)}: no usable row; {_summary(problems)}"
         )
-    (root / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(root / "tokenizer")
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
     report["sources"] = _by_source(options, stores["train"])
     if options.fim.rate > 0:
-        report["without_effect"] = _idle(options.fim, tokenizer, any(r.kind == "text" for r in train_records))
+        report["without_effect"] = _idle(options.fim, tokenizer, stores["train"].manifest["infilled"].get("texts", 0))
+        infilled = sum((Counter(store.manifest["infilled"]) for store in stores.values()), Counter[str]())
+        report["infilling"] = {name: infilled[name] for name in ("texts", "fim_rows", "pieces")}
+        report["infilling"]["why_pieces"] = tokenizer.not_native
     report["skipped"] = dict(problems.counts)
     report["skipped_examples"] = problems.examples
     # The report comes last: its presence says that everything before it is complete.
@@ -143,27 +133,78 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
         stream.write(json.dumps(report, indent=2) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    for name in ("rows", "eval-rows", "selection", "duplicates"):
+        shutil.rmtree(root / name, ignore_errors=True)
     stage.replace(root / "report.json")
 
 
-def _idle(options: FimOptions, tokenizer: Tokenizer, has_texts: bool) -> list[str]:
+def _spool(
+    folder: Path,
+    config: Config,
+    read: Callable[[Problems], Iterator[Record]],
+    tell: Progress,
+    *,
+    filtered: bool = False,
+) -> Spool:
+    """The usable rows on disk; the manifest has what was wrong with the others, and what the filters left out."""
+    if not folder.is_dir():
+        options = config.data
+        unusable = Problems("skip" if options.max_bad else "fail", skip="data.max_bad above 0")
+        left_out = Problems("skip")
+        count = itertools.count()
+        records = _counted((r for r, _ in zip(read(unusable), count, strict=False)), tell, "reading")
+        if filtered and options.filters != FilterOptions():
+            records = filters.apply(records, options.filters, left_out)
+        write_spool(
+            folder, records,
+            lambda: {"read": next(count), "unusable": unusable.to_dict(), "filtered": left_out.to_dict()},
+        )  # fmt: skip
+    return Spool(folder)
+
+
+def _selected(
+    folder: Path, config: Config, rows: Spool, work: Path, tell: Progress
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, Any]]:
+    """As :func:`select`, once."""
+    if not folder.is_dir():
+        train, held, report = select(config, rows, work, tell)
+        with _stage(folder) as stage:
+            np.save(stage / "train.npy", train)
+            np.save(stage / "eval.npy", held)
+            (stage / "report.json").write_text(json.dumps(report))
+    report = json.loads((folder / "report.json").read_text())
+    return np.load(folder / "train.npy"), np.load(folder / "eval.npy"), report
+
+
+def _saved_tokenizer(folder: Path, config: Config, records: Sequence[Record], tell: Progress) -> Tokenizer:
+    """The run's tokenizer, trained at most once."""
+    if not folder.is_dir():
+        tokenizer = load_tokenizer(config, (r.text() for r in records), tell)
+        with _stage(folder) as stage:
+            tokenizer.save(stage)
+    return Tokenizer.from_folder(folder)
+
+
+@contextmanager
+def _stage(folder: Path) -> Iterator[Path]:
+    """A folder that has its name once all that was written into it is on disk."""
+    stage = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    yield stage
+    sync_tree(stage)
+    stage.rename(folder)
+    sync(folder.parent)
+
+
+def _idle(options: FimOptions, tokenizer: Tokenizer, texts: int) -> list[str]:
     """Settings of ``data.fim`` that change nothing in this run."""
-    if not has_texts:
+    if not texts:
         return [f"without effect: data.fim.rate = {options.rate} is for rows of the format text, and there is none"]
     if None in ((found := find_format(tokenizer, options)).psm, found.spm):
         order = "psm" if found.spm is None else "spm"
         return [f"without effect: data.fim.spm_rate = {options.spm_rate}; this format has the order {order} alone"]
     return []
-
-
-# What happened to rows that are counted and used.
-def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Hold out about ``fraction`` of the records by a hash of their content: equal rows fall on the same side."""
-    limit = int(fraction * 2**64)
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        sides[int.from_bytes(_digest(record, str(seed)), "little") < limit].append(record)
-    return sides
 
 
 def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Tokenizer:
@@ -186,21 +227,6 @@ def _read_sources(options: DataOptions, problems: Problems) -> Iterator[Record]:
     for origin, source in enumerate(sources_of(options)):
         for record in read_records(source.files, problems, format=source.format, fields=source.fields):
             yield dataclasses.replace(record, origin=origin) if origin else record
-
-
-def _cap(records: list[Record], options: DataOptions, seed: int) -> tuple[list[Record], int]:
-    """At most ``cap`` records of each source, those with the smallest hashes; how many were left out."""
-    left_out: set[int] = set()
-    for origin, source in enumerate(sources_of(options)):
-        if source.cap is not None:
-            members = [i for i, record in enumerate(records) if record.origin == origin]
-            members.sort(key=lambda i: _digest(records[i], f"cap {seed}"))
-            left_out |= set(members[source.cap :])
-    return [r for i, r in enumerate(records) if i not in left_out], len(left_out)
-
-
-def _digest(record: Record, key: str) -> bytes:
-    return hashlib.blake2b(record.canonical(), digest_size=8, key=key.encode()).digest()
 
 
 def _by_source(options: DataOptions, store: SampleStore) -> list[dict[str, Any]]:

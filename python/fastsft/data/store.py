@@ -17,6 +17,7 @@ from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges
 from fastsft.files import sync, sync_tree
 
 _MANIFEST = "manifest.json"
+_BLOCK = 4096  # samples looked at together
 _COLUMNS = {"ids": np.int32, "weights": np.float32, "lengths": np.int64, "origins": np.int32}
 
 
@@ -118,13 +119,17 @@ class SampleStore:
         return [{name: int(column[m].sum()) for name, column in columns.items()} for m in members]
 
     def _trained(self) -> npt.NDArray[np.int64]:
-        """Of each sample."""
-        weighted = np.asarray(self._weights) > 0
-        ends = np.concatenate([[0], np.cumsum(weighted)])[np.asarray(self._offsets)]
-        starts = np.asarray(self._offsets[:-1])
-        filled = self.lengths > 0
-        counts: npt.NDArray[np.int64] = np.diff(ends)
-        counts[filled] -= weighted[starts[filled]]
+        """Of each sample; a block of them at a time, since a count for every token would be twice their size."""
+        counts = np.zeros(len(self), np.int64)
+        for begin in range(0, len(self), _BLOCK):
+            offsets = self._offsets[begin : begin + _BLOCK + 1]
+            weighted = np.asarray(self._weights[offsets[0] : offsets[-1]]) > 0
+            sums = np.concatenate([[0], np.cumsum(weighted)])
+            starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+            found = sums[ends] - sums[starts]
+            filled = ends > starts
+            found[filled] -= weighted[starts[filled]]
+            counts[begin : begin + len(found)] = found
         return counts
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from fastsft.data import fim
 from fastsft.data.batch import Sample
 from fastsft.data.chat import ChatDraft, Draft, draft, token_weights
 from fastsft.data.fim import Part
+from fastsft.data.rearrange import Rearranged, rearrange
 from fastsft.data.records import DataError, Problems, Record
 from fastsft.data.turns import UnfitError, expand
 from fastsft.models.control import RESERVED
@@ -30,32 +33,57 @@ def tokenise(
     *,
     limit: str = "data.max_length",
     first: int = 0,
+    infilled: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Samples of the usable records, in order; the rest goes to ``problems``.
 
     Args:
         first: the number of the first record, where these are a part of all: random draws depend on it.
+        infilled: gets the number of texts, and of those rearranged by "fim_rows" and by "pieces" encoded one by one.
         limit: what data.max_length stands for, in messages.
     """
     options = config.data
     needs_fim = options.fim.rate > 0 or any(r.kind == "fim" for r in records)
     marks = fim.find_format(tokenizer, options.fim) if needs_fim else None
+    counts: Counter[str] = Counter() if infilled is None else infilled
     for begin in range(0, len(records), _CHUNK):
-        drafts: list[tuple[Record, Draft | ChatDraft]] = []
+        chunk = []
         for index, record in enumerate(records[begin : begin + _CHUNK], first + begin):
             if any(RESERVED.search(part) for part in record.parts):
                 problems.add(record.source, "noncharacter", "one of U+FDD0 to U+FDD3, which mark control tokens here")
-                continue
+            else:
+                chunk.append((index, record))
+        drafts: list[tuple[Record, Draft | ChatDraft | Rearranged]] = []
+        native = _rearranged(chunk, tokenizer, marks, config)
+        for index, record in chunk:
             try:
-                drafts += [(record, laid) for laid in _drafts(record, index, tokenizer, marks, config)]
+                found = native.get(index)
+                mine = _drafts(record, index, tokenizer, marks, config) if found is None else [found]
+                drafts += [(record, d) for d in mine]
+                if record.kind == "text":
+                    counts["texts"] += 1
+                    if mine[0].context is not None:
+                        counts["pieces" if found is None else "fim_rows"] += 1
             except UnfitError as error:
                 problems.add(record.source, error.reason, error.detail)
             except TemplateError as error:
                 problems.add(record.source, "chat template", str(error).removeprefix("chat template: "))
-        for (record, laid), parts in zip(drafts, encode([d for _, d in drafts], tokenizer), strict=True):
+        encoded = encode([d for _, d in drafts if not isinstance(d, Rearranged)], tokenizer)
+        for record, laid in drafts:
+            parts = laid.parts if isinstance(laid, Rearranged) else next(encoded)
             sample = _finish(record, laid, parts, tokenizer, config, problems, limit)
             if sample is not None:
                 yield sample
+
+
+def _rearranged(
+    chunk: Sequence[tuple[int, Record]], tokenizer: Tokenizer, marks: Fim | None, config: Config
+) -> dict[int, Rearranged | None]:
+    """The texts of a chunk by their numbers, where the vocabulary can be encoded natively."""
+    texts = {index: record for index, record in chunk if record.kind == "text"}
+    if marks is None or config.data.fim.rate == 0 or tokenizer.not_native is not None or not texts:
+        return {}
+    return dict(zip(texts, rearrange([*texts.values()], [*texts], tokenizer, marks, config), strict=True))
 
 
 def _drafts(
@@ -106,26 +134,32 @@ def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterato
     for d in drafts:
         if isinstance(d, ChatDraft):
             ids, offsets = next(rendered)
-            yield [(ids, [w * d.weight for w in token_weights(offsets, d.segments, d.prompt_weight)])]
+            yield [_part(ids, [w * d.weight for w in token_weights(offsets, d.segments, d.prompt_weight)])]
             continue
         parts: list[Part] = []
         for p in d.pieces:
             if isinstance(p.content, str) and p.segments:
                 ((ids, offsets),) = tokenizer.encode_rendered([p.content], continues=p.form == "inner")
-                parts.append((ids, [w * d.weight for w in token_weights(offsets, p.segments, p.weight)]))
+                parts.append(_part(ids, [w * d.weight for w in token_weights(offsets, p.segments, p.weight)]))
             else:
                 ids = [p.content] if isinstance(p.content, int) else next(encoded[p.form])
-                parts.append((ids, [p.weight * d.weight] * len(ids)))
+                parts.append(_part(ids, p.weight * d.weight))
         yield parts
 
 
+def _part(ids: Any, weights: Any) -> Part:
+    found = np.array(ids, np.int32)
+    return found, np.array(np.broadcast_to(weights, found.shape), np.float32)
+
+
 def join(parts: Sequence[Part]) -> Part:
-    return [i for ids, _ in parts for i in ids], [w for _, weights in parts for w in weights]
+    ids, weights = zip(*parts, strict=True)
+    return np.concatenate(ids), np.concatenate(weights)
 
 
 def _finish(
     record: Record,
-    laid: Draft | ChatDraft,
+    laid: Draft | ChatDraft | Rearranged,
     parts: list[Part],
     tokenizer: Tokenizer,
     config: Config,
@@ -133,8 +167,7 @@ def _finish(
     limit: str,
 ) -> Sample | None:
     options = config.data
-    context = laid.context if isinstance(laid, Draft) else None
-    shortened = isinstance(laid, Draft) and laid.shortened
+    context, shortened = laid.context, laid.shortened
     ids, weights = join(parts)
     if len(ids) > options.max_length:
         detail = f"{len(ids)} tokens, {limit} is {options.max_length}"
@@ -147,20 +180,20 @@ def _finish(
         shortened = True
         ids, weights = join(fitting)
         edge = weights[options.max_length - 1 : options.max_length + 1]
-        if record.kind != "text" and len(edge) == 2 and all(w > 0 for w in edge):
+        if record.kind != "text" and len(edge) == 2 and (edge > 0).all():
             problems.add(record.source, "truncated answer", f"{detail}, which ends within what is trained")
             return None
         ids, weights = ids[: options.max_length], weights[: options.max_length]
     if shortened:
         problems.note(record.source, "truncated", f"to {limit}, {options.max_length} tokens")
-    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+    if tokenizer.bos_id is not None and ids[:2].tolist() == [tokenizer.bos_id] * 2:
         problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
         return None
-    if not any(w > 0 for w in weights[1:]):
+    if not (weights[1:] > 0).any():
         problems.add(record.source, "nothing to train on", "every target has weight 0")
         return None
     # A prompt is left out: there a special token's text is the token, as at inference.
     content = record.parts[1] if record.kind == "prompt_completion" else record.text()
     if (name := tokenizer.control.first_in(content)) is not None:
         problems.note(record.source, "special token text", f"{name} in the content is encoded as plain text")
-    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), record.source, record.origin)
+    return Sample(ids, weights, record.source, record.origin)

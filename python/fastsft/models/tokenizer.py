@@ -200,6 +200,11 @@ class Tokenizer:
             return error
 
     @property
+    def not_native(self) -> str | None:
+        """Why there is no :attr:`byte_bpe`; None if there is one."""
+        return str(self._native) if isinstance(self._native, NotExactError) else None
+
+    @property
     def byte_bpe(self) -> ByteBpe:
         """The native encoder, for :func:`fastsft.ops.fim_rows`; its ids are those of :meth:`encode_text`.
 

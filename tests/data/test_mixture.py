@@ -120,13 +120,13 @@ def test_sources_from_files(tmp_path: Path) -> None:
     assert sum(s["tokens"] for s in found.report["sources"]) == found.report["train"]["tokens"]
     assert sum(s["trained_tokens"] for s in found.report["sources"]) == found.report["train"]["trained_tokens"]
     assert found.report["capped"] == 23
-    assert found.passes == (2, 1)
     assert found.train.origins.tolist() == [0] * 12 + [1] * 7
     lines = [int(found.train[i].source.rpartition(":")[2]) for i in range(12, 19)]
     assert lines == sorted(lines)
     again = run_of(tmp_path, [{**a, "weight": 0.5}, {**b, "tag": "x"}], ratios={"reasoning": 6, "x": 1})
     assert again.report == found.report, "weights, tags and ratios need no new preparation"
-    assert again.passes == (Fraction(1, 2), Fraction(1, 7))
+    with pytest.raises(ConfigError, match="expected a ratio for the tag 'other'"):
+        run_of(tmp_path, [a, b], ratios={"reasoning": 6})
 
 
 @pytest.mark.parametrize(

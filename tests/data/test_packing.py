@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.data.batch import IGNORE, Sample, collate
-from fastsft.data.loader import PackedLoader, sequential_batches
+from fastsft.data.loader import PackedLoader, sequential_packs
 from fastsft.data.packing import StreamPacker
 from fastsft.data.store import SampleStore, write_store
 
@@ -127,11 +127,12 @@ def test_a_batch_of_the_store_is_its_samples_collated(lengths: list[int], data: 
     check_layout(batch.ids, batch.targets, batch.position_ids, batch.cu_seqlens)
 
 
-def test_sequential_batches_hold_everything() -> None:
+def test_sequential_packs_hold_everything() -> None:
     store = store_of([5, 9, 1, 12, 3])
-    batches = sequential_batches(store, capacity=14)
-    assert sorted(torch.cat([b.ids for b in batches]).tolist()) == list(range(30))
-    assert sequential_batches(store_of([]), capacity=14) == []
+    packs = sequential_packs(store, capacity=10)
+    assert sorted(np.concatenate(packs).tolist()) == list(range(5))
+    assert all(store.lengths[members].sum() <= 12 for members in packs), "the longest sample sets the capacity"
+    assert sequential_packs(store_of([]), capacity=14) == []
 
 
 def test_what_cannot_be_packed() -> None:

@@ -16,6 +16,7 @@ from resume_cases import small, train
 
 from fastsft.config import ConfigError, load_config
 from fastsft.train.trainer import NonFiniteError, Trainer
+from fastsft.train.update import Update
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -36,7 +37,7 @@ def test_signal_saves_and_exits(number: signal.Signals, runner: Runner, texts: P
     assert "Traceback" not in log
 
 
-def test_second_signal_acts_at_once(texts: Path, tmp_path: Path) -> None:
+def test_second_signal_acts_at_once(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """During a step that never ends, where the first one can only be noted."""
     config = small(texts, tmp_path / "run")
     trainer = Trainer(load_config(config), progress=False)
@@ -46,9 +47,10 @@ def test_second_signal_acts_at_once(texts: Path, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second signal did nothing")
 
-    trainer._update = endless  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "__call__", endless)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
     assert train(config)[1].steps == 4, "the folder is free again"
 
 
@@ -82,7 +84,7 @@ def newest_name(output: Path) -> str:
 def test_not_finite_names_the_samples_and_leaves_the_weights(dtype: str, texts: Path, tmp_path: Path) -> None:
     config = run_config(texts, tmp_path / "run", dtype=dtype, steps=4)
     trainer = Trainer(load_config(config), progress=False)
-    token = int(trainer.loader.batch(0, 0).ids[3])
+    token = int(trainer.stages[0].loader.batch(0, 0).ids[3])
     with torch.no_grad():
         trainer.model.embed_tokens.weight[token] = torch.inf
         if dtype == "bfloat16":
@@ -91,7 +93,7 @@ def test_not_finite_names_the_samples_and_leaves_the_weights(dtype: str, texts: 
     with pytest.raises(NonFiniteError, match=r"step 1: .*train\.jsonl:\d+") as stopped:
         trainer.run()
     named = set(re.findall(r"\S+train\.jsonl:\d+", str(stopped.value)))
-    assert named in [set(b.sources) for b in trainer._batches(0)], "exactly the micro-batch it came from"
+    assert named in [set(b.sources) for b in trainer.stages[0].batches(0)], "exactly the micro-batch it came from"
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
         assert parameter.grad is None

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from kill_resume import (
@@ -27,6 +28,7 @@ from resume_cases import small, train
 from fastsft.config import load_config
 from fastsft.train.metrics import read_metrics
 from fastsft.train.trainer import Trainer
+from fastsft.train.update import StepResult, Update
 
 STEPS = 8
 
@@ -134,15 +136,14 @@ def test_damaged_checkpoint_falls_back_with_a_warning(
 def stop_at(config: dict[str, Any], step: int) -> None:
     """Run as SIGTERM during ``step`` would end it."""
     trainer = Trainer(load_config(config), progress=False)
-    update = trainer._update
+    update = Update.__call__
 
-    def stopping(number: int, *args: Any) -> tuple[float, float]:
+    def stopping(self: Update, number: int, *args: Any) -> StepResult:
         if number == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(number, *args)
+        return update(self, number, *args)
 
-    trainer._update = stopping  # type: ignore[method-assign]
-    with pytest.raises(SystemExit) as ended:
+    with mock.patch.object(Update, "__call__", stopping), pytest.raises(SystemExit) as ended:
         trainer.run()
     assert ended.value.code == 143
 
@@ -168,7 +169,7 @@ def test_a_mixture_continues_to_the_same_bytes(texts: Path, tmp_path: Path) -> N
         return {**config, "data": {**config["data"], "train": [], "sources": sources}}
 
     whole, _ = train(config_in("whole"))
-    assert whole._locate(STEPS - 1)[0] > 0, "the second epoch, in which source b begins anew, is not reached"
+    assert whole.stages[0].locate(STEPS - 1)[0] > 0, "the second epoch, in which source b begins anew, is not reached"
     stop_at(config_in("run"), 5)
     _, result = train(config_in("run"))
     assert result.resumed_from == 5

@@ -46,11 +46,12 @@ def test_every_epoch_trains_every_sample_once(tmp_path: Path) -> None:
         {"key": "fixed"},
     )
     trainer = Trainer(config, prepared=prepared, progress=False)
-    counts = [trainer.loader.num_batches(epoch) for epoch in range(8)]
+    (stage,) = trainer.stages
+    counts = [stage.loader.num_batches(epoch) for epoch in range(8)]
     assert len(set(counts)) > 1, "the case must have epochs of different lengths"
     seen: list[list[str]] = []
     for step in range(trainer.total_steps):
-        batches = trainer._batches(step)
+        batches = stage.batches(step)
         assert 1 <= len(batches) <= 3
         seen.append([s for b in batches for s in b.sources])
     assert trainer.total_steps == sum(math.ceil(c / 3) for c in counts)

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from train_cases import model_of, random_samples, torch_adamw
 
-from fastsft.config import OptimOptions, ScheduleOptions
+from fastsft.config import ObjectiveOptions, OptimOptions, ScheduleOptions
 from fastsft.data.batch import Sample, collate
 from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.train import schedule
 from fastsft.train.evaluate import batch_loss, evaluate_loss
+from fastsft.train.objective import Objective
 from fastsft.train.optim import MasterAdamW
-from fastsft.train.trainer import Trainer
+from fastsft.train.update import Update
 
 
 def gradients(model: Decoder) -> dict[str, torch.Tensor]:
@@ -33,24 +34,25 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 # --- accumulation and packing ---------------------------------------------------------------------------------------
 
 
-def update_gradients(samples: list[list[Sample]], dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
-    """What Trainer._update computes for these micro-batches: the loss, and the gradients it would step with."""
-    trainer = object.__new__(Trainer)
-    trainer.model = model_of(dtype=dtype)
-    trainer.optimizer = MasterAdamW(trainer.model, OptimOptions())
+def update_gradients(
+    samples: list[list[Sample]], dtype: torch.dtype, objective: ObjectiveOptions | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """For these micro-batches: the loss, and the gradients that the optimizer would step with."""
+    model = model_of(dtype=dtype)
+    optimizer = MasterAdamW(model, OptimOptions())
     seen: dict[str, torch.Tensor] = {}
 
     def step(rate: float, norm: torch.Tensor) -> None:
-        for name, master in trainer.optimizer.masters.items():
+        for name, master in optimizer.masters.items():
             assert master.grad is not None
             assert master.grad.dtype == torch.float32
             seen[name] = master.grad.clone()
         expected = torch.stack([g.double().norm() for g in seen.values()]).norm()
         assert float(norm) == pytest.approx(float(expected), rel=1e-5)
 
-    trainer.optimizer.step = step  # type: ignore[method-assign]
-    loss, _ = trainer._update(0, [collate(s) for s in samples], 1.0)
-    return loss, seen
+    optimizer.step = step  # type: ignore[method-assign]
+    update = Update(model, optimizer, Objective(objective or ObjectiveOptions()), seed=0)
+    return update(0, [collate(s) for s in samples], 1.0).loss, seen
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])

@@ -12,7 +12,16 @@ from fastsft.config.data import (
 )
 from fastsft.config.errors import ConfigError, unknown_key
 from fastsft.config.load import load_config, to_dict, to_json
-from fastsft.config.run import Config, ModelOptions, OptimOptions, ScheduleOptions, TokenizerOptions, TrainOptions
+from fastsft.config.run import (
+    Config,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimOptions,
+    ScheduleOptions,
+    StageOptions,
+    TokenizerOptions,
+    TrainOptions,
+)
 
 __all__ = [
     "FIELD_NAMES",
@@ -24,9 +33,11 @@ __all__ = [
     "FilterOptions",
     "FimOptions",
     "ModelOptions",
+    "ObjectiveOptions",
     "OptimOptions",
     "ScheduleOptions",
     "SourceOptions",
+    "StageOptions",
     "TokenizerOptions",
     "TrainOptions",
     "WeightOptions",

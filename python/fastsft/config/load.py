@@ -14,7 +14,7 @@ from typing import Any
 from fastsft.config.data import FIELD_NAMES, SourceOptions
 from fastsft.config.errors import ConfigError, unknown_key
 from fastsft.config.ranges import check_ranges
-from fastsft.config.run import Config
+from fastsft.config.run import Config, StageOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,8 +106,12 @@ def _explain(error: Any, where: str) -> str:
     return f"{where}: {name}: {error['msg']}, got {error['input']!r}"
 
 
+_ENTRIES = {"sources": SourceOptions("", []), "stages": StageOptions("")}
+
+
 def _known_keys(path: list[str]) -> list[str]:
     node: Any = Config()
     for key in path:
-        node = SourceOptions("", []) if isinstance(node, list) else getattr(node, key, None)
+        if not key.isdecimal():  # an entry's number in its list
+            node = _ENTRIES.get(key) or getattr(node, key, None)
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []

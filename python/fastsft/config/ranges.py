@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from fastsft.config.errors import ConfigError
 from fastsft.config.run import Config
@@ -47,6 +48,14 @@ def check_ranges(config: Config, where: str) -> None:
           "three different tokens, or none", d.fim.markers)  # fmt: skip
     check(not d.fim.markers or d.fim.format == "auto", "data.fim.format", '"auto" beside data.fim.markers',
           d.fim.format)  # fmt: skip
+    j = config.objective
+    check((j.constant is not None) == (j.reduction == "constant"), "objective.constant",
+          'a number if, and only if, objective.reduction is "constant"', j.constant)  # fmt: skip
+    check(j.constant is None or j.constant > 0, "objective.constant", "more than 0", j.constant)
+    check(0 <= j.label_smoothing < 1, "objective.label_smoothing", "a value in [0, 1)", j.label_smoothing)
+    for name in ("z_loss", "neftune"):
+        check(getattr(j, name) >= 0, f"objective.{name}", "at least 0", getattr(j, name))
+    check_stages(config, check)
     check(o.lr > 0, "optim.lr", "more than 0", o.lr)
     check(0 <= o.beta1 < 1, "optim.beta1", "a value in [0, 1)", o.beta1)
     check(0 <= o.beta2 < 1, "optim.beta2", "a value in [0, 1)", o.beta2)
@@ -62,3 +71,23 @@ def check_ranges(config: Config, where: str) -> None:
     check(t.max_steps is None or t.max_steps >= 1, "train.max_steps", "at least 1", t.max_steps)
     for name in ("eval_every", "save_every"):
         check(getattr(t, name) >= 0, f"train.{name}", "at least 0", getattr(t, name))
+
+
+def check_stages(config: Config, check: Callable[[bool, str, str, object], None]) -> None:
+    stages, t = config.stages, config.train
+    check(not stages or (t.epochs == 1 and t.max_steps is None), "stages",
+          "train.epochs and train.max_steps unset beside them", {"epochs": t.epochs, "max_steps": t.max_steps}
+    )  # fmt: skip
+    names = [stage.name for stage in stages]
+    check(len(set(names)) == len(names), "stages", "different names", names)
+    known = [source.name for source in config.data.sources] or ["train"]
+    for i, stage in enumerate(stages):
+        check(stage.epochs >= 1, f"stages.{i}.epochs", "at least 1", stage.epochs)
+        check(stage.max_steps is None or stage.max_steps >= 1, f"stages.{i}.max_steps", "at least 1", stage.max_steps)
+        check(stage.lr is None or stage.lr > 0, f"stages.{i}.lr", "more than 0", stage.lr)
+        check(0 <= stage.drop_easy < 1, f"stages.{i}.drop_easy", "a share in [0, 1)", stage.drop_easy)
+        for source, weight in stage.weights.items():
+            check(source in known, f"stages.{i}.weights", f"names of data.sources: {', '.join(known)}", source)
+            check(weight >= 0, f"stages.{i}.weights.{source}", "at least 0", weight)
+        for tag, ratio in stage.ratios.items():
+            check(ratio > 0, f"stages.{i}.ratios.{tag}", "more than 0", ratio)

@@ -30,6 +30,46 @@ class TokenizerOptions(Section):
 
 
 @dataclass(frozen=True)
+class ObjectiveOptions(Section):
+    """What is minimised: a weighted loss of tokens, and what their sum is divided by."""
+
+    name: str = "nll"
+    """One of ``fastsft.ops.linear_cross_entropy``'s objectives, e.g. "dft", "pear_token", "asft"."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments; the others keep their defaults."""
+    reference: str | None = None
+    """Folder of the policy that an objective compares with; unset: the model as the run found it."""
+    reduction: Literal["token", "sequence", "constant"] = "token"
+    """The divisor of a step's summed loss: the weight of its tokens, the number of its samples (of which each is the
+    weighted mean of its tokens), or ``constant``."""
+    constant: float | None = None
+    label_smoothing: float = 0.0
+    """Only with nll."""
+    z_loss: float = 0.0
+    """Times the squared logarithm of the softmax's denominator, added to each token's loss."""
+    neftune: float = 0.0
+    """Noise on the embeddings of a sample of n tokens and size d, uniform within neftune / sqrt(n d) (2310.05914)."""
+
+
+@dataclass(frozen=True)
+class StageOptions(Section):
+    """One of several parts of a run, ``[[stages]]``: the model and the optimizer's state go on, the schedule anew."""
+
+    name: str
+    epochs: int = 1
+    max_steps: int | None = None
+    """Optimizer steps; ends the stage before ``epochs`` do."""
+    lr: float | None = None
+    """Peak learning rate; unset: ``optim.lr``."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Name of a source = times that an epoch goes through it; those not named are left out. Empty: as in ``data``."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Instead of ``data.ratios``."""
+    drop_easy: float = 0.0
+    """Share of the samples left out: those of the smallest loss per token under the model that begins the stage."""
+
+
+@dataclass(frozen=True)
 class OptimOptions(Section):
     lr: float = 2e-5
     beta1: float = 0.9
@@ -79,6 +119,9 @@ class Config(Section):
     model: ModelOptions = field(default_factory=ModelOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    stages: list[StageOptions] = field(default_factory=list)
+    """Parts of the run with mixtures and learning rates of their own; instead of train.epochs and train.max_steps."""
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     train: TrainOptions = field(default_factory=TrainOptions)

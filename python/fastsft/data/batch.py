@@ -44,10 +44,17 @@ class VarlenBatch:
     cu_seqlens: torch.Tensor  # int32 [B + 1]
     sources: tuple[str, ...] = ()  # one per document
     origins: tuple[int, ...] = ()  # of each document, the number of its entry in data.sources
+    tokens: npt.NDArray[np.int64] | None = None  # [T], where each token stands in the store it was taken from
 
     @property
     def num_tokens(self) -> int:
         return int(self.ids.numel())
+
+
+def documents(batch: VarlenBatch) -> torch.Tensor:
+    """int64 [T], the number of each token's document."""
+    lengths = batch.cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
 def collate(samples: Sequence[Sample]) -> VarlenBatch:
@@ -71,6 +78,7 @@ def lay_out(
     lengths: npt.NDArray[np.int64],
     sources: tuple[str, ...],
     origins: tuple[int, ...],
+    tokens: npt.NDArray[np.int64] | None = None,
 ) -> VarlenBatch:
     """The batch of documents that already stand end to end: ids and weights [T], lengths [B]."""
     import torch
@@ -92,4 +100,5 @@ def lay_out(
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         sources,
         origins,
+        tokens,
     )

@@ -20,7 +20,8 @@ _LOOSE = 16  # at most every 16th group's samples stay single
 class PackedLoader:
     """Best-fit packing of an epoch's samples into batches of at most ``capacity`` tokens.
 
-    An epoch has every sample of the store once, or of each source what :class:`Mixture` draws by ``weights``.
+    An epoch has every sample of the store once, or of each source what :class:`Mixture` draws by ``weights``; with
+    ``kept``, bool [N], only the samples for which it is true.
 
     Best-fit decreasing on single samples would sort them by length, and length goes with kind: batches would be all
     classes here and all one-liners there. So neighbours of a shuffled order are first joined into groups of about an
@@ -32,7 +33,13 @@ class PackedLoader:
     """
 
     def __init__(
-        self, store: SampleStore, *, capacity: int, seed: int, weights: Sequence[Fraction] | None = None
+        self,
+        store: SampleStore,
+        *,
+        capacity: int,
+        seed: int,
+        weights: Sequence[Fraction] | None = None,
+        kept: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         if len(store) == 0:
             raise ValueError("the sample store is empty: nothing to train on")
@@ -42,6 +49,7 @@ class PackedLoader:
         self.store, self.capacity, self.seed = store, capacity, seed
         every = [Fraction(1)] * (int(store.origins.max()) + 1)
         self._mixture = Mixture(store.origins, every if weights is None else weights, seed=seed)
+        self._kept = kept
         self._plans: dict[int, list[npt.NDArray[np.int64]]] = {}
 
     def num_batches(self, epoch: int) -> int:
@@ -50,7 +58,11 @@ class PackedLoader:
 
     def batch(self, epoch: int, index: int) -> VarlenBatch:
         """Batch ``index`` of ``epoch``, in [0, num_batches(epoch))."""
-        return self.store.batch(self._plan(epoch)[index])
+        return self.store.batch(self.members(epoch, index))
+
+    def members(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
+        """The numbers of the samples of that batch."""
+        return self._plan(epoch)[index]
 
     def _plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """The sample numbers of each batch; of the last two epochs asked for, they are kept."""
@@ -63,6 +75,8 @@ class PackedLoader:
     def _make_plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = self._mixture.draw(epoch)
+        if self._kept is not None:
+            order = order[self._kept[order]]
         if len(order) == 0:
             return []
         order = order[rng.permutation(len(order))]
@@ -92,9 +106,8 @@ def _group(lengths: list[int], least: int) -> list[int]:
     return starts
 
 
-def sequential_batches(store: SampleStore, *, capacity: int) -> list[VarlenBatch]:
-    """The store packed once in its own order of lengths, for evaluation."""
+def sequential_packs(store: SampleStore, *, capacity: int) -> list[npt.NDArray[np.int64]]:
+    """The numbers of the samples of each batch of at most ``capacity`` tokens, or a longer sample; for evaluation."""
     if len(store) == 0:
         return []
-    packs = ops.pack_sequences(store.lengths, capacity=capacity)
-    return [store.batch(members) for members in packs]
+    return list(ops.pack_sequences(store.lengths, capacity=max(capacity, int(store.lengths.max()))))

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,6 @@ class Prepared:
     eval: SampleStore
     tokenizer: Tokenizer
     report: dict[str, Any]
-    passes: tuple[Fraction, ...] | None = None
-    """Of an epoch through each source; None: every sample once."""
 
 
 def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
@@ -75,14 +72,13 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
 
 def _open(config: Config, root: Path) -> Prepared:
     train = SampleStore.open(root / "train")
-    sources = len(sources_of(config.data))
-    weights = passes(config.data, np.bincount(train.origins, minlength=sources).tolist())
+    counts = np.bincount(train.origins, minlength=len(sources_of(config.data)))
+    passes(config.data, counts.tolist())  # a tag without a ratio is told now, not when training begins
     return Prepared(
         train,
         SampleStore.open(root / "eval"),
         Tokenizer.from_folder(root / "tokenizer"),
         json.loads((root / "report.json").read_text()),
-        tuple(weights),
     )
 
 

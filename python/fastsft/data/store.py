@@ -92,7 +92,7 @@ class SampleStore:
         tokens = ranges(begins, lengths)
         sources = tuple(self._sources[i] for i in numbers.tolist())
         origins = tuple(self.origins[numbers].tolist())
-        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources, origins)
+        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources, origins, tokens)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -45,13 +45,20 @@ class Decoder(nn.Module):
         """The parameter [V, D] of the head, or of the embedding where the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attend: Attend,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: int64 [T], in [0, V).
             position_ids: int64 [T], each token's place in its own document.
             attend: which keys each query sees and how; see ``models.attend``.
+            noise: [T, D], added to the embeddings.
 
         Returns:
             [T, D] in the parameters' type.
@@ -64,6 +71,8 @@ class Decoder(nn.Module):
                 shape = list(input_ids.shape) if input_ids.ndim == 1 else ["T"]
                 raise ValueError(f"{name}: expected int64 {shape}, got {tensor.dtype} {list(tensor.shape)}")
         x_TD = self.embed_tokens(input_ids)
+        if noise is not None:
+            x_TD = x_TD + noise
         cos, sin = self._rotary(position_ids, x_TD.dtype)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:

@@ -11,7 +11,7 @@ import torch
 
 from fastsft import ops
 from fastsft.data.batch import VarlenBatch
-from fastsft.data.loader import sequential_batches
+from fastsft.data.loader import sequential_packs
 from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
@@ -48,11 +48,12 @@ def evaluate_loss(
     """
     total = weight = 0.0
     tokens = 0
-    batches = sequential_batches(store, capacity=max(capacity, int(store.lengths.max(initial=0))))
-    for done, batch in enumerate(batches, 1):
+    packs = sequential_packs(store, capacity=capacity)
+    for done, members in enumerate(packs, 1):
+        batch = store.batch(members)
         total += float(batch_loss(model, batch, normalizer=1.0))
         weight += float(batch.weights.sum(dtype=torch.float64))
         tokens += int((batch.weights > 0).sum())
         if progress:
-            progress(done, len(batches))
+            progress(done, len(packs))
     return EvalResult(total / weight, tokens) if tokens else None

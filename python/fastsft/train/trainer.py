@@ -1,42 +1,44 @@
-"""The training loop: packed batches in, a tuned Hugging Face folder out; exact, resumable, loud about what is wrong."""
+"""A run from its configuration to a tuned Hugging Face folder: exact, resumable, loud about what is wrong."""
 
 from __future__ import annotations
 
-import bisect
+import copy
+import dataclasses
+import functools
 import math
 import os
 import shutil
-import signal
-import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
-from fastsft.data.batch import VarlenBatch
-from fastsft.data.loader import PackedLoader
 from fastsft.data.lock import hold
+from fastsft.data.mixture import sources_of
 from fastsft.data.notices import notices
 from fastsft.data.prepare import Prepared, prepare
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model, save_model
+from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
-from fastsft.train import checkpoint, schedule, start
-from fastsft.train.evaluate import EvalResult, batch_loss, evaluate_loss
+from fastsft.train import checkpoint, light, resume, schedule, start
+from fastsft.train.evaluate import EvalResult, evaluate_loss
 from fastsft.train.metrics import Display, MetricsLog
+from fastsft.train.objective import Objective, check_objective, describe
 from fastsft.train.optim import MasterAdamW
+from fastsft.train.reference import Reference, cache_name, reference_logprobs
+from fastsft.train.selfcheck import check_packing
+from fastsft.train.signals import Signals
+from fastsft.train.stages import Stage, stages_of
+from fastsft.train.update import NonFiniteError, Update
 
-# Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
-_FREE = {"output", "train.eval_every", "train.save_every", "train.keep"}
-
-
-class NonFiniteError(FloatingPointError):
-    """A NaN or infinite loss or gradient. The weights are those before the step named in the message."""
+__all__ = ["NonFiniteError", "TrainResult", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class TrainResult:
     resumed_from: int
     data: dict[str, Any]
     """The report on the data: what was read, what was left out and why."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``begun``: the steps of each stage that was begun."""
+
+    step: int = 0
+    loss: float = math.nan
+    before: EvalResult | None = None
+    begun: list[int] = field(default_factory=list)
 
 
 class Trainer:
@@ -76,6 +88,8 @@ class Trainer:
     ) -> None:
         self.config = config = load_config(config)
         self.output = Path(config.output)
+        self._progress = progress
+        check_objective(config.objective)
         start.check_fits(config, model.config if model else start.architecture(config))
         with bars(progress) as tell:
             self.prepared = prepared or prepare(config, progress=tell)
@@ -89,15 +103,11 @@ class Trainer:
                 )
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = MasterAdamW(self.model, config.optim)
-        self.loader = PackedLoader(
-            self.prepared.train, capacity=config.train.tokens_per_batch, seed=config.seed, weights=self.prepared.passes
-        )
-        self._first_steps = self._plan_epochs()
-        self.total_steps = self._first_steps[-1]
-        if config.train.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.train.max_steps)
-        self._progress = progress
-        self._signal: int | None = None
+        # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
+        self.stages = [Stage(config, i, self.prepared.train) for i in range(len(stages_of(config)))]
+        self.total_steps = sum(stage.steps for stage in self.stages)
+        if self.total_steps == 0:
+            raise ConfigError("data: the weights and ratios of the sources leave no sample for any stage")
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest valid checkpoint if there is one.
@@ -113,25 +123,30 @@ class Trainer:
     def _run(self) -> TrainResult:
         warnings: list[str] = []
         found = checkpoint.latest(self.output / "checkpoints", warnings.append)
-        first = found.step if found else 0
-        before, loss = self._restore(found) if found else (None, math.nan)  # before any file is written: it may refuse
+        if found:  # before any file is written
+            resume.refuse_changes(
+                found, to_dict(self.config), data=self.prepared.report.get("key"), origin=self._origin
+            )
         checkpoint.write_file(self.output / "config.json", to_json(self.config))
-        display = Display(self.total_steps, first, enabled=self._progress)
+        objective = Objective(self.config.objective, self._reference())
+        self._update = Update(self.model, self.optimizer, objective, seed=self.config.seed)
+        progress = self._restore(found) if found else Progress()
+        display = Display(self.total_steps, progress.step, enabled=self._progress)
         for warning in warnings:
             display.note(f"warning: {warning}")
         for line in notices(self.prepared.report):
             display.note(line)
         display.note(self._plan())
-        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=first)
-        previous = self._catch_signals()
+        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step)
         try:
-            if found:
-                display.note(f"resumed from {found.path}")
-            else:
-                before = self._evaluate(0, log, display)
-            return self._steps(first, before, loss, log, display)
+            with Signals(announce=self._progress) as signals:
+                if found:
+                    display.note(f"resumed from {found.path}")
+                else:
+                    self._self_check()
+                    progress.before = self._evaluate(0, log, display)
+                return self._steps(progress, signals, log, display)
         finally:
-            self._release_signals(previous)
             display.close()
             log.close()
 
@@ -141,92 +156,80 @@ class Trainer:
         return (
             f"{parameters / 1e6:,.1f} M parameters, {self.config.model.dtype}, "
             f"{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, {self.total_steps:,} steps of "
-            f"up to {batch:,} tokens"
+            f"up to {batch:,} tokens; {self.config.objective.name}, {describe(self.config.objective)}"
         )
 
-    def _steps(
-        self, first: int, before: EvalResult | None, loss: float, log: MetricsLog, display: Display
-    ) -> TrainResult:
+    def _steps(self, progress: Progress, signals: Signals, log: MetricsLog, display: Display) -> TrainResult:
         options = self.config.train
-        after, tokens, seconds = before, 0, 0.0
-        for step in range(first, self.total_steps):
+        first, after, tokens, seconds = progress.step, progress.before, 0, 0.0
+        for stage, within in self._remaining(progress, display):
             began = time.perf_counter()
-            batches = self._batches(step)
-            rate = self.config.optim.lr * schedule.factor(self.config.schedule, step, self.total_steps)
-            loss, norm = self._update(step, batches, rate)
+            batches = stage.batches(within)
+            rate = stage.rate * schedule.factor(self.config.schedule, within, stage.steps)
+            try:
+                result = self._update(progress.step, batches, rate)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}. Checkpoints: {self.output / 'checkpoints'}") from None
             took = time.perf_counter() - began
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
+            progress.step += 1
+            progress.loss = result.loss
             log.write(
-                "step", step + 1, epoch=self._locate(step)[0], loss=loss, lr=rate, grad_norm=norm, tokens=count,
-                trained_tokens=sum(int((b.weights > 0).sum()) for b in batches), seconds=took,
-                tokens_per_second=count / took,
+                "step", progress.step, stage=stage.options.name, epoch=stage.locate(within)[0], loss=result.loss,
+                lr=rate, grad_norm=result.grad_norm, tokens=count,
+                trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
+                sources=self._by_source(result.origins), seconds=took, tokens_per_second=count / took,
             )  # fmt: skip
-            display.update(step + 1, loss, tokens / seconds)
-            done = step + 1
-            last = done == self.total_steps
-            if (options.eval_every and done % options.eval_every == 0) or last:
-                after = self._evaluate(done, log, display)
-            if (options.save_every and done % options.save_every == 0) or last or self._signal is not None:
-                self._save(done, before, loss)
-            if self._signal is not None and not last:
-                display.note(f"signal {self._signal}: saved step {done} in {self.output / 'checkpoints'}")
-                raise SystemExit(128 + self._signal)
+            display.update(progress.step, result.loss, tokens / seconds)
+            last = within + 1 == stage.steps  # of its stage
+            if (options.eval_every and progress.step % options.eval_every == 0) or last:
+                after = self._evaluate(progress.step, log, display)
+            if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
+                self._save(progress)
+            if signals.number is not None and progress.step < self.total_steps:
+                display.note(f"signal {signals.number}: saved step {progress.step} in {self.output / 'checkpoints'}")
+                raise SystemExit(128 + signals.number)
         if first == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
             after = self._evaluate(self.total_steps, None, display)
         speed = tokens / seconds if seconds else None
         return TrainResult(
-            self.total_steps, self._export(), loss, before, after, speed, first, dict(self.prepared.report)
-        )
+            self.total_steps, self._export(), progress.loss, progress.before, after, speed, first,
+            dict(self.prepared.report),
+        )  # fmt: skip
 
-    def _plan_epochs(self) -> list[int]:
-        """The first step of each epoch that will be entered, and the step after the last."""
-        options = self.config.train
-        firsts = [0]
-        for epoch in range(options.epochs):
-            firsts.append(firsts[-1] + math.ceil(self.loader.num_batches(epoch) / options.accumulation))
-            if options.max_steps is not None and firsts[-1] >= options.max_steps:
-                break
-        return firsts
+    def _remaining(self, progress: Progress, display: Display) -> Iterator[tuple[Stage, int]]:
+        """(stage, step within it) of every step that is left."""
+        first, begin = progress.step, 0
+        for number, stage in enumerate(self.stages):
+            if number < len(progress.begun) and first >= begin + progress.begun[number]:
+                begin += progress.begun[number]
+                continue
+            if stage.options.drop_easy:
+                stage = self.stages[number] = self._choose(stage, inside=first > begin)
+                self.total_steps = sum(s.steps for s in self.stages)
+            if len(self.stages) > 1:
+                display.note(f"stage {stage.options.name}: {stage.steps:,} steps")
+            progress.begun = [*progress.begun[:number], stage.steps]
+            for within in range(max(first - begin, 0), stage.steps):
+                yield stage, within
+            begin += stage.steps
 
-    def _locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it)."""
-        epoch = bisect.bisect_right(self._first_steps, step) - 1
-        return epoch, step - self._first_steps[epoch]
+    def _choose(self, stage: Stage, *, inside: bool) -> Stage:
+        """The stage without the samples that are easy for the model; ``inside``: as it was when the stage began."""
+        path = self.output / "stages" / f"{stage.number}.npy"
+        store, options = self.prepared.train, stage.options
+        if inside:
+            kept = np.load(path)
+        else:
+            capacity = self.config.train.tokens_per_batch
+            kept = light.choose(path, self.model, store, share=options.drop_easy, capacity=capacity)
+        return Stage(self.config, stage.number, store, kept)
 
-    def _batches(self, step: int) -> list[VarlenBatch]:
-        """The micro-batches of a step; an epoch's last step may have fewer than ``accumulation``."""
-        epoch, within = self._locate(step)
-        first = within * self.config.train.accumulation
-        end = min(first + self.config.train.accumulation, self.loader.num_batches(epoch))
-        return [self.loader.batch(epoch, i) for i in range(first, end)]
-
-    def _update(self, step: int, batches: list[VarlenBatch], rate: float) -> tuple[float, float]:
-        """One optimizer step; the loss is divided by the weight of all its micro-batches together."""
-        weight = sum(float(b.weights.sum(dtype=torch.float64)) for b in batches)
-        total = 0.0
-        for batch in batches:
-            loss = batch_loss(self.model, batch, normalizer=weight)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                self._stop(step, [batch], f"loss is {value}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.collect()
-            total += value
-        norm = self.optimizer.grad_norm()
-        if not math.isfinite(float(norm)):
-            self._stop(step, batches, f"gradient norm is {float(norm)}")
-        self.optimizer.step(rate, norm)
-        return total, float(norm)
-
-    def _stop(self, step: int, batches: list[VarlenBatch], what: str) -> None:
-        self.optimizer.zero_grad()
-        sources = [s for b in batches for s in b.sources]
-        shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
-        raise NonFiniteError(
-            f"step {step + 1}: {what}; stopped before the update. Samples of the batch: {shown}. "
-            f"Checkpoints: {self.output / 'checkpoints'}"
-        )
+    def _by_source(self, origins: dict[int, tuple[float, float]]) -> dict[str, float]:
+        """Mean negative log-likelihood of each source's tokens in a step."""
+        names = [source.name for source in sources_of(self.config.data)]
+        return {names[origin]: total / weight for origin, (total, weight) in sorted(origins.items()) if weight > 0}
 
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
         result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
@@ -236,42 +239,67 @@ class Trainer:
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
 
+    def _reference(self) -> Reference | None:
+        """What the objective compares with; called while the model is still what the run found."""
+        options, needs = self.config.objective, OBJECTIVES[self.config.objective.name].needs
+        if not needs:
+            return None
+        model, fingerprint = self.model, self._origin
+        if options.reference is not None:
+            model = load_model(options.reference, dtype=next(self.model.parameters()).dtype)
+            fingerprint = start.fingerprint(model)
+            if model.config.vocab_size != self.model.config.vocab_size:
+                raise ConfigError(
+                    f"objective.reference: expected the model's vocab_size {self.model.config.vocab_size}, "
+                    f"got {model.config.vocab_size}"
+                )
+        if needs == "reference":
+            return Reference(model=copy.deepcopy(model) if model is self.model else model)
+        capacity = self.config.train.tokens_per_batch
+        name = cache_name(self.prepared.report["key"], fingerprint, capacity)
+        with bars(self._progress) as tell:
+            return Reference(
+                logprobs=reference_logprobs(
+                    self.prepared.train, model, self.output / "data" / name, capacity=capacity,
+                    progress=functools.partial(tell, "reference log-probabilities"),
+                )
+            )  # fmt: skip
+
+    def _self_check(self) -> None:
+        """On samples of the first batch: documents that share a batch do not see each other."""
+        stage = next(stage for stage in self.stages if stage.steps)
+        members = stage.loader.members(stage.locate(0)[0], 0)
+        check_packing(self.model, self._update.objective, self.prepared.train, members)
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int, before: EvalResult | None, loss: float) -> None:
+    def _save(self, progress: Progress) -> None:
         state = {
-            "step": step,
+            "step": progress.step,
+            "stages": progress.begun,
             "config": to_dict(self.config),
             "origin": self._origin,
             "data": self.prepared.report.get("key"),
-            "reduction": "sum of token weight times loss over the step, divided by the summed token weight",
-            "train_loss": loss,
-            "eval_before": None if before is None else {"loss": before.loss, "tokens": before.tokens},
+            "reduction": describe(self.config.objective),
+            "train_loss": progress.loss,
+            "eval_before": None if progress.before is None else dataclasses.asdict(progress.before),
         }
 
         def fill(folder: Path) -> None:
             self._write_model(folder / "model")
             safetensors.torch.save_file(self.optimizer.state(), folder / "optimizer.safetensors")
 
-        checkpoint.write(self.output / "checkpoints", step, state, fill, keep=self.config.train.keep)
+        checkpoint.write(self.output / "checkpoints", progress.step, state, fill, keep=self.config.train.keep)
 
-    def _restore(self, found: checkpoint.Checkpoint) -> tuple[EvalResult | None, float]:
-        """Put the checkpoint's state in place; the loss before the first step, and that of the last one made."""
-        changed = sorted(_differences(found.state["config"], to_dict(self.config)))
-        if found.state["data"] != self.prepared.report.get("key"):
-            changed.append("the data")
-        if found.state.get("origin") != self._origin:
-            changed.append("the model it started from (weights or config.json)")
-        if changed:
-            raise ConfigError(
-                f"{found.path} was written with other settings: {', '.join(changed)}. "
-                "Restore them, or choose another output folder"
-            )
+    def _restore(self, found: checkpoint.Checkpoint) -> Progress:
+        """Put the checkpoint's model and optimizer in place."""
         saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
         self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state(safetensors.torch.load_file(found.path / "optimizer.safetensors"))
         before = found.state["eval_before"]
-        return EvalResult(**before) if before else None, found.state["train_loss"]
+        return Progress(
+            found.step, found.state["train_loss"], EvalResult(**before) if before else None, found.state["stages"]
+        )
 
     def _export(self) -> Path:
         target = self.output / "model"
@@ -285,38 +313,3 @@ class Trainer:
     def _write_model(self, folder: Path) -> None:
         save_model(self.model, folder)
         self.prepared.tokenizer.save(folder)
-
-    # --- signals ----------------------------------------------------------------------------------------------------
-
-    def _catch_signals(self) -> dict[int, Any]:
-        """SIGTERM and SIGINT finish the step, save and exit with 128 + signal; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            if self._progress:  # not through the display: it may be what was interrupted
-                os.write(2, b"\nfinishing the step and saving it; once more to stop at once\n")
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-        return {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    @staticmethod
-    def _release_signals(previous: dict[int, Any]) -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:
-    """Dotted names of the settings that differ and that can change the result."""
-    names: set[str] = set()
-    for key in old.keys() | new.keys():
-        name = f"{prefix}{key}"
-        a, b = old.get(key), new.get(key)
-        if name in _FREE or a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict) and name != "model.init":
-            names |= _differences(a, b, f"{name}.")
-        else:
-            names.add(name)
-    return names

@@ -1,0 +1,53 @@
+"""Light fine-tuning: the samples that a model finds easy are left out of a stage.
+
+Llama 4's post-training dropped more than half of its tuning data this way, with earlier models as judges; here the
+judge is the model that begins the stage, and what it judges by is the loss.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastsft import ops
+from fastsft.data.batch import VarlenBatch, documents
+from fastsft.data.loader import sequential_packs
+from fastsft.data.store import SampleStore
+from fastsft.files import sync
+from fastsft.models.attend import VarlenAttend
+from fastsft.models.decoder import Decoder
+
+
+def choose(path: Path, model: Decoder, store: SampleStore, *, share: float, capacity: int) -> npt.NDArray[np.bool_]:
+    """bool [samples]: all but ``share`` of them, those of the smallest mean loss per unit of token weight.
+
+    The choice is written to ``path``, for a run that goes on in the middle of the stage, with other weights.
+    """
+    losses = np.zeros(len(store))
+    with torch.inference_mode():
+        for members in sequential_packs(store, capacity=capacity):
+            losses[members] = _mean_losses(model, store.batch(members))
+    kept = np.ones(len(store), bool)
+    kept[np.argsort(losses, kind="stable")[: int(share * len(store))]] = False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.with_name(f".{path.name}.tmp")
+    with open(stage, "wb") as file:
+        np.save(file, kept)
+    sync(stage)
+    stage.replace(path)
+    sync(path.parent)
+    return kept
+
+
+def _mean_losses(model: Decoder, batch: VarlenBatch) -> npt.NDArray[np.float64]:
+    """Of each document [B]: its weighted mean negative log-likelihood; infinite without a trained token."""
+    hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+    logprobs = ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets)
+    member = documents(batch)
+    total, weight = torch.zeros(2, len(batch.cu_seqlens) - 1, dtype=torch.float64)
+    total.index_add_(0, member, -logprobs.double() * batch.weights)  # type: ignore[union-attr]
+    weight.index_add_(0, member, batch.weights.double())
+    return torch.where(weight > 0, total / weight, torch.inf).numpy()

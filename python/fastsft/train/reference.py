@@ -1,0 +1,113 @@
+"""The policy that an objective compares with: log-probabilities made once and kept on disk, or the model itself.
+
+An objective over log-ratios needs one number a token: they are computed before the first step, in the store's own
+order, and appended to a file; a killed process goes on at the last whole batch. An objective over whole distributions
+(asft) needs the reference's hidden states: its model stays in memory and is run on every batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastsft import ops
+from fastsft.data.batch import VarlenBatch
+from fastsft.data.store import SampleStore
+from fastsft.files import sync
+from fastsft.models.attend import VarlenAttend
+from fastsft.models.decoder import Decoder
+
+
+class Reference:
+    """What ``ops.linear_cross_entropy`` is given of the reference, batch by batch. One of the two is set.
+
+    Args:
+        logprobs: float32 [tokens of the store], at each token that of the next one of its sample.
+        model: not trained.
+    """
+
+    def __init__(self, *, logprobs: npt.NDArray[np.float32] | None = None, model: Decoder | None = None) -> None:
+        if (logprobs is None) == (model is None):
+            raise ValueError("Reference: expected either logprobs or a model")
+        self._logprobs, self._model = logprobs, model
+
+    def inputs(self, batch: VarlenBatch) -> dict[str, Any]:
+        if self._model is not None:
+            with torch.no_grad():
+                hidden = self._model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+            return {"reference": (hidden, self._model.lm_head_weight)}
+        if self._logprobs is None or batch.tokens is None:
+            raise ValueError("batch: expected one that was taken from the store of the reference's log-probabilities")
+        return {"ref_logprobs": torch.from_numpy(self._logprobs[batch.tokens])}
+
+
+def reference_logprobs(
+    store: SampleStore,
+    model: Decoder,
+    path: Path,
+    *,
+    capacity: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> npt.NDArray[np.float32]:
+    """float32 [tokens], mapped from ``path``; written there first if need be. Tokens without weight have 0.
+
+    Args:
+        path: names everything that the numbers depend on; see :func:`cache_name`.
+        capacity: tokens of a batch; a longer sample is a batch of its own.
+        progress: called with (tokens done, all).
+    """
+    if not path.is_file():
+        _compute(store, model, path, capacity, progress)
+    found: npt.NDArray[np.float32] = np.memmap(path, np.float32, "r") if store.num_tokens else np.zeros(0, np.float32)
+    return found
+
+
+def cache_name(data_key: str, fingerprint: str, capacity: int) -> str:
+    """The capacity is part of it: sums of other batches are rounded otherwise."""
+    digest = hashlib.blake2b(f"1 {data_key} {fingerprint} {capacity}".encode(), digest_size=12)
+    return f"reference-{digest.hexdigest()}.f32"
+
+
+def _compute(
+    store: SampleStore, model: Decoder, path: Path, capacity: int, progress: Callable[[int, int], None]
+) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "ab") as file:
+        done = file.tell() // 4
+        for members, begin, end in _consecutive(store.lengths, capacity):
+            if end <= done:
+                continue
+            file.truncate(begin * 4)  # what a killed process had begun of this batch
+            file.seek(begin * 4)
+            file.write(_logprobs(store.batch(members), model).numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            progress(end, store.num_tokens)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def _consecutive(lengths: npt.NDArray[np.int64], capacity: int) -> Iterator[tuple[npt.NDArray[np.int64], int, int]]:
+    """Neighbours of up to ``capacity`` tokens: their numbers, and where their tokens begin and end."""
+    first = begin = used = 0
+    for number, length in enumerate(lengths.tolist()):
+        if used and used + length > capacity:
+            yield np.arange(first, number), begin, begin + used
+            first, begin, used = number, begin + used, 0
+        used += length
+    if used:
+        yield np.arange(first, len(lengths)), begin, begin + used
+
+
+@torch.no_grad()
+def _logprobs(batch: VarlenBatch, model: Decoder) -> torch.Tensor:
+    hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+    return cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))

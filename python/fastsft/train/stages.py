@@ -1,0 +1,84 @@
+"""What each optimizer step of a run trains on: stages one after the other, epochs within a stage, packed batches."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsft.config import Config, DataOptions, StageOptions
+from fastsft.data.batch import VarlenBatch
+from fastsft.data.loader import PackedLoader
+from fastsft.data.mixture import passes, sources_of
+from fastsft.data.store import SampleStore
+
+
+def stages_of(config: Config) -> list[StageOptions]:
+    """The stages of a run; ``train.epochs`` and ``train.max_steps`` are short for a single one."""
+    if config.stages:
+        return list(config.stages)
+    return [StageOptions(name="train", epochs=config.train.epochs, max_steps=config.train.max_steps)]
+
+
+class Stage:
+    """The steps of one stage: a function of the configuration, the stage's number and the samples kept.
+
+    Args:
+        number: among the run's stages.
+        kept: bool [samples], those that are trained on; None: all.
+    """
+
+    def __init__(
+        self, config: Config, number: int, store: SampleStore, kept: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        stages = stages_of(config)
+        self.options = stages[number]
+        self.number = number
+        self.rate = self.options.lr or config.optim.lr
+        self.loader = PackedLoader(
+            store,
+            capacity=config.train.tokens_per_batch,
+            seed=config.seed,
+            weights=_passes(config.data, self.options, store),
+            kept=kept,
+        )
+        self._accumulation = config.train.accumulation
+        # Epochs are counted through the whole run, so that every stage has another order.
+        self._first_epoch = sum(stage.epochs for stage in stages[:number])
+        self._firsts = self._plan_epochs()
+        self.steps = min(self._firsts[-1], self.options.max_steps or self._firsts[-1])
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Of the stage's step ``step``: its epoch, counted through the run, and its number within it."""
+        epoch = bisect.bisect_right(self._firsts, step) - 1
+        return self._first_epoch + epoch, step - self._firsts[epoch]
+
+    def batches(self, step: int) -> list[VarlenBatch]:
+        """The micro-batches of a step; an epoch's last step may have fewer than ``train.accumulation``."""
+        epoch, within = self.locate(step)
+        first = within * self._accumulation
+        end = min(first + self._accumulation, self.loader.num_batches(epoch))
+        return [self.loader.batch(epoch, i) for i in range(first, end)]
+
+    def _plan_epochs(self) -> list[int]:
+        """The first step of each epoch that will be entered, and the step after the last."""
+        firsts = [0]
+        for epoch in range(self.options.epochs):
+            batches = self.loader.num_batches(self._first_epoch + epoch)
+            firsts.append(firsts[-1] + math.ceil(batches / self._accumulation))
+            if self.options.max_steps is not None and firsts[-1] >= self.options.max_steps:
+                break
+        return firsts
+
+
+def _passes(data: DataOptions, stage: StageOptions, store: SampleStore) -> list[Fraction]:
+    """How often an epoch of the stage goes through each source."""
+    sources = sources_of(data)
+    if stage.weights:
+        sources = [dataclasses.replace(s, weight=stage.weights.get(s.name, 0.0)) for s in sources]
+    mixed = dataclasses.replace(data, train=[], sources=sources, ratios=stage.ratios or data.ratios)
+    return passes(mixed, np.bincount(store.origins, minlength=len(sources)).tolist())

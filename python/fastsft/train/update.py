@@ -1,0 +1,85 @@
+"""One optimizer step: micro-batches in, gradients summed, checked, applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastsft.data.batch import VarlenBatch
+from fastsft.models.decoder import Decoder
+from fastsft.train.objective import Objective, by_origin
+from fastsft.train.optim import MasterAdamW
+
+
+class NonFiniteError(FloatingPointError):
+    """A NaN or infinite loss or gradient. The weights are those before the step named in the message."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``origins``: of each source in the step, the weighted sum of its negative log-likelihood and of its weights."""
+
+    loss: float
+    grad_norm: float
+    origins: dict[int, tuple[float, float]]
+
+
+class Update:
+    """Forward and backward over a step's micro-batches, then the optimizer.
+
+    The loss is divided by what all the micro-batches give together, so any split of a step gives the same gradient.
+    """
+
+    def __init__(self, model: Decoder, optimizer: MasterAdamW, objective: Objective, *, seed: int) -> None:
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self._seed = seed
+
+    def __call__(self, step: int, batches: Sequence[VarlenBatch], rate: float) -> StepResult:
+        """Step number ``step``, counted from 0, with the learning rate ``rate``.
+
+        Raises:
+            NonFiniteError: before anything was changed.
+        """
+        divisor = self.objective.divisor(batches)
+        total, seen = 0.0, []
+        for index, batch in enumerate(batches):
+            noise = self._noise(step, index, batch)
+            loss, aux = self.objective(self.model, batch, divisor=divisor, noise=noise)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self._stop(step, [batch], f"loss is {value}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.collect()
+            total += value
+            seen.append((batch, aux))
+        norm = self.optimizer.grad_norm()
+        if not math.isfinite(float(norm)):
+            self._stop(step, batches, f"gradient norm is {float(norm)}")
+        self.optimizer.step(rate, norm)
+        return StepResult(total, float(norm), by_origin(seen))
+
+    def _noise(self, step: int, index: int, batch: VarlenBatch) -> torch.Tensor | None:
+        """NEFTune's, a function of (seed, step, number of the micro-batch)."""
+        alpha = self.objective.options.neftune
+        if not alpha:
+            return None
+        size = self.model.config.hidden_size
+        generator = torch.Generator().manual_seed(_mixed(self._seed, step, index))
+        noise = torch.rand(batch.num_tokens, size, generator=generator).mul_(2).sub_(1)
+        lengths = batch.cu_seqlens.diff().long()
+        bound = alpha / torch.sqrt(torch.repeat_interleave(lengths, lengths).float() * size)
+        return noise.mul_(bound[:, None]).to(self.model.embed_tokens.weight.dtype)
+
+    def _stop(self, step: int, batches: Sequence[VarlenBatch], what: str) -> None:
+        self.optimizer.zero_grad()
+        sources = [s for b in batches for s in b.sources]
+        shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
+        raise NonFiniteError(f"step {step + 1}: {what}; stopped before the update. Samples of the batch: {shown}")
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -115,6 +115,7 @@ def test_reference_logprobs_go_on_where_a_process_was_killed(tmp_path: Path) -> 
         (tmp_path / "r.f32").unlink()
 
 
+@torch.no_grad()
 def test_loss_by_source() -> None:
     samples = random_samples(6, 3)
     store = SampleStore.from_samples([type(s)(s.ids, s.weights, s.source, i % 2) for i, s in enumerate(samples)])

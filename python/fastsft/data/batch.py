@@ -53,6 +53,8 @@ class VarlenBatch:
 
 def documents(batch: VarlenBatch) -> torch.Tensor:
     """int64 [T], the number of each token's document."""
+    import torch
+
     lengths = batch.cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 

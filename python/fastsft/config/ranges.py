@@ -48,6 +48,9 @@ def check_ranges(config: Config, where: str) -> None:
           "three different tokens, or none", d.fim.markers)  # fmt: skip
     check(not d.fim.markers or d.fim.format == "auto", "data.fim.format", '"auto" beside data.fim.markers',
           d.fim.format)  # fmt: skip
+    check(config.lora.rank >= 0, "lora.rank", "at least 0", config.lora.rank)
+    check(config.lora.alpha > 0, "lora.alpha", "more than 0", config.lora.alpha)
+    check(len(config.lora.targets) > 0, "lora.targets", "at least one name", config.lora.targets)
     j = config.objective
     check((j.constant is not None) == (j.reduction == "constant"), "objective.constant",
           'a number if, and only if, objective.reduction is "constant"', j.constant)  # fmt: skip

@@ -30,6 +30,20 @@ class TokenizerOptions(Section):
 
 
 @dataclass(frozen=True)
+class LoraOptions(Section):
+    """Adapters (arXiv 2106.09685) instead of all weights."""
+
+    rank: int = 0
+    """0: all weights are trained."""
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Ends of the names of the blocks' linear layers."""
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions(Section):
     """What is minimised: a weighted loss of tokens, and what their sum is divided by."""
 
@@ -119,6 +133,7 @@ class Config(Section):
     model: ModelOptions = field(default_factory=ModelOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     stages: list[StageOptions] = field(default_factory=list)
     """Parts of the run with mixtures and learning rates of their own; instead of train.epochs and train.max_steps."""

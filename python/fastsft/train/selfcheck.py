@@ -25,8 +25,8 @@ class PackingError(RuntimeError):
 def check_packing(model: Decoder, objective: Objective, store: SampleStore, members: npt.NDArray[np.int64]) -> None:
     """Compare some documents in one batch with each in a batch of its own, which is also the finest split of a step.
 
-    The gradients compared are those of the vectors (norms, biases): they stand in every layer, before and after its
-    attention, and take next to no memory.
+    The gradients compared are those of the vectors (norms, biases), or of adapters: they stand in every layer, before
+    and after its attention, and take next to no memory.
 
     Args:
         members: numbers of samples; as many are used as stay within 8 documents and 2,048 tokens, but at least two.
@@ -59,8 +59,9 @@ def check_packing(model: Decoder, objective: Objective, store: SampleStore, memb
 def _gradients(
     model: Decoder, objective: Objective, batches: list[VarlenBatch], divisor: float
 ) -> tuple[float, torch.Tensor]:
-    """The summed loss, and the summed gradients of all vectors end to end, float32."""
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    """The summed loss, and the summed gradients end to end, float32."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in trained if p.ndim == 1] or trained
     total, gradient = 0.0, torch.zeros(sum(p.numel() for p in vectors))
     for batch in batches:
         loss, _ = objective(model, batch, divisor=divisor)

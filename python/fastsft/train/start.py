@@ -12,6 +12,7 @@ import torch
 from fastsft.config import Config, ConfigError, unknown_key
 from fastsft.models.config import KNOWN_KEYS, ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.lora import LoraConfig, add_lora
 from fastsft.models.weights import init_model, load_model
 from fastsft.ops._attention_inputs import HEAD_DIMS
 
@@ -69,6 +70,19 @@ def build_model(config: Config, *, vocab_size: int) -> Decoder:
             f"model.init.vocab_size: expected at least the tokenizer's {vocab_size}, got {fields['vocab_size']}"
         )
     return init_model(ModelConfig.from_hf(fields, "model.init"), seed=config.seed, dtype=dtype)
+
+
+def adapt(model: Decoder, config: Config) -> None:
+    """Freeze the model and put ``config.lora``'s adapters on it.
+
+    Raises:
+        ConfigError: targets that the model does not have.
+    """
+    options = config.lora
+    try:
+        add_lora(model, LoraConfig(options.rank, options.alpha, tuple(options.targets)), seed=config.seed)
+    except ValueError as error:
+        raise ConfigError(f"lora.{error}") from None
 
 
 def fingerprint(model: Decoder) -> str:

@@ -23,7 +23,9 @@ from fastsft.data.lock import hold
 from fastsft.data.mixture import sources_of
 from fastsft.data.notices import notices
 from fastsft.data.prepare import Prepared, prepare
+from fastsft.models.adapter import load_adapter, save_adapter
 from fastsft.models.decoder import Decoder
+from fastsft.models.lora import merge_lora
 from fastsft.models.weights import load_model, save_model
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
@@ -101,6 +103,8 @@ class Trainer:
                     f"tokenizer: expected ids below the model's vocab_size {self.model.config.vocab_size}, "
                     f"got {store.largest_id} in the data; is it the tokenizer of this model?"
                 )
+        if config.lora.rank:
+            start.adapt(self.model, config)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = MasterAdamW(self.model, config.optim)
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
@@ -153,8 +157,10 @@ class Trainer:
     def _plan(self) -> str:
         batch = self.config.train.tokens_per_batch * self.config.train.accumulation
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        part = "" if trained == parameters else f" ({trained / 1e6:,.2f} M trained)"
         return (
-            f"{parameters / 1e6:,.1f} M parameters, {self.config.model.dtype}, "
+            f"{parameters / 1e6:,.1f} M parameters{part}, {self.config.model.dtype}, "
             f"{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, {self.total_steps:,} steps of "
             f"up to {batch:,} tokens; {self.config.objective.name}, {describe(self.config.objective)}"
         )
@@ -286,15 +292,21 @@ class Trainer:
         }
 
         def fill(folder: Path) -> None:
-            self._write_model(folder / "model")
+            if self.config.lora.rank:
+                save_adapter(self.model, folder / "adapter", base=self.config.model.path)
+            else:
+                self._write_model(folder / "model")
             safetensors.torch.save_file(self.optimizer.state(), folder / "optimizer.safetensors")
 
         checkpoint.write(self.output / "checkpoints", progress.step, state, fill, keep=self.config.train.keep)
 
     def _restore(self, found: checkpoint.Checkpoint) -> Progress:
         """Put the checkpoint's model and optimizer in place."""
-        saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
-        self.model.load_state_dict(saved.state_dict())
+        if self.config.lora.rank:
+            load_adapter(self.model, found.path / "adapter")
+        else:
+            saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
+            self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state(safetensors.torch.load_file(found.path / "optimizer.safetensors"))
         before = found.state["eval_before"]
         return Progress(
@@ -302,6 +314,10 @@ class Trainer:
         )
 
     def _export(self) -> Path:
+        """The tuned model; of adapters both themselves and the model that they are folded into."""
+        if self.config.lora.rank:
+            save_adapter(self.model, self.output / "adapter", base=self.config.model.path)
+            merge_lora(self.model)
         target = self.output / "model"
         stage = self.output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)

@@ -5,6 +5,7 @@
 #include "fastsft/overlap.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "fastsft/parallel.h"
 #include "ngram_tables.h"
@@ -17,7 +18,9 @@ constexpr int64_t kTextsPerTask = 64;
 // Finds what one text after the other shares with the references.
 class Matcher {
  public:
-  explicit Matcher(const NgramIndex& index) : tables_(index.tables()), shared_(tables_.levels.size()) {}
+  // found: a flag for each reference, which the threads share.
+  Matcher(const NgramIndex& index, const std::vector<double>* above, uint8_t* found)
+      : tables_(index.tables()), above_(above), found_(found), shared_(tables_.levels.size()) {}
 
   void match(std::string_view text, int64_t number, Shingler<uint64_t>& shingler, Overlaps& out) {
     for (auto& places : shared_) places.clear();
@@ -61,17 +64,43 @@ class Matcher {
   }
 
   void append(int64_t number, Overlaps& out) {
-    std::vector<std::size_t> at(shared_.size(), 0);
+    const std::size_t lengths = shared_.size(), before = out.shared.size();
+    std::vector<std::size_t> at(lengths, 0);
+    std::vector<Shared> row(lengths);
+    double best = -1.0;
     while (at[0] < shared_[0].size()) {
       const int64_t reference = tables_.reference_of(shared_[0][at[0]]);
-      out.pairs.insert(out.pairs.end(), {number, reference});
       const uint32_t end = tables_.first_word[reference + 1];
-      for (std::size_t k = 0; k < shared_.size(); ++k) {
+      for (std::size_t k = 0; k < lengths; ++k) {
         const std::size_t begin = at[k];
         while (at[k] < shared_[k].size() && shared_[k][at[k]] < end) ++at[k];
-        out.shared.push_back(summarise(tables_.levels[k].n, shared_[k].data() + begin, shared_[k].data() + at[k]));
+        row[k] = summarise(tables_.levels[k].n, shared_[k].data() + begin, shared_[k].data() + at[k]);
       }
+      if (above_) {
+        const double share = passing_share(row, end - tables_.first_word[reference]);
+        if (share >= 0) mark(reference);
+        if (share <= best) continue;
+        best = share;
+        out.pairs.resize(2 * (before / lengths));  // it takes the place of the text's best so far
+        out.shared.resize(before);
+      } else {
+        mark(reference);
+      }
+      out.pairs.insert(out.pairs.end(), {number, reference});
+      out.shared.insert(out.shared.end(), row.begin(), row.end());
     }
+  }
+
+  void mark(int64_t reference) { std::atomic_ref(found_[reference]).store(1, std::memory_order_relaxed); }
+
+  // The largest share of a reference's words that is above the limit of its n; -1 if none is.
+  double passing_share(const std::vector<Shared>& shared, int64_t num_words) const {
+    double most = -1.0;
+    for (std::size_t k = 0; k < shared_.size(); ++k) {
+      const double share = static_cast<double>(shared[k].words) / static_cast<double>(num_words);
+      if (share > (*above_)[k]) most = std::max(most, share);
+    }
+    return most;
   }
 
   // places: ascending, of one reference.
@@ -95,23 +124,29 @@ class Matcher {
   }
 
   const NgramIndex::Tables& tables_;
+  const std::vector<double>* above_;
+  uint8_t* found_;
   std::vector<std::vector<uint32_t>> shared_;  // for each n
   std::vector<uint32_t> places_;
 };
 
 }  // namespace
 
-Overlaps ngram_overlap(const std::string_view* texts, int64_t n, const NgramIndex& index) {
+Overlaps ngram_overlap(const std::string_view* texts, int64_t n, const NgramIndex& index,
+                       const std::vector<double>* above) {
   check_lengths("ngram_overlap", texts, n);
+  FASTSFT_CHECK(!above || above->size() == index.ngrams().size(), "ngram_overlap: above: expected a share for each of ",
+                index.ngrams().size(), " lengths, got ", above ? above->size() : 0);
+  Overlaps all;
+  all.found.assign(index.size(), 0);
   std::vector<Overlaps> parts((n + kTextsPerTask - 1) / kTextsPerTask);
   parallel_for(n, kTextsPerTask, [&](int64_t begin, int64_t end) {
     static thread_local Shingler<uint64_t> shingler;
-    Matcher matcher(index);
+    Matcher matcher(index, above, all.found.data());
     Overlaps& part = parts[begin / kTextsPerTask];
     for (int64_t i = begin; i < end; ++i) matcher.match(texts[i], i, shingler, part);
     shingler.release_if_large();
   });
-  Overlaps all;
   for (const Overlaps& part : parts) {
     all.pairs.insert(all.pairs.end(), part.pairs.begin(), part.pairs.end());
     all.shared.insert(all.shared.end(), part.shared.begin(), part.shared.end());

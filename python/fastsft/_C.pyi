@@ -176,9 +176,9 @@ def near_duplicates(texts: typing.Any, offsets: typing.Any, num_perm: typing.Sup
     """
     Fills labels, int64 [N]; max_cluster 0 is no limit.
     """
-def ngram_overlap(texts: typing.Any, offsets: typing.Any, index: NgramIndex) -> tuple:
+def ngram_overlap(texts: typing.Any, offsets: typing.Any, index: NgramIndex, above: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None) -> tuple:
     """
-    (pairs int64 [M, 2], shared int64 [M, K, 4]: n-grams, words, begin, end)
+    (pairs int64 [M, 2], shared int64 [M, K, 4]: n-grams, words, begin, end; found uint8 [R])
     """
 def num_threads() -> int:
     ...

@@ -11,10 +11,10 @@ using namespace fastsft;
 namespace {
 
 Overlaps overlap(const std::vector<std::string>& texts, const std::vector<std::string>& references,
-                 std::vector<int64_t> ngrams) {
+                 std::vector<int64_t> ngrams, const std::vector<double>* above = nullptr) {
   const std::vector<std::string_view> t(texts.begin(), texts.end()), r(references.begin(), references.end());
   const NgramIndex index(r.data(), static_cast<int64_t>(r.size()), std::move(ngrams));
-  return ngram_overlap(t.data(), static_cast<int64_t>(t.size()), index);
+  return ngram_overlap(t.data(), static_cast<int64_t>(t.size()), index, above);
 }
 
 }  // namespace
@@ -26,6 +26,14 @@ TEST(counts_and_passages) {
   CHECK(two.ngrams == 5 && two.words == 6 && two.begin == 0 && two.end == 13);
   CHECK(three.ngrams == 4 && three.words == 6 && three.begin == 0 && three.end == 13);
   CHECK(found.shared[2].words == 2 && found.shared[3].words == 0 && found.shared[3].end == 0);
+}
+
+TEST(best_pair_of_a_text) {
+  const std::vector<double> above = {0.5};
+  const Overlaps found = overlap({"a b c", "q", "a b c d"}, {"a b z z", "a b c d", "a b c d"}, {2}, &above);
+  CHECK((found.pairs == std::vector<int64_t>{0, 1, 2, 1}));
+  CHECK(found.shared.size() == 2 && found.shared[0].words == 3 && found.shared[1].words == 4);
+  CHECK((found.found == std::vector<uint8_t>{0, 1, 1}));
 }
 
 TEST(any_number_of_threads) {
@@ -40,6 +48,11 @@ TEST(any_number_of_threads) {
   set_num_threads(4);
   const Overlaps four = overlap(texts, references, {2, 5, 9});
   CHECK(one.pairs == four.pairs && !one.pairs.empty());
+  const std::vector<double> above = {0.2, 0.3, 0.4};
+  const Overlaps best = overlap(texts, references, {2, 5, 9}, &above);
+  set_num_threads(1);
+  const Overlaps same = overlap(texts, references, {2, 5, 9}, &above);
+  CHECK(best.pairs == same.pairs && best.found == same.found && !best.pairs.empty());
   for (std::size_t i = 0; i < one.shared.size(); ++i) {
     CHECK(one.shared[i].words == four.shared[i].words && one.shared[i].begin == four.shared[i].begin);
   }

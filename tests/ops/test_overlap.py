@@ -123,6 +123,36 @@ def test_a_word_repeated_for_long() -> None:
     assert found.ngrams.tolist() == [[19_993, 19_988]] * 10
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(TEXT, max_size=6),
+    st.lists(TEXT, max_size=6),
+    st.lists(st.sampled_from([0, 0.25, 0.5, 0.9]), min_size=2, max_size=2),
+)
+def test_the_best_pair_of_each_text(texts: list[str], references: list[str], above: list[float]) -> None:
+    index = ops.ngram_index(references, (2, 3))
+    every = ops.ngram_overlap(texts, index)
+    shares = every.words / index.num_words[every.reference][:, None]
+    passing = np.where(shares > above, shares, -1).max(axis=1)
+    best: dict[int, int] = {}
+    for pair in np.flatnonzero(passing >= 0).tolist():
+        text = int(every.text[pair])
+        if text not in best or passing[pair] > passing[best[text]]:
+            best[text] = pair
+    found = ops.ngram_overlap(texts, index, above=above)
+    assert rows_of(found) == [rows_of(every)[pair] for pair in best.values()]
+    assert np.flatnonzero(found.found).tolist() == sorted(set(every.reference[passing >= 0].tolist()))
+    assert np.flatnonzero(every.found).tolist() == sorted(set(every.reference.tolist()))
+
+
+def test_a_header_that_all_have() -> None:
+    """Millions of pairs, of which no more than the texts are kept."""
+    texts = [f"the one header of all the files that are here x{i} y{i}" for i in range(1500)]
+    found = ops.ngram_overlap(texts, ops.ngram_index(texts, [8]), above=[0.0])
+    assert found.text.tolist() == found.reference.tolist() == list(range(1500))
+    assert found.found.all()
+
+
 def test_nothing_to_compare() -> None:
     for texts, references in (([], ["a b c"]), (["a b c"], []), (["a b"], ["a b c"]), (["", "?!"], ["", "..."])):
         found = ops.ngram_overlap(texts, ops.ngram_index(references, [3]))
@@ -140,3 +170,5 @@ def test_wrong_arguments() -> None:
         ops.ngram_overlap(["\ud800"], index)
     with pytest.raises(ValueError, match="ngram_overlap: texts: expected a sequence of str"):
         ops.ngram_overlap("text", index)
+    with pytest.raises(ValueError, match="ngram_overlap: above: expected a share for each of 3 lengths, got 1"):
+        ops.ngram_overlap(["a"], index, above=[0.5])

@@ -47,7 +47,7 @@ PARAMETERS = {
     "near_duplicates": "texts * threshold num_perm ngram unit bands rows verify max_cluster seed mode",
     "similar_pairs": "texts * threshold ngram unit",
     "ngram_index": "references ngrams",
-    "ngram_overlap": "texts index",
+    "ngram_overlap": "texts index * above",
     "pack_sequences": "lengths * capacity",
     "rms_norm": "x weight eps",
     "apply_rope": "x cos sin",

@@ -45,14 +45,20 @@ struct Shared {
                                // n-grams occur in the text
 };
 
-// M pairs, in ascending order of text, then of reference: those that share an n-gram of the smallest n.
+// M pairs, in ascending order of text, then of reference.
 struct Overlaps {
   std::vector<int64_t> pairs;  // [M, 2]: text, reference
   std::vector<Shared> shared;  // [M, K], K the number of n
+  std::vector<uint8_t> found;  // [R]: 1 for a reference of which some text shares as much as was asked for
 };
 
-// Throws Error for a text of 2^32 - 64 bytes or more. Scratch per thread: a few times the longest text, and up to
-// 12 bytes for each n-gram of the index that one text shares.
-Overlaps ngram_overlap(const std::string_view* texts, int64_t n, const NgramIndex& index);
+// All pairs that share an n-gram of the smallest n. With `above` [K], a share in [0, 1) for each n: of each text only
+// the pair with the largest share, the first of several, among those where for some n more than that share of the
+// reference's words is covered. Then the result is bounded by texts + R, however many references begin with one header.
+//
+// Throws Error for a text of 2^32 - 64 bytes or more, and for `above` of another length. Scratch per thread: a few
+// times the longest text, and up to 12 bytes for each n-gram of the index that one text shares.
+Overlaps ngram_overlap(const std::string_view* texts, int64_t n, const NgramIndex& index,
+                       const std::vector<double>* above = nullptr);
 
 }  // namespace fastsft

@@ -146,12 +146,12 @@ def decontaminate(
             for source in find_sources(given):
                 for kept, _, _ in check_rows(source, finder, Problems("fail"), {}):
                     keep.append(kept)
-                    _tell(progress, keep)
+                    _tell(progress, finder)
             continue
         held.append(of_memory(given, i))
         if len(held) == 1024:
             check_held()
-            _tell(progress, keep)
+            _tell(progress, finder)
     check_held()
     return finder.report(keep)
 
@@ -189,7 +189,7 @@ def decontaminate_files(
         for kept, starts, sizes in check_rows(source, finder, problems, fields or {}):
             keep.append(kept)
             places[-1].append((starts[kept], sizes[kept]))
-            _tell(progress, keep)
+            _tell(progress, finder)
     if output is not None:
         target = Output(output, folder=folder)
         for done, (source, mine) in enumerate(zip(sources, places, strict=True), 1):
@@ -235,30 +235,30 @@ class Finder:
             named = ", ".join(os.fspath(p) for p in against) or "against"
             raise DataError(f"{named}: no text to compare with")
         self._index = ops.ngram_index(self._texts, sorted({r.ngram for r in self._rules}))
+        self._columns = [(rule, self._index.ngrams.index(rule.ngram)) for rule in self._rules]
+        self._above = [min(r.coverage for r in self._rules if r.ngram == n) for n in self._index.ngrams]
         self._num_words = self._index.num_words
         self._found = np.zeros(len(self._texts), np.bool_)
+        self.checked = 0  # texts
         self._dropped: list[Contamination] = []
 
     def check(self, texts: Texts, place: Callable[[int], str]) -> npt.NDArray[np.bool_]:
         """Which of the texts stay. ``place`` names one of them."""
         keep = np.ones(len(texts[1]) - 1, np.bool_)
-        found = ops.ngram_overlap(texts, self._index)
+        self.checked += len(keep)
+        found = ops.ngram_overlap(texts, self._index, above=self._above)
+        self._found |= found.found
         share = found.words / self._num_words[found.reference][:, None]
-        best: dict[int, tuple[float, int, int, Rule]] = {}  # text -> share, pair, column, rule
-        for rule in self._rules:
-            column = self._index.ngrams.index(rule.ngram)
-            for pair in np.flatnonzero(share[:, column] > rule.coverage).tolist():
-                self._found[found.reference[pair]] = True
-                text = int(found.text[pair])
-                if text not in best or share[pair, column] > best[text][0]:
-                    best[text] = (float(share[pair, column]), pair, column, rule)
-        for text, (covered, pair, column, rule) in sorted(best.items()):
+        for pair, (text, reference) in enumerate(zip(found.text.tolist(), found.reference.tolist(), strict=True)):
             keep[text] = False
-            reference = int(found.reference[pair])
+            covered, rule, column = max(  # the first rule of those with the largest share
+                ((s, rule, column) for rule, column in self._columns if (s := share[pair, column]) > rule.coverage),
+                key=lambda broken: broken[0],
+            )
             begin, end = found.passage[pair, column].tolist()
             passage = self._texts[reference].encode()[begin:end].decode()[:_LONGEST_PASSAGE]
             self._dropped.append(
-                Contamination(place(text), self._places[reference], str(rule), round(covered, 4), passage)
+                Contamination(place(text), self._places[reference], str(rule), round(float(covered), 4), passage)
             )
         return keep
 
@@ -300,6 +300,6 @@ def instances(row: Row, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
                 yield name, record.text()
 
 
-def _tell(progress: Progress | None, keep: list[npt.NDArray[np.bool_]]) -> None:
+def _tell(progress: Progress | None, finder: Finder) -> None:
     if progress:
-        progress("comparing rows", sum(map(len, keep)), 0)
+        progress("comparing rows", finder.checked, 0)

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Overlaps:
-    """M pairs of a text and a reference that share an n-gram of the smallest n, by ascending text, then reference.
+    """M pairs of a text and a reference, by ascending text, then reference.
 
     Column k of K stands for the k-th of the index's n.
 
@@ -27,6 +27,7 @@ class Overlaps:
         words: int64 [M, K]: words of the reference that lie in such n-grams.
         passage: int64 [M, K, 2]: from which to which byte of the reference's UTF-8 its longest passage goes, the first
             of several, all of whose n-grams occur in the text; (0, 0) where there is none.
+        found: bool [R]: the references of which some text shares as much as was asked for.
     """
 
     text: Ints
@@ -34,6 +35,7 @@ class Overlaps:
     ngrams: Ints
     words: Ints
     passage: Ints
+    found: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.text)
@@ -60,7 +62,7 @@ def ngram_index(references: Texts, ngrams: Sequence[int] = (8, 10, 13)) -> _C.Ng
     return _C.NgramIndex(data, offsets, sorted(ngrams))
 
 
-def ngram_overlap(texts: Texts, index: _C.NgramIndex) -> Overlaps:
+def ngram_overlap(texts: Texts, index: _C.NgramIndex, *, above: Sequence[float] | None = None) -> Overlaps:
     """The n-grams of words that texts share with the references of an index, for each n, and what they cover.
 
     Exact: hashes only find candidates, whose words are then compared. Runs natively, on all threads, without holding
@@ -69,13 +71,19 @@ def ngram_overlap(texts: Texts, index: _C.NgramIndex) -> Overlaps:
     Args:
         texts: N strings; or their UTF-8 as (data uint8 [bytes], offsets int64 [N + 1]), read in place.
         index: what :func:`ngram_index` made of the references.
+        above: None: all pairs that share an n-gram of the smallest n. K shares in [0, 1), one for each of
+            ``index.ngrams``: of each text only the pair with the largest share, the first of several, among those where
+            for some n more than that share of the reference's words is covered. Where many texts and references have
+            one header in common, their pairs would not fit in memory.
 
     Raises:
-        ValueError: an element is not a string or holds a lone surrogate; broken offsets.
+        ValueError: an element is not a string or holds a lone surrogate; broken offsets; ``above`` of another length.
     """
     data, offsets, _ = _texts.native("ngram_overlap", texts)
-    pairs, shared = _C.ngram_overlap(data, offsets, index)
-    return Overlaps(pairs[:, 0], pairs[:, 1], shared[:, :, 0], shared[:, :, 1], shared[:, :, 2:])
+    pairs, shared, found = _C.ngram_overlap(data, offsets, index, None if above is None else list(above))
+    return Overlaps(
+        pairs[:, 0], pairs[:, 1], shared[:, :, 0], shared[:, :, 1], shared[:, :, 2:], found.astype(np.bool_)
+    )
 
 
 for _name in ("ngram_index", "ngram_overlap"):

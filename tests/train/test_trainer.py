@@ -43,10 +43,10 @@ def update_gradients(
     seen: dict[str, torch.Tensor] = {}
 
     def step(rate: float, norm: torch.Tensor) -> None:
-        for name, master in optimizer.masters.items():
-            assert master.grad is not None
-            assert master.grad.dtype == torch.float32
-            seen[name] = master.grad.clone()
+        for one in optimizer.trained:
+            assert one.gradient is not None
+            assert one.gradient.dtype == (dtype if len(samples) == 1 else torch.float32)
+            seen[one.name] = one.gradient.float()
         expected = torch.stack([g.double().norm() for g in seen.values()]).norm()
         assert float(norm) == pytest.approx(float(expected), rel=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastsft.config import OptimOptions
-from fastsft.data.batch import Sample
+from fastsft.data.batch import Sample, VarlenBatch, collate
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import init_model
 
@@ -50,3 +50,7 @@ def torch_adamw(model: torch.nn.Module, options: OptimOptions) -> torch.optim.Ad
         [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, foreach=False, fused=False,
     )  # fmt: skip
+
+
+def collated(count: int, seed: int) -> VarlenBatch:
+    return collate(random_samples(count, seed))

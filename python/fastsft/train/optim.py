@@ -1,103 +1,149 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) on float32 master weights."""
+"""Optimizers on float32 master weights, behind one interface: AdamW, Muon, and AdamW with 8-bit moments."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from fastsft.config import OptimOptions
+from fastsft.train.adamw import AdamW
+from fastsft.train.adamw8bit import AdamW8bit
+from fastsft.train.muon import Muon
+from fastsft.train.trained import Batches, Trained
 
 
-class MasterAdamW:
-    """torch's fused AdamW over float32 masters of a model's parameters.
+class Rule(Protocol):
+    """How some of the parameters are updated."""
 
-    A float32 parameter is its own master. A bfloat16 one gets a float32 copy, and its gradient is added into a float32
-    buffer after every micro-batch (:meth:`collect`), so that k micro-batches accumulate as exactly as one batch.
+    def update(self, learning_rate: float, divisor: float) -> None:
+        """One step with the gradients divided by ``divisor``; parameters without one stay. Publishes the masters."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next step depends on, as kind/name -> tensor."""
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore :meth:`state`, bit for bit. ValueError: a tensor is missing or of another shape or type."""
+
+
+class MasterOptimizer(ABC):
+    """Collects gradients, clips by their norm, and steps a float32 master of every trained parameter.
+
+    Parameters that require no gradient when it is built have no master and cost nothing.
+
+    Args:
+        model: its parameters are contiguous and on one device. A tied head is one parameter under one name.
+        options: ``clip_norm`` and what the rules read.
     """
 
     def __init__(self, model: nn.Module, options: OptimOptions) -> None:
         self.options = options
-        # A tied head is one parameter under one name.
-        self.named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.masters = {
-            n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for n, p in self.named
-        }
-        decayed = [m for n, m in self.masters.items() if _decays(n, m)]
-        plain = [m for n, m in self.masters.items() if not _decays(n, m)]
-        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=options.lr,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            fused=True,
-        )
+        self.trained = [Trained(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._all = Batches(self.trained)
+        self._rules = self._make_rules()
 
+    @abstractmethod
+    def _make_rules(self) -> list[Rule]:
+        """Each of ``self.trained`` under one rule."""
+
+    @property
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Parameter name -> float32 weights; a float32 parameter itself."""
+        return {one.name: one.master for one in self.trained}
+
+    @torch.no_grad()
     def collect(self) -> None:
-        """Move the gradients of low-precision parameters into the masters. Call after every backward pass."""
-        for name, parameter in self.named:
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad.add_(parameter.grad)
-            parameter.grad = None
+        """Take the gradients of low-precision parameters. Call after every backward pass."""
+        for one in self.trained:
+            one.collect()
 
+    @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """2-norm over all gradients, float32."""
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        """2-norm over all gradients, float32; a norm of norms of pieces, since one float32 sum over a whole embedding
+        loses digits."""
+        norms = [norm for _, found in self._all.gradients() for norm in torch._foreach_norm(found)]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
+    @torch.no_grad()
     def step(self, learning_rate: float, norm: torch.Tensor) -> None:
         """Clip by the global norm, update the masters, round them into the parameters, drop the gradients."""
-        if self.options.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.options.clip_norm, norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._publish()
+        limit = self.options.clip_norm
+        divisor = max(1.0, float(norm) / limit) if limit > 0 else 1.0
+        for rule in self._rules:
+            rule.update(learning_rate, divisor)
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
-        for _, parameter in self.named:
-            parameter.grad = None
+        for one in self.trained:
+            one.drop_gradient()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs, by name: moments, step counts, and the masters of low-precision parameters."""
-        tensors = {}
-        for name, parameter in self.named:
-            master = self.masters[name]
-            for key, value in self._adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
-            if master is not parameter:
-                tensors[f"master/{name}"] = master.detach()
+        """What a resumed run needs, by name: the rules' state, and the masters of low-precision parameters."""
+        tensors = {f"master/{one.name}": one.master.detach() for one in self.trained if not one.is_own_master}
+        for rule in self._rules:
+            tensors |= rule.state()
         return tensors
 
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore :meth:`state`; bit for bit."""
-        with torch.no_grad():
-            for name, parameter in self.named:
-                master = self.masters[name]
-                if master is not parameter:
-                    master.copy_(tensors[f"master/{name}"])
-                state = {k: tensors[f"{k}/{name}"].clone() for k in _MOMENTS if f"{k}/{name}" in tensors}
-                if state:
-                    self._adamw.state[master] = state
-        self._publish()
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore :meth:`state`, bit for bit.
 
-    def _publish(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.named:
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+        Raises:
+            ValueError: a tensor is missing, or of another shape or type.
+        """
+        for one in self.trained:
+            one.restore_master(tensors)
+        for rule in self._rules:
+            rule.load_state(tensors)
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+class MasterAdamW(MasterOptimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    def _make_rules(self) -> list[Rule]:
+        return [AdamW(self.trained, self.options)]
 
 
-def _decays(name: str, parameter: torch.Tensor) -> bool:
-    """Matrices decay; norms, biases and the embedding (tied head included) do not."""
-    return parameter.ndim >= 2 and "embed" not in name
+class MasterAdamW8bit(MasterOptimizer):
+    """AdamW with 8-bit moments on the matrices of the blocks, float32 ones on embedding, head, norms and biases.
+
+    For GPUs, whose memory it saves; on a CPU its steps take tens of times as long as AdamW's.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+
+    def _make_rules(self) -> list[Rule]:
+        hidden, rest = _split(self.trained)
+        return [AdamW8bit(hidden, self.options), AdamW(rest, self.options)]
+
+
+class MasterMuon(MasterOptimizer):
+    """Muon (Jordan et al., 2024) on the matrices of the blocks, AdamW on embedding, head, norms and biases.
+
+    Steps are scaled to the root mean square of AdamW's (Moonshot, arXiv 2502.16982), so that its learning rate and
+    decay carry over.
+
+    Raises:
+        ConfigError: this torch has no Muon.
+    """
+
+    def __init__(self, model: nn.Module, options: OptimOptions, *, momentum: float = 0.95) -> None:
+        self._momentum = momentum
+        super().__init__(model, options)
+
+    def _make_rules(self) -> list[Rule]:
+        hidden, rest = _split(self.trained)
+        return [Muon(hidden, self.options, momentum=self._momentum), AdamW(rest, self.options)]
+
+
+def _split(parameters: Sequence[Trained]) -> tuple[list[Trained], list[Trained]]:
+    """The matrices of the blocks, and the rest."""
+
+    def is_hidden(one: Trained) -> bool:
+        return one.master.ndim == 2 and "embed" not in one.name and not one.name.startswith("lm_head")
+
+    return [one for one in parameters if is_hidden(one)], [one for one in parameters if not is_hidden(one)]

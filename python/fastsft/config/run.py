@@ -120,6 +120,8 @@ class TrainOptions(Section):
     """Optimizer steps between checkpoints; 0 saves only the last."""
     keep: int = 2
     """Checkpoints kept."""
+    async_save: bool = False
+    """Write checkpoints beside the following steps: takes a copy of weights and optimizer state in memory."""
 
 
 @dataclass(frozen=True)

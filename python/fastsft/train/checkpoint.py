@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,38 @@ def write(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], N
     for old in [*folders[: -len(upto)], *upto[keep:]]:
         shutil.rmtree(old)
     return target
+
+
+class Writer:
+    """Writes the checkpoints of a run one after the other: each before :meth:`write` returns, or beside what follows.
+
+    Args:
+        background: write in a thread. ``fill`` must then hold copies of what the run goes on to change.
+    """
+
+    def __init__(self, root: Path, *, keep: int, background: bool) -> None:
+        self._root, self._keep = root, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._last: Future[Path] | None = None
+
+    def write(self, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
+        """See the function :func:`write`. In the background, a failure of the one before is raised here."""
+        self.wait()
+        if self._pool is None:
+            write(self._root, step, state, fill, keep=self._keep)
+        else:
+            self._last = self._pool.submit(write, self._root, step, state, fill, keep=self._keep)
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises what went wrong."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """The same without raising, for a run that ends for another reason."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -142,6 +142,10 @@ class Trainer:
             display.note(line)
         display.note(self._plan())
         log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step)
+        options = self.config.train
+        self._checkpoints = checkpoint.Writer(
+            self.output / "checkpoints", keep=options.keep, background=options.async_save
+        )
         try:
             with Signals(announce=self._progress) as signals:
                 if found:
@@ -151,6 +155,7 @@ class Trainer:
                     progress.before = self._evaluate(0, log, display)
                 return self._steps(progress, signals, log, display)
         finally:
+            self._checkpoints.close()
             display.close()
             log.close()
 
@@ -194,10 +199,12 @@ class Trainer:
             if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
                 self._save(progress)
             if signals.number is not None and progress.step < self.total_steps:
+                self._checkpoints.wait()
                 display.note(f"signal {signals.number}: saved step {progress.step} in {self.output / 'checkpoints'}")
                 raise SystemExit(128 + signals.number)
         if first == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
             after = self._evaluate(self.total_steps, None, display)
+        self._checkpoints.wait()
         speed = tokens / seconds if seconds else None
         return TrainResult(
             self.total_steps, self._export(), progress.loss, progress.before, after, speed, first,
@@ -291,14 +298,18 @@ class Trainer:
             "eval_before": None if progress.before is None else dataclasses.asdict(progress.before),
         }
 
+        model, tensors = self.model, self.optimizer.state()
+        if self.config.train.async_save:  # the next step changes both in place
+            model, tensors = copy.deepcopy(model), {name: tensor.clone() for name, tensor in tensors.items()}
+
         def fill(folder: Path) -> None:
             if self.config.lora.rank:
-                save_adapter(self.model, folder / "adapter", base=self.config.model.path)
+                save_adapter(model, folder / "adapter", base=self.config.model.path)
             else:
-                self._write_model(folder / "model")
-            safetensors.torch.save_file(self.optimizer.state(), folder / "optimizer.safetensors")
+                self._write_model(model, folder / "model")
+            safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
 
-        checkpoint.write(self.output / "checkpoints", progress.step, state, fill, keep=self.config.train.keep)
+        self._checkpoints.write(progress.step, state, fill)
 
     def _restore(self, found: checkpoint.Checkpoint) -> Progress:
         """Put the checkpoint's model and optimizer in place."""
@@ -322,10 +333,10 @@ class Trainer:
         stage = self.output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()  # so that everything temporary lies inside it
-        self._write_model(stage)
+        self._write_model(self.model, stage)
         checkpoint.replace_folder(stage, target)
         return target
 
-    def _write_model(self, folder: Path) -> None:
-        save_model(self.model, folder)
+    def _write_model(self, model: Decoder, folder: Path) -> None:
+        save_model(model, folder)
         self.prepared.tokenizer.save(folder)

@@ -148,6 +148,21 @@ def stop_at(config: dict[str, Any], step: int) -> None:
     assert ended.value.code == 143
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopped_in_every_step_of_two_epochs(dtype: str, texts: Path, tmp_path: Path) -> None:
+    def config_in(folder: str) -> dict[str, Any]:
+        return run_config(texts, tmp_path / folder, dtype=dtype, steps=1000, epochs=2, keep=1)
+
+    whole, result = train(config_in("whole"))
+    assert whole.stages[0].locate(result.steps - 1)[0] == 1, "the second epoch is not reached"
+    for step in range(1, result.steps):
+        stop_at(config_in("run"), step)
+    _, last = train(config_in("run"))
+    assert last.resumed_from == result.steps - 1
+    for name in ("checkpoints/step-%08d/optimizer.safetensors" % result.steps, "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_finished_run_knows_its_losses(texts: Path, tmp_path: Path) -> None:
     config = small(texts, tmp_path / "run")
     _, first = train(config)

@@ -127,32 +127,35 @@ void link(py::handle texts, py::handle offsets, py::handle members, py::handle b
   link_similar(views.data(), n, {in_members, in_offsets, buckets}, options, in_rows, forest, num_rows);
 }
 
-void find_duplicates(py::handle texts, py::handle offsets, int64_t num_perm, int64_t ngram, bool chars, uint64_t seed,
-                     int64_t bands, int64_t rows, double threshold, bool verify, int64_t max_cluster,
-                     py::handle labels) {
+// Texts in, a label for each out: find(texts, n, labels), without the GIL.
+template <typename Find>
+void label_texts(py::handle texts, py::handle offsets, py::handle labels, const Find& find) {
   Check check("near_duplicates");
   auto* out = check.in<int64_t>("labels", labels, "N");
   const std::vector<std::string_view> views = text_views("near_duplicates", texts, offsets);
   const int64_t n = static_cast<int64_t>(views.size());
   check.require(check.size("N") == n, "labels", "one per text, " + std::to_string(n), std::to_string(check.size("N")));
   require_kernels(check, "near_duplicates");
+  py::gil_scoped_release release;
+  find(views.data(), n, out);
+}
+
+void find_duplicates(py::handle texts, py::handle offsets, int64_t num_perm, int64_t ngram, bool chars, uint64_t seed,
+                     int64_t bands, int64_t rows, double threshold, bool verify, int64_t max_cluster,
+                     py::handle labels) {
   const MinHashOptions minhash{num_perm, ngram, unit_of(chars), seed};
   const LinkOptions options{threshold, {ngram, unit_of(chars)}, verify, max_cluster};
-  py::gil_scoped_release release;
-  near_duplicates(views.data(), n, minhash, {bands, rows}, options, out);
+  label_texts(texts, offsets, labels, [&](const std::string_view* views, int64_t n, int64_t* out) {
+    near_duplicates(views, n, minhash, {bands, rows}, options, out);
+  });
 }
 
 void find_all_duplicates(py::handle texts, py::handle offsets, int64_t ngram, bool chars, double threshold,
                          int64_t max_cluster, py::handle labels) {
-  Check check("near_duplicates");
-  auto* out = check.in<int64_t>("labels", labels, "N");
-  const std::vector<std::string_view> views = text_views("near_duplicates", texts, offsets);
-  const int64_t n = static_cast<int64_t>(views.size());
-  check.require(check.size("N") == n, "labels", "one per text, " + std::to_string(n), std::to_string(check.size("N")));
-  require_kernels(check, "near_duplicates");
   const LinkOptions options{threshold, {ngram, unit_of(chars)}, true, max_cluster};
-  py::gil_scoped_release release;
-  all_pairs_clusters(views.data(), n, options, out);
+  label_texts(texts, offsets, labels, [&](const std::string_view* views, int64_t n, int64_t* out) {
+    all_pairs_clusters(views, n, options, out);
+  });
 }
 
 py::tuple find_pairs(py::handle texts, py::handle offsets, double threshold, int64_t ngram, bool chars) {

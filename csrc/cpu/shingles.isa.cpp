@@ -20,19 +20,30 @@ inline uint64_t load8(const uint8_t* from) {
   return v;
 }
 
-inline uint32_t finalise(uint32_t h) {
+// fmix32 and fmix64. T: the hash or a vector of them.
+template <typename T>
+inline T mix32(T h) {
   h ^= h >> 16;
   h *= 0x85EBCA6Bu;
   h ^= h >> 13;
   h *= 0xC2B2AE35u;
   return h ^ (h >> 16);
 }
-inline uint64_t finalise(uint64_t h) {
+template <typename T>
+inline T mix64(T h) {
   h ^= h >> 33;
-  h *= 0xFF51AFD7ED558CCDu;
+  h *= uint64_t{0xFF51AFD7ED558CCD};
   h ^= h >> 33;
-  h *= 0xC4CEB9FE1A85EC53u;
+  h *= uint64_t{0xC4CEB9FE1A85EC53};
   return h ^ (h >> 33);
+}
+template <typename Hash, typename T>
+inline T finalise(T h) {
+  if constexpr (sizeof(Hash) == 4) {
+    return mix32(h);
+  } else {
+    return mix64(h);
+  }
 }
 
 // Of 64 bytes, lower-cased in place, one bit per byte: is it part of a word? And of 64 bytes without a top bit: is it
@@ -261,21 +272,58 @@ int64_t chars_of(const char* text, int64_t length, Hash* units) {
     }
   }
   if (space && count > 0) --count;
-  for (int64_t i = 0; i < count; ++i) units[i] = finalise(units[i]);
+  for (int64_t i = 0; i < count; ++i) units[i] = finalise<Hash>(units[i]);
   return count;
+}
+
+#if defined(__AVX512F__)
+constexpr int kShingleBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kShingleBytes = 32;
+#else
+constexpr int kShingleBytes = 16;
+#endif
+template <typename Hash>
+struct Lanes {
+  typedef Hash Type __attribute__((vector_size(kShingleBytes)));
+};
+
+// `count` vectors of shingles, of successive units from `units` on.
+template <int count, typename Hash>
+inline void shingle_vectors(Hash multiplier, const Hash* units, int64_t ngram, Hash* shingles) {
+  using Vec = typename Lanes<Hash>::Type;
+  constexpr int kLanes = kShingleBytes / sizeof(Hash);
+  Vec sum[count] = {};
+  Hash coefficient = 1;
+  for (int64_t k = 0; k < ngram; ++k) {
+    coefficient *= multiplier;
+    for (int v = 0; v < count; ++v) {
+      Vec unit;
+      std::memcpy(&unit, units + k + v * kLanes, sizeof(unit));
+      sum[v] += unit * coefficient;
+    }
+  }
+  for (int v = 0; v < count; ++v) {
+    const Vec hash = finalise<Hash>(sum[v]);
+    std::memcpy(shingles + v * kLanes, &hash, sizeof(hash));
+  }
 }
 
 template <typename Hash>
 int64_t shingles_of(Hash multiplier, const Hash* units, int64_t count, int64_t ngram, Hash* shingles) {
   if (ngram > count) ngram = count;
+  constexpr int kLanes = kShingleBytes / sizeof(Hash), kTogether = 4;
   const int64_t n = count - ngram + 1;
-  for (int64_t i = 0; i < n; ++i) shingles[i] = 0;
-  Hash coefficient = 1;
-  for (int64_t k = 0; k < ngram; ++k) {
-    coefficient *= multiplier;
-    for (int64_t i = 0; i < n; ++i) shingles[i] += units[i + k] * coefficient;
+  int64_t i = 0;
+  for (; i + kTogether * kLanes <= n; i += kTogether * kLanes) {
+    shingle_vectors<kTogether>(multiplier, units + i, ngram, shingles + i);
   }
-  for (int64_t i = 0; i < n; ++i) shingles[i] = finalise(shingles[i]);
+  for (; i + kLanes <= n; i += kLanes) shingle_vectors<1>(multiplier, units + i, ngram, shingles + i);
+  for (; i < n; ++i) {
+    Hash sum = 0, coefficient = 1;
+    for (int64_t k = 0; k < ngram; ++k) sum += units[i + k] * (coefficient *= multiplier);
+    shingles[i] = finalise<Hash>(sum);
+  }
   return n;
 }
 
@@ -294,11 +342,11 @@ int64_t hash_chars32(const char* text, int64_t length, uint32_t* units) { return
 int64_t hash_chars64(const char* text, int64_t length, uint64_t* units) { return chars_of(text, length, units); }
 
 void hash_tokens32(const int32_t* tokens, int64_t count, uint32_t* units) {
-  for (int64_t i = 0; i < count; ++i) units[i] = finalise(static_cast<uint32_t>(tokens[i]));
+  for (int64_t i = 0; i < count; ++i) units[i] = finalise<uint32_t>(static_cast<uint32_t>(tokens[i]));
 }
 
 void hash_tokens64(const int64_t* tokens, int64_t count, uint32_t* units) {
-  for (int64_t i = 0; i < count; ++i) units[i] = finalise(static_cast<uint32_t>(tokens[i]));
+  for (int64_t i = 0; i < count; ++i) units[i] = finalise<uint32_t>(static_cast<uint32_t>(tokens[i]));
 }
 
 // shingles [max(count - ngram + 1, 1)] from units [count], count >= 1. Returns the number of shingles.

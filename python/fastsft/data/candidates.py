@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +120,16 @@ def signature_texts(shards: Shards, rows: Ints, *, memory: int, folder: Path | N
         words[:, :, 4:12:2], words[:, :, 5:12:2] = digits[values >> 4], digits[values & 15]
         texts.append(words.reshape(-1), np.full(len(part), num_perm * width))
     return texts.finish()
+
+
+def compared_texts(
+    sources: Sequence[Source], shards: Shards, rows: Ints, options: SketchOptions,
+    verify: Literal["exact", "signature"], *, memory: int, folder: Path | None,
+) -> tuple[CandidateTexts, SketchOptions]:  # fmt: skip
+    """What stands for the rows' texts where they are compared, and the options of that."""
+    if verify == "exact":
+        return candidate_texts(sources, shards, rows, options, memory=memory, folder=folder), options
+    return signature_texts(shards, rows, memory=memory, folder=folder), for_signatures(options)
 
 
 def for_signatures(options: SketchOptions) -> SketchOptions:

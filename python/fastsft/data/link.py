@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastsft.data.candidates import CandidateTexts, candidate_texts, for_signatures, signature_texts
+from fastsft.data.candidates import CandidateTexts, compared_texts
 from fastsft.data.scan import Progress, SketchOptions
 from fastsft.data.shards import Shards
 from fastsft.data.sources import Source
@@ -137,12 +137,10 @@ def link(
     parent = np.arange(len(first))
     if known is not None:
         parent[:since] = known
-    if how.verify == "exact":
-        texts = candidate_texts(sources, shards, rows, options, memory=memory // 8, folder=folder)
-    else:
-        texts = signature_texts(shards, rows, memory=memory // 8, folder=folder)
-        options = for_signatures(options)
-    link_buckets(buckets, texts, parent, options, how.max_cluster, memory=memory // 16, progress=progress)
+    texts, compared = compared_texts(
+        sources, shards, rows, options, how.verify, memory=memory // 8, folder=folder
+    )  # fmt: skip
+    link_buckets(buckets, texts, parent, compared, how.max_cluster, memory=memory // 16, progress=progress)
     return first, roots(parent)[first]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsft.data.candidates import candidate_texts, for_signatures, signature_texts
+from fastsft.data.candidates import compared_texts
 from fastsft.data.link import LinkOptions, band_buckets, equal_rows, limit_clusters, link_buckets, oversized, roots
 from fastsft.data.problems import Problems
 from fastsft.data.scan import Progress, SketchOptions, scan, scan_source
@@ -70,7 +70,9 @@ def link_on_ray(
         rows = np.flatnonzero(large[roots(parent)] & alone)
         if len(rows):
             buckets = [band_buckets(shards, band, alone, memory=memory) for band in range(bands)]
-            texts, compared = _texts(sources, shards, rows, options, how, memory, folder)
+            texts, compared = compared_texts(
+                sources, shards, rows, options, how.verify, memory=memory // 8, folder=folder
+            )  # fmt: skip
             limit_clusters(buckets, texts, parent, compared, how.max_cluster)
     return first, roots(parent)[first]
 
@@ -121,16 +123,9 @@ def _compare_band(
     shards = open_shards(folder)
     buckets = band_buckets(shards, band, alone, memory=memory)
     rows = np.unique(buckets.members)
-    texts, compared = _texts(sources, shards, rows, options, how, memory, folder)
+    texts, compared = compared_texts(sources, shards, rows, options, how.verify, memory=memory // 8, folder=folder)
     parent = np.arange(len(alone))
     link_buckets([buckets], texts, parent, compared, None, memory=memory // 16)
     heads = roots(parent)
     moved = np.flatnonzero(heads != np.arange(len(heads)))
     return moved, heads[moved]
-
-
-def _texts(sources: Sequence[Source], shards: Shards, rows: Ints, options: SketchOptions, how: LinkOptions, memory: int,
-           folder: Path) -> tuple[Any, SketchOptions]:  # fmt: skip
-    if how.verify == "exact":
-        return candidate_texts(sources, shards, rows, options, memory=memory // 8, folder=folder), options
-    return signature_texts(shards, rows, memory=memory // 8, folder=folder), for_signatures(options)

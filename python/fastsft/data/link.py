@@ -5,7 +5,8 @@ whose texts are read again, in one pass over the files, and compared exactly (:f
 clusters are those of :func:`fastsft.ops.near_duplicates` on all texts at once: what is held in memory at a time, and in
 which order, changes nothing.
 
-Memory, in bytes a row: 8 for the first of equal rows, 8 for the clusters; besides these, parts sized by ``memory``.
+Memory, in bytes a row: 8 for the first of equal rows, 8 for the clusters; besides these, parts sized by ``memory``, and
+the texts of the largest cluster where clusters are limited.
 """
 
 from __future__ import annotations
@@ -161,7 +162,11 @@ def link_buckets(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints
 
 def limit_clusters(buckets: Sequence[Buckets], texts: CandidateTexts, parent: Ints, options: SketchOptions,
                    max_cluster: int) -> None:  # fmt: skip
-    """Make the components with more than ``max_cluster`` rows anew, within the limit. ``texts`` has theirs."""
+    """Make the components with more than ``max_cluster`` rows anew, within the limit. ``texts`` has theirs.
+
+    Whatever the limit of memory, the texts of one such component are held at a time: which star a text joins depends on
+    all before it.
+    """
     found = roots(parent)
     large = oversized(parent, max_cluster)
     parts = _joined([_within(part, large[found]) for part in buckets])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,13 @@ def test_decontaminate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 records: 1 kept, 1 dropped by 13, 10" in shown
     assert f"{against}: 1 of 2 rows found, 1 too short to be" in shown
     assert "in.jsonl:1" in shown
+    name = f"a_file_with_a_rather_long_name_that_{'x' * 30}.jsonl"
+    rows = [str(write(tmp_path / name, [{"text": words}])), "-o", str(tmp_path / "kept.jsonl")]
+    cli.main(["decontaminate", *rows, "--against", str(against)])
+    shown = capsys.readouterr().out
+    table = [re.split("[│┃]", line)[1].strip() for line in shown.splitlines() if line[:1] in ("│", "┃")]
+    assert f"{name}:1" in "".join(table)  # folded, its end is not cut off
+    assert f"the rows that stay are in {tmp_path / 'kept.jsonl'}\n" in shown
     write(against, [{"prompt": f"{words} <b>bold</b> & more"}])
     cli.main([*map(str, ("decontaminate", source, "--against", against, "--report", tmp_path / "r.html"))])
     page = (tmp_path / "r.html").read_text()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastsft.config import ConfigError, load_config
-from fastsft.data.lock import hold
+from fastsft.data.lock import hold, remove_held
 from fastsft.data.prepare import prepare
 
 HOLDER = """
@@ -37,6 +39,28 @@ def test_the_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> N
         assert (output / ".lock").read_text() == str(os.getpid())
     with hold(tmp_path / "runs" / "b"), hold(output):
         pass
+
+
+def test_a_lock_that_its_holder_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process that has opened the file by then must lock the new one, as a third would."""
+    folder = tmp_path / "work"
+    flock, first = fcntl.flock, hold(folder)
+    first.__enter__()
+
+    def let_go_first(stream: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        remove_held(folder)
+        first.__exit__(None, None, None)
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", let_go_first)
+    with hold(folder):
+        assert (folder / ".lock").exists()
+        with pytest.raises(ConfigError, match="is in use by another run"):
+            hold(folder).__enter__()
+        (folder / "mine").touch()
+        remove_held(folder)
+    assert [p.name for p in folder.iterdir()] == ["mine"]
 
 
 def test_data_are_not_prepared_in_a_folder_in_use(tmp_path: Path) -> None:

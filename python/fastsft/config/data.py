@@ -138,7 +138,8 @@ class DataOptions(Section):
     eval_fraction: float = 0.02
     format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
-    """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: :data:`FIELD_NAMES`."""
+    """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: messages, prompt,
+    completion, prefix, suffix, middle, text and weight."""
     max_length: int = 2048
     """Tokens a sample may have; see ``on_long``."""
     max_bad: float = 0.0

@@ -24,7 +24,7 @@ from fastsft.data.dedup import DedupReport
 from fastsft.data.keep import Keep, cheapest
 from fastsft.data.keep import check as check_choice
 from fastsft.data.link import LinkOptions, link
-from fastsft.data.lock import hold
+from fastsft.data.lock import hold, remove_held
 from fastsft.data.problems import Problems
 from fastsft.data.scan import Progress, SketchOptions, scan
 from fastsft.data.shards import Shards
@@ -206,6 +206,7 @@ def _work_folder(work: Path | None, plan: dict[str, Any]) -> Iterator[Path | Non
         yield shards
         _discard(shards)
         (work / "plan.json").unlink()
+        remove_held(work)
 
 
 def _discard(shards: Path) -> None:

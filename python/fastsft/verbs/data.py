@@ -123,6 +123,8 @@ def dedup(
         print_json(summary)
     else:
         _show_duplicates(summary)
+        if output is not None:
+            print(f"the rows that stay are in {output}")
 
 
 def _check_target(flag: str, target: Path | None, sources: tuple[Path, ...]) -> None:
@@ -149,7 +151,7 @@ def _bytes(flag: str, written: str) -> int:
 
 def _show_duplicates(summary: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fastsft.data.notices import notices
 
@@ -162,7 +164,7 @@ def _show_duplicates(summary: dict[str, Any]) -> None:
         console.print(line, soft_wrap=True)
     if not summary["clusters"]:
         return
-    table = Table("size", "members", "begins with", title="largest clusters")
+    table = Table("size", Column("members", overflow="fold"), "begins with", title="largest clusters")
     for cluster in summary["clusters"][:10]:
         table.add_row(
             str(cluster["size"]), "\n".join(Path(s).name for s in cluster["sources"][:3]), cluster["example"][:80]

@@ -62,6 +62,8 @@ def decontaminate(
         print_json(summary)
     else:
         _show(summary)
+        if output is not None:
+            print(f"the rows that stay are in {output}")
 
 
 def _check_target(flag: str, target: Path | None, inputs: tuple[Path, ...]) -> None:
@@ -78,7 +80,7 @@ def _check_target(flag: str, target: Path | None, inputs: tuple[Path, ...]) -> N
 
 def _show(summary: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fastsft.data.notices import notices
 
@@ -96,7 +98,8 @@ def _show(summary: dict[str, Any]) -> None:
         console.print(line, soft_wrap=True)
     if not dropped:
         return
-    table = Table("row", "evaluation", "rule", "covered", "shared", title="dropped, the largest shares first")
+    places = [Column(name, overflow="fold") for name in ("row", "evaluation")]  # the line number is at the end
+    table = Table(*places, "rule", "covered", "shared", title="dropped, the largest shares first")
     for d in sorted(dropped, key=lambda d: -d["coverage"])[:10]:
         row, evaluation = (Path(d[key]).name for key in ("source", "evaluation"))
         table.add_row(row, evaluation, d["rule"], f"{d['coverage']:.0%}", d["passage"][:80])

@@ -77,3 +77,12 @@ def test_time_follows_the_texts() -> None:
     labels = ops.near_duplicates(texts, ngram=1, bands=16, rows=8)
     assert time.process_time() - begun < 2
     assert np.array_equal(labels, np.arange(8000))
+
+
+def test_stars_of_all_pairs_do_not_list_the_pairs() -> None:
+    """Of 4,000 texts that are all similar: eight million pairs."""
+    texts = [" ".join([*(f"h{j}" for j in range(60)), f"t{i}"]) for i in range(4000)]
+    begun = time.process_time()
+    labels = ops.near_duplicates(texts, ngram=1, mode="all_pairs", max_cluster=100)
+    assert time.process_time() - begun < 0.5
+    assert sorted(np.unique(labels, return_counts=True)[1]) == 40 * [100]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_case import SIZES, VOCABULARIES, Case, documents
+from train_case import SIZES, VOCABULARIES, Case, Replay, documents
 
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import init_model, save_model
@@ -33,19 +33,6 @@ STEPS = 4  # the first is not counted
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 CONTESTANTS = ("fastsft", "torch", "torch, without float32 weights", "TRL, packed", "TRL, padded")
 CHILD = Path(__file__).with_name("train_contestants.py")
-
-
-class Replay:
-    """A clock that is set forward by times measured elsewhere."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 CLOCK = Replay()

@@ -65,3 +65,16 @@ def documents(vocab_size: int) -> list[Document]:
         ids = [generator.randrange(vocab_size) for _ in range(length)]
         found.append(Document(ids, prompt=int(length * share)))
     return found
+
+
+class Replay:
+    """A clock that is set forward by times measured elsewhere."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds

@@ -55,6 +55,14 @@ def test_equal_reference(corpus: str, threshold: float, limit: int | None) -> No
         assert np.array_equal(got, reference.near_duplicates(CORPORA[corpus], **options, **shape))
 
 
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_stars_of_all_pairs_equal_reference(corpus: str) -> None:
+    for threshold, limit in ((0.7, 3), (0.6, 9)):
+        options: dict[str, Any] = {"threshold": threshold, "ngram": 1, "max_cluster": limit, "mode": "all_pairs"}
+        got = ops.near_duplicates(CORPORA[corpus], **options)
+        assert np.array_equal(got, reference.near_duplicates(CORPORA[corpus], **options))
+
+
 def test_large_components_are_the_same_on_any_number_of_threads(settings_kept: None) -> None:
     texts = with_header(1500, 60, range(2, 26), 1, common=4)
     texts += [f"{text} more" for text in texts[:100]]

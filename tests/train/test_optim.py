@@ -92,7 +92,7 @@ def test_muon_equals_its_formula(dtype: torch.dtype) -> None:
     shapes: dict[str, tuple[int, ...]] = {"wide": (24, 60), "tall": (60, 24), "norm": (24,)}
     model = Tensors(shapes, dtype)
     rate, momentum, decay = 0.01, 0.9, 0.5
-    mine = MasterMuon(model, OptimOptions(weight_decay=decay, clip_norm=0.5), momentum=momentum)
+    mine = MasterMuon(model, OptimOptions(weight_decay=decay, clip_norm=0.5, momentum=momentum))
     expected = {n: m.detach().double() for n, m in mine.masters.items()}
     buffers = {n: torch.zeros_like(w) for n, w in expected.items()}
     moved = dict(expected)

@@ -159,7 +159,7 @@ def test_stopped_in_every_step_of_two_epochs(dtype: str, texts: Path, tmp_path: 
         stop_at(config_in("run"), step)
     _, last = train(config_in("run"))
     assert last.resumed_from == result.steps - 1
-    for name in ("checkpoints/step-%08d/optimizer.safetensors" % result.steps, "model/model.safetensors"):
+    for name in (f"checkpoints/step-{result.steps:08d}/optimizer.safetensors", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

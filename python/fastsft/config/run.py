@@ -85,6 +85,8 @@ class StageOptions(Section):
 
 @dataclass(frozen=True)
 class OptimOptions(Section):
+    kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """Muon: on the matrices of the blocks, AdamW on the rest, at AdamW's learning rates (arXiv 2502.16982)."""
     lr: float = 2e-5
     beta1: float = 0.9
     beta2: float = 0.95
@@ -93,13 +95,20 @@ class OptimOptions(Section):
     """Decoupled (AdamW), on matrices only: not on norms, biases and embeddings."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    momentum: float = 0.95
+    """Of Muon."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is what is evaluated and exported; 0: none."""
 
 
 @dataclass(frozen=True)
 class ScheduleOptions(Section):
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """wsd: constant, then down by 1 - sqrt(x) over the last ``decay`` (arXiv 2404.06395, 2405.18392)."""
     warmup: float = 0.03
     """Below 1 a fraction of all steps, otherwise a number of steps."""
+    decay: float = 0.2
+    """Of wsd: below 1 a fraction of all steps, otherwise a number of steps."""
     final: float = 0.0
     """Learning rate at the end as a fraction of the peak."""
 

@@ -131,13 +131,20 @@ class MasterMuon(MasterOptimizer):
         ConfigError: this torch has no Muon.
     """
 
-    def __init__(self, model: nn.Module, options: OptimOptions, *, momentum: float = 0.95) -> None:
-        self._momentum = momentum
-        super().__init__(model, options)
-
     def _make_rules(self) -> list[Rule]:
         hidden, rest = _split(self.trained)
-        return [Muon(hidden, self.options, momentum=self._momentum), AdamW(rest, self.options)]
+        return [Muon(hidden, self.options, momentum=self.options.momentum), AdamW(rest, self.options)]
+
+
+def make_optimizer(model: nn.Module, options: OptimOptions) -> MasterOptimizer:
+    """Of the kind that the options name.
+
+    Raises:
+        ConfigError: what it needs is not installed.
+    """
+    if options.kind == "muon":
+        return MasterMuon(model, options)
+    return MasterAdamW8bit(model, options) if options.kind == "adamw8bit" else MasterAdamW(model, options)
 
 
 def _split(parameters: Sequence[Trained]) -> tuple[list[Trained], list[Trained]]:

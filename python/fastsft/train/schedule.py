@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from fastsft.config import ScheduleOptions
 
@@ -13,44 +12,22 @@ def warmup_steps(options: ScheduleOptions, total: int) -> int:
     return _steps(options.warmup, total)
 
 
-def warmup_stable_decay(
-    step: int, total: int, *, warmup: float, decay: float, final: float = 0.0, shape: Literal["sqrt", "linear"] = "sqrt"
-) -> float:
-    """Fraction of the peak learning rate at ``step`` in [0, total): a schedule whose constant part can be prolonged
-    (WSD, arXiv 2404.06395; the shapes of its decay, arXiv 2405.18392).
-
-    Linear from 1/w to 1 over the w warm-up steps, constant, and down to ``final``, which the last step reaches: with x
-    from 0 to 1 over the decay, by 1 - sqrt(x) or 1 - x.
-
-    Args:
-        warmup, decay: below 1 a fraction of all steps (rounded up), otherwise a number of steps; the decay gets what
-            the warm-up leaves.
-    """
-    warm = _steps(warmup, total)
-    down = min(_steps(decay, total), total - warm)
-    if step < warm:
-        return (step + 1) / warm
-    done = step - (total - down) + 1
-    if done <= 0:
-        return 1.0
-    x = done / down
-    return final + (1 - final) * (1 - (math.sqrt(x) if shape == "sqrt" else x))
-
-
 def factor(options: ScheduleOptions, step: int, total: int) -> float:
     """Fraction of the peak learning rate at ``step`` in [0, total).
 
-    Linear from 1/w to 1 over the w warm-up steps; then constant, or linear or half a cosine down to ``final``, which
-    the last step reaches.
+    Linear from 1/w to 1 over the w warm-up steps; then constant, or with x from 0 to 1 over all that is left down to
+    ``final``, which the last step reaches: linearly, or by half a cosine. ``wsd`` is constant before its ``decay``, so
+    that a run can be prolonged from there (arXiv 2404.06395), and goes down by 1 - sqrt(x) (arXiv 2405.18392).
     """
     warm = warmup_steps(options, total)
     if step < warm:
         return (step + 1) / warm
-    if options.kind == "constant":
+    down = {"constant": 0, "wsd": _steps(options.decay, total)}.get(options.kind, total)
+    down = min(down, total - warm)
+    if step < total - down:
         return 1.0
-    left = total - warm
-    done = (step - warm + 1) / left if left > 0 else 1.0
-    shape = 1 - done if options.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    x = (step + 1 - (total - down)) / down
+    shape = {"linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x)), "wsd": 1 - math.sqrt(x)}[options.kind]
     return options.final + (1 - options.final) * shape
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from fastsft.models.weights import load_model, save_model
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
 from fastsft.train import checkpoint, light, resume, schedule, start
+from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
 from fastsft.train.metrics import Display, MetricsLog
 from fastsft.train.objective import Objective, check_objective, describe
-from fastsft.train.optim import MasterAdamW
+from fastsft.train.optim import make_optimizer
 from fastsft.train.reference import Reference, cache_name, reference_logprobs
 from fastsft.train.selfcheck import check_packing
 from fastsft.train.signals import Signals
@@ -106,7 +108,8 @@ class Trainer:
         if config.lora.rank:
             start.adapt(self.model, config)
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self.optimizer = MasterAdamW(self.model, config.optim)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.average = Ema(self.optimizer, config.optim.ema) if config.optim.ema else None
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
         self.stages = [Stage(config, i, self.prepared.train) for i in range(len(stages_of(config)))]
         self.total_steps = sum(stage.steps for stage in self.stages)
@@ -181,6 +184,8 @@ class Trainer:
                 result = self._update(progress.step, batches, rate)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}. Checkpoints: {self.output / 'checkpoints'}") from None
+            if self.average:
+                self.average.update()
             took = time.perf_counter() - began
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
@@ -245,12 +250,17 @@ class Trainer:
         return {names[origin]: total / weight for origin, (total, weight) in sorted(origins.items()) if weight > 0}
 
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
-        result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
+        with self._averaged():
+            result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
         if result is not None:
             if log is not None:
                 log.write("eval", step, loss=result.loss, tokens=result.tokens)
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """What is evaluated and exported: the averaged weights, where there are any."""
+        return self.average.applied() if self.average else nullcontext()
 
     def _reference(self) -> Reference | None:
         """What the objective compares with; called while the model is still what the run found."""
@@ -298,7 +308,7 @@ class Trainer:
             "eval_before": None if progress.before is None else dataclasses.asdict(progress.before),
         }
 
-        model, tensors = self.model, self.optimizer.state()
+        model, tensors = self.model, self.optimizer.state() | (self.average.state() if self.average else {})
         if self.config.train.async_save:  # the next step changes both in place
             model, tensors = copy.deepcopy(model), {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -318,7 +328,10 @@ class Trainer:
         else:
             saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
             self.model.load_state_dict(saved.state_dict())
-        self.optimizer.load_state(safetensors.torch.load_file(found.path / "optimizer.safetensors"))
+        tensors = safetensors.torch.load_file(found.path / "optimizer.safetensors")
+        self.optimizer.load_state(tensors)
+        if self.average:
+            self.average.load_state(tensors)
         before = found.state["eval_before"]
         return Progress(
             found.step, found.state["train_loss"], EvalResult(**before) if before else None, found.state["stages"]
@@ -326,14 +339,15 @@ class Trainer:
 
     def _export(self) -> Path:
         """The tuned model; of adapters both themselves and the model that they are folded into."""
-        if self.config.lora.rank:
-            save_adapter(self.model, self.output / "adapter", base=self.config.model.path)
-            merge_lora(self.model)
         target = self.output / "model"
         stage = self.output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()  # so that everything temporary lies inside it
-        self._write_model(self.model, stage)
+        with self._averaged():
+            if self.config.lora.rank:
+                save_adapter(self.model, self.output / "adapter", base=self.config.model.path)
+                merge_lora(self.model)
+            self._write_model(self.model, stage)
         checkpoint.replace_folder(stage, target)
         return target
 

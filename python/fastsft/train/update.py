@@ -12,7 +12,7 @@ import torch
 from fastsft.data.batch import VarlenBatch
 from fastsft.models.decoder import Decoder
 from fastsft.train.objective import Objective, by_origin
-from fastsft.train.optim import MasterAdamW
+from fastsft.train.optim import MasterOptimizer
 
 
 class NonFiniteError(FloatingPointError):
@@ -34,7 +34,7 @@ class Update:
     The loss is divided by what all the micro-batches give together, so any split of a step gives the same gradient.
     """
 
-    def __init__(self, model: Decoder, optimizer: MasterAdamW, objective: Objective, *, seed: int) -> None:
+    def __init__(self, model: Decoder, optimizer: MasterOptimizer, objective: Objective, *, seed: int) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self._seed = seed
 

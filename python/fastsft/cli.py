@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "generate": (verbs.generate, False),
     "eval": (verbs.evaluate, False),
     "sample": (verbs.sample, False),
+    "iterate": (verbs.iterate, False),
     "check": (verbs.check, False),
     "soup": (verbs.soup, False),
     "restore-layers": (verbs.restore_layers, False),
@@ -127,7 +128,8 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
 
 
 def _say_interrupted(verb: str) -> None:
-    goes_on = {"train": "goes on from the newest checkpoint, if there is one", "sample": "goes on where it was"}
+    goes_on = {"train": "goes on from the newest checkpoint, if there is one", "sample": "goes on where it was",
+               "iterate": "goes on where it was"}  # fmt: skip
     after = goes_on.get(verb, "begins anew")
     print(f"\nfastsft: interrupted; the same command {after}", file=sys.stderr)
 

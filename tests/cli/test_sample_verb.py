@@ -23,7 +23,7 @@ DRAW = ["--completion", "--n", "6", "--temperature", "1", "--max-tokens", "32", 
 
 def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks, output = write(tmp_path / "tasks.jsonl", TASKS), tmp_path / "data.jsonl"
-    command = ["sample", trained / "run" / "model", tasks, "-o", output, "--near", "None", "--near-all", "None", *DRAW]
+    command = ["sample", trained / "run" / "model", tasks, "-o", output, "--near", "0", "--near-all", "0", *DRAW]
     report = result_of(capsys, *command)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert report["rows"] == len(rows) > 0
@@ -61,7 +61,7 @@ def test_sample_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
     model, out = trained / "run" / "model", ["-o", tmp_path / "out.jsonl"]
     empty, tasks = write(tmp_path / "empty.jsonl", []), write(tmp_path / "tasks.jsonl", TASKS)
     assert refusal(capsys, "sample", model, empty, *out) == f"sample: {empty}: no task"
-    assert "per_task: expected at least 1" in refusal(capsys, "sample", model, tasks, *out, "--per-task", "0")
+    assert "near: expected a similarity" in refusal(capsys, "sample", model, tasks, *out, "--near", "2")
     assert "temperature: expected" in refusal(capsys, "sample", model, tasks, *out, "--temperature", "-1")
     assert "expected the name of a file" in refusal(capsys, "sample", model, tasks, "-o", tmp_path)
     write(tasks, [TASKS[0], TASKS[0]])

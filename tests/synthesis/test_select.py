@@ -11,7 +11,7 @@ from fastsft.synthesis.draw import Drawn, Sample
 from fastsft.synthesis.select import SelectOptions, select
 from fastsft.verify.tasks import Task
 
-ALL = SelectOptions(per_task=None, near=None, near_all=None)
+ALL = SelectOptions(per_task=0, near=0, near_all=0)
 LONG = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n"
 
 
@@ -100,8 +100,8 @@ def test_report() -> None:
 
 def test_refusals() -> None:
     for options, message in (
-        (SelectOptions(per_task=0), "per_task: expected at least 1, got 0"),
-        (SelectOptions(near=0.0), "near: expected a similarity above 0 and at most 1, got 0.0"),
+        (SelectOptions(per_task=-1), "per_task: expected at least 0, got -1"),
+        (SelectOptions(near=-0.1), r"near: expected a similarity in \[0, 1\], got -0\.1"),
         (SelectOptions(near_all=1.5), "near_all: expected"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,15 +20,16 @@ from fastsft.verify.tasks import Task, extract_code
 class SelectOptions:
     """Which of the samples that passed become rows.
 
-    ``near`` and ``near_all`` are similarities of sets of character 5-grams, above 0 and at most 1, from which one of
-    two is left out; None: it is not asked.
+    ``near`` and ``near_all`` are similarities of sets of character 5-grams from which one of two is left out; 0: it is
+    not asked.
     """
 
-    per_task: int | None = 4
+    per_task: int = 4
+    """Most rows of one task; 0: no limit."""
     choose: Literal["shortest", "random"] = "shortest"
-    near: float | None = 0.9
-    """Of two answers of one task."""
-    near_all: float | None = 0.95
+    near: float = 0.9
+    """Of the code of two answers to one task."""
+    near_all: float = 0.95
     """Of any two rows, prompt and answer together: the first one stays."""
     seed: int = 0
     """Of ``choose = "random"``."""
@@ -45,18 +46,17 @@ def select(
     Raises:
         ValueError: an option out of range.
     """
-    if options.per_task is not None and options.per_task < 1:
-        raise ValueError(f"per_task: expected at least 1, got {options.per_task}")
+    if options.per_task < 0:
+        raise ValueError(f"per_task: expected at least 0, got {options.per_task}")
     for name in ("near", "near_all"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name}: expected a similarity above 0 and at most 1, got {value}")
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name}: expected a similarity in [0, 1], got {getattr(options, name)}")
     dropped: Counter[str] = Counter()
     chosen: list[tuple[Task, Drawn, int]] = []
     for task, found in zip(tasks, drawn, strict=True):
         chosen += [(task, found, i) for i in _of_task(found, options, dropped, completion=completion)]
     rows = [_row(*choice, completion=completion) for choice in chosen]
-    if options.near_all is not None and rows:
+    if options.near_all and rows:
         records = [
             Record("prompt_completion", f"{t.task_id}#{i}", parts=(t.prompt, d.samples[i].text)) for t, d, i in chosen
         ]
@@ -78,14 +78,14 @@ def _of_task(found: Drawn, options: SelectOptions, dropped: Counter[str], *, com
     texts = [found.samples[i].text for i in passed]
     codes = texts if completion else [extract_code(text) for text in texts]
     labels: list[Any] = list(codes)
-    if options.near is not None:
+    if options.near:
         labels = ops.near_duplicates(codes, threshold=options.near, unit="char", mode="all_pairs").tolist()
     firsts: dict[Any, int] = {}
     for label, i in zip(labels, passed, strict=True):
         firsts.setdefault(label, i)
     best = list(firsts.values())
     dropped["nearly equal to another of its task"] += len(passed) - len(best)
-    kept = best[: options.per_task]
+    kept = best[: options.per_task or None]
     dropped["above per_task"] += len(best) - len(kept)
     return sorted(kept)
 

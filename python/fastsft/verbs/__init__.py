@@ -9,6 +9,7 @@ from fastsft.verbs.console import UsageError
 from fastsft.verbs.data import dedup, prepare
 from fastsft.verbs.decontamination import decontaminate
 from fastsft.verbs.evaluation import evaluate
+from fastsft.verbs.iteration import iterate
 from fastsft.verbs.merging import restore_layers, soup
 from fastsft.verbs.model import generate, train
 from fastsft.verbs.sampling import sample
@@ -22,6 +23,7 @@ __all__ = [
     "evaluate",
     "generate",
     "info",
+    "iterate",
     "prepare",
     "restore_layers",
     "sample",

@@ -21,10 +21,10 @@ def sample(
     seed: int = 0,
     completion: bool = False,
     stop: tuple[str, ...] = (),
-    per_task: int | None = 4,
+    per_task: int = 4,
     choose: Literal["shortest", "random"] = "shortest",
-    near: float | None = 0.9,
-    near_all: float | None = 0.95,
+    near: float = 0.9,
+    near_all: float = 0.95,
     seconds: float = 5.0,
     workers: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -45,10 +45,10 @@ def sample(
         seed: of the draws and of --choose random.
         completion: continue the prompt as it is, not as a chat message.
         stop: strings that end a sample.
-        per_task: most rows of one task; None is no limit.
+        per_task: most rows of one task; 0 is no limit.
         choose: which of a task's samples become rows if there are more.
-        near: similarity of two answers of a task from which one of them is left out; None is never.
-        near_all: similarity of any two rows from which the second is left out; None is never.
+        near: similarity of two answers to a task from which one of them is left out; 0 is never.
+        near_all: similarity of any two rows from which the second is left out; 0 is never.
         seconds: time that one run of a sample may take.
         workers: samples executed at once.
         dtype: of weights and cache.

@@ -220,13 +220,39 @@ std::size_t ByteBpe::pretoken_end(std::string_view text, std::size_t begin, std:
   return known ? end : begin;
 }
 
-bool ByteBpe::encode(std::string_view text, std::vector<int32_t>& out, std::vector<uint32_t>& unknown) const {
+void ByteBpe::merge(std::string_view pretoken, std::vector<int32_t>& out, BpeCache& cache) const {
+  if (pretoken.size() > BpeCache::kBytes) return merge(pretoken, out);
+  char bytes[16] = {};
+  std::copy(pretoken.begin(), pretoken.end(), bytes);
+  bytes[15] = static_cast<char>(pretoken.size());
+  uint64_t key[2];
+  std::memcpy(key, bytes, sizeof(key));
+  BpeCache::Entry& entry = cache.entry(key);
+  if (entry.key[0] == key[0] && entry.key[1] == key[1]) {
+    out.insert(out.end(), entry.ids, entry.ids + entry.count);
+    return;
+  }
+  const std::size_t before = out.size();
+  merge(pretoken, out);
+  const std::size_t count = out.size() - before;
+  if (count > BpeCache::kIds) return;
+  std::copy(key, key + 2, entry.key);
+  std::copy(out.end() - static_cast<std::ptrdiff_t>(count), out.end(), entry.ids);
+  entry.count = static_cast<int32_t>(count);
+}
+
+bool ByteBpe::encode(std::string_view text, std::vector<int32_t>& out, std::vector<uint32_t>& unknown,
+                     BpeCache* cache) const {
   const std::size_t before = out.size();
   const auto whole = [&](std::string_view part) {
     for (std::size_t begin = 0; begin < part.size();) {
       const std::size_t end = pretoken_end(part, begin, unknown);
       if (end == begin || end - begin > static_cast<std::size_t>(kMaxPretoken)) return false;
-      merge(part.substr(begin, end - begin), out);
+      if (cache != nullptr) {
+        merge(part.substr(begin, end - begin), out, *cache);
+      } else {
+        merge(part.substr(begin, end - begin), out);
+      }
       begin = end;
     }
     return true;

@@ -25,6 +25,8 @@ bool among(std::string_view word, const std::array<std::string_view, N>& words) 
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
+int kind_of_bracket(char c) { return c == '(' || c == ')' ? 0 : c == '[' || c == ']' ? 1 : 2; }
+
 // Words behind which a square bracket opens a list and no subscript.
 constexpr std::array<std::string_view, 17> kBeforeList = {"return", "in",     "and",   "or",     "not",  "if",
                                                           "else",   "elif",   "yield", "assert", "for",  "while",
@@ -67,6 +69,7 @@ void CodeScanner::lines(std::string_view text, std::vector<CodeSpan>& spans) {
   const std::size_t size = text.size();
   std::size_t at = 0, begin = 0, end = 0, line = 0;  // of the statement; `begin` == `end`: none has begun
   bool started = false;
+  int64_t opened[3] = {};  // of each kind, in open_
   const auto finish = [&] {
     if (started) {
       int64_t indent = 0;
@@ -131,9 +134,17 @@ void CodeScanner::lines(std::string_view text, std::vector<CodeSpan>& spans) {
       const bool imported =
           c == '(' && text.substr(begin, 5) == "from " && word_before(text, begin, at - 1) == "import";
       open_.push_back({static_cast<int64_t>(at), !imported && !(c == '[' && subscripts(text, begin, at))});
-    } else if ((c == ')' || c == ']' || c == '}') && !open_.empty()) {
-      if (open_.back().node) spans.push_back({open_.back().at, static_cast<int64_t>(at) + 1});
-      open_.pop_back();
+      ++opened[kind_of_bracket(c)];
+    } else if ((c == ')' || c == ']' || c == '}') && opened[kind_of_bracket(c)] > 0) {
+      // What was opened since and never closed, in another language's comment perhaps, is no pair of brackets.
+      const auto kind = kind_of_bracket(c);
+      Open last;
+      do {
+        last = open_.back();
+        open_.pop_back();
+        --opened[kind_of_bracket(text[static_cast<std::size_t>(last.at)])];
+      } while (kind_of_bracket(text[static_cast<std::size_t>(last.at)]) != kind);
+      if (last.node) spans.push_back({last.at, static_cast<int64_t>(at) + 1});
     }
     if (letter(c)) {
       while (at < size && letter(text[at])) ++at;

@@ -38,6 +38,23 @@ struct CharClass {
 inline constexpr int64_t kCodePoints = 0x110000;
 inline constexpr int64_t kMaxPretoken = 2048;  // bytes; merging takes time in the square of them
 
+// Ids of short pretokens met before, of one vocabulary: texts repeat theirs, source code most of all. For one thread.
+class BpeCache {
+ public:
+  static constexpr std::size_t kBytes = 15, kIds = 5;
+  struct Entry {
+    uint64_t key[2];  // the bytes, zeros, and their number in the last byte: 0 is no pretoken
+    int32_t ids[kIds], count;
+  };
+  Entry& entry(const uint64_t key[2]) {
+    return entries_[((key[0] ^ key[1] * 0x9FB21C651E98DF25u) * 0x9E3779B97F4A7C15u) >> (64 - kBits)];
+  }
+
+ private:
+  static constexpr int kBits = 13;  // 320 KiB, in the second cache
+  std::vector<Entry> entries_ = std::vector<Entry>(std::size_t{1} << kBits);
+};
+
 class ByteBpe {
  public:
   // token_bytes: the bytes of every id, empty for one that is no plain piece of text. merges [M, 3]: left id, right id
@@ -49,8 +66,9 @@ class ByteBpe {
   ByteBpe& operator=(const ByteBpe&) = delete;
 
   // Appends the ids of `text`. False if it holds a character of unknown class (appended to `unknown`) or a pretoken
-  // longer than kMaxPretoken; `out` is then as it was, but for its capacity.
-  bool encode(std::string_view text, std::vector<int32_t>& out, std::vector<uint32_t>& unknown) const;
+  // longer than kMaxPretoken; `out` is then as it was, but for its capacity. `cache`, or null: of this vocabulary.
+  bool encode(std::string_view text, std::vector<int32_t>& out, std::vector<uint32_t>& unknown,
+              BpeCache* cache = nullptr) const;
 
   // The bytes of an id; empty for one that is no plain piece of text.
   std::string_view bytes_of(int64_t id) const {
@@ -81,6 +99,7 @@ class ByteBpe {
 
   std::size_t pretoken_end(std::string_view text, std::size_t begin, std::vector<uint32_t>& unknown) const;
   void merge(std::string_view pretoken, std::vector<int32_t>& out) const;
+  void merge(std::string_view pretoken, std::vector<int32_t>& out, BpeCache& cache) const;
   const Merge* find(int32_t left, int32_t right) const;
 
   std::string bytes_;  // of every id, one after the other, and padding for copies of a fixed size

@@ -4,7 +4,9 @@
 // A span is one of: a simple statement; a compound statement with its clauses (if ... elif ... else), from its first
 // keyword, or from its first decorator, to its last statement; a clause; a decorator; the block of statements that one
 // indentation makes; a pair of brackets with what is between, unless it is a subscript or a list of imported names. Any
-// text has spans: what is no Python is lines and brackets. Spans nest or are apart.
+// text has spans: what is no Python is lines and brackets, each closed by the next of its kind (quotes are
+// Python's: a lone one, such as a lifetime's in Rust, hides the rest of its line). Spans nest or are
+// apart.
 #pragma once
 
 #include <cstdint>

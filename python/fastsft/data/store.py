@@ -17,7 +17,7 @@ from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges
 from fastsft.files import sync, sync_tree
 
 _MANIFEST = "manifest.json"
-_BLOCK = 4096  # samples looked at together
+_BLOCK = 256  # samples looked at together
 _COLUMNS = {"ids": np.int32, "weights": np.float32, "lengths": np.int64, "origins": np.int32}
 
 

@@ -2,7 +2,8 @@
 
 Every contestant is a process of its own that reads JSON lines and writes those kept, at equal parameters (word 5-grams,
 128 hashes, threshold 0.7, one process, one thread); text-dedup and datatrove do not compare candidates exactly.
-``FASTSFT_RIVALS`` names the Python that has the rivals installed. datatrove gets a tenth of the rows.
+``FASTSFT_RIVALS`` names the Python of an environment with text-dedup 0.4, datatrove 0.10, spacy and xxhash < 4, which
+do not go together with what we use. datatrove gets a tenth of the rows.
 ``fastsft, imported`` is the call alone in a process that has imported everything and made it before, as in a pipeline.
 The gate: of the pairs of texts with equal words, every contestant keeps one.
 ``extra_info``: documents, documents per second, CPU seconds, kept documents.

@@ -5,8 +5,8 @@ and makes the same steps on the same documents: 2,744 tokens with log-normal len
 process's CPU time, which neighbours on the machine disturb least; with one thread it is the wall time of an idle core.
 The first step warms up. The gate: the losses of all steps agree.
 
-TRL (``pip install trl``) is measured padded, as it is by default, and packed (bfd), as it is fastest on a CPU. Its
-bfloat16 is autocast over float32 weights; ``torch`` has bfloat16 weights under float32 masters, as fastsft has.
+TRL is measured padded, as it is by default, and packed (bfd), as it is fastest on a CPU. Its bfloat16 is autocast over
+float32 weights; ``torch`` has bfloat16 weights under float32 masters, as fastsft has.
 ``extra_info``: tokens per second; the peak of memory beyond imports.
 """
 

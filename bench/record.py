@@ -91,6 +91,10 @@ def render(result: dict[str, Any]) -> str:
         "Every bench checks that the results agree before it times them. Single rows vary by tens of percent on a",
         "shared machine, so read ratios. Written by `python bench/record.py`.",
         "",
+        "`pip install -e '.[rivals]'` installs the rivals (`gpu-rivals` those of `make gpu-check`); what is not",
+        "installed is left out. text-dedup and datatrove need an environment of their own: see",
+        "`bench/bench_dedup_files.py`.",
+        "",
     ]
     for group in dict.fromkeys(r["group"] for r in result["rows"]):
         lines += [

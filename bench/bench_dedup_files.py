@@ -76,7 +76,7 @@ def source(count: int) -> Path:
 
 @functools.cache
 def texts() -> list[str]:
-    return corpus.natural(COUNT)
+    return corpus.documents(COUNT)
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "FASTSFT_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

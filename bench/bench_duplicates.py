@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import os
 import re
 import time
@@ -25,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pytest
-from corpus import mutants, natural
+from corpus import documents, mutants
 from sparse_join import sparse_join
 
 from fastsft import _C, ops
@@ -40,11 +38,7 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")  # rensa and gaoya
 
 @functools.cache
 def corpus() -> list[str]:
-    limit = int(os.environ.get("FASTSFT_BENCH_DOCS", "20000"))
-    if path := os.environ.get("FASTSFT_BENCH_CORPUS"):
-        with open(path, "rb") as lines:
-            return [orjson.loads(line)["text"] for line in itertools.islice(lines, limit)]
-    return natural(limit)
+    return documents(int(os.environ.get("FASTSFT_BENCH_DOCS", "20000")))
 
 
 @functools.cache

@@ -4,18 +4,23 @@
 given folders (by default the standard library and the installed packages), a fixed sample of them.
 ``mutants``: base texts and copies with words substituted, so that the Jaccard similarities of the pairs spread over 0.5
 to 0.95.
+``documents``: the texts of a JSONL file where FASTSFT_BENCH_CORPUS names one, otherwise ``natural``, which takes
+minutes for 100,000.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
+import os
 import random
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import orjson
 
 SHORTEST, LONGEST = 200, 50_000
 
@@ -50,6 +55,13 @@ def natural(count: int, folders: Iterable[Path] | None = None, seed: int = 0) ->
     found = list(itertools.islice(definitions(paths), 4 * count))
     rng.shuffle(found)
     return found[:count]
+
+
+def documents(count: int) -> list[str]:
+    if path := os.environ.get("FASTSFT_BENCH_CORPUS"):
+        with open(path, "rb") as lines:
+            return [orjson.loads(line)["text"] for line in itertools.islice(lines, count)]
+    return natural(count)
 
 
 def mutants(bases: list[str], seed: int = 0) -> list[str]:

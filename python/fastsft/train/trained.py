@@ -74,10 +74,6 @@ class Piece:
         """The stretch of a contiguous tensor of the parameter's size."""
         return tensor.detach().view(-1)[self.begin : self.end]
 
-    @property
-    def is_last(self) -> bool:
-        return self.end == self.of.master.numel()
-
 
 class Batches:
     """Pieces in batches of a bounded number of elements.

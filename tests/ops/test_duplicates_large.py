@@ -56,6 +56,16 @@ def test_equal_reference(corpus: str, threshold: float, limit: int | None) -> No
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
+def test_a_single_bucket(corpus: str) -> None:
+    """Whatever comparing leaves undone, no other bucket makes up for."""
+    members, parent, expected = np.arange(130), np.arange(130), np.arange(130)
+    bucket = np.array([0, 130])
+    ops.link_similar(CORPORA[corpus], members, bucket, parent, threshold=0.7, ngram=1)
+    reference.link_similar(CORPORA[corpus], members, bucket, expected, threshold=0.7, ngram=1)
+    assert np.array_equal(parent, expected)
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
 def test_stars_of_all_pairs_equal_reference(corpus: str) -> None:
     for threshold, limit in ((0.7, 3), (0.6, 9)):
         options: dict[str, Any] = {"threshold": threshold, "ngram": 1, "max_cluster": limit, "mode": "all_pairs"}

@@ -154,7 +154,7 @@ def test_stopped_in_every_step_of_two_epochs(dtype: str, texts: Path, tmp_path: 
         return run_config(texts, tmp_path / folder, dtype=dtype, steps=1000, epochs=2, keep=1)
 
     whole, result = train(config_in("whole"))
-    assert whole.stages[0].locate(result.steps - 1)[0] == 1, "the second epoch is not reached"
+    assert whole.stages[0].epoch(result.steps - 1) == 1, "the second epoch is not reached"
     for step in range(1, result.steps):
         stop_at(config_in("run"), step)
     _, last = train(config_in("run"))
@@ -184,7 +184,7 @@ def test_a_mixture_continues_to_the_same_bytes(texts: Path, tmp_path: Path) -> N
         return {**config, "data": {**config["data"], "train": [], "sources": sources}}
 
     whole, _ = train(config_in("whole"))
-    assert whole.stages[0].locate(STEPS - 1)[0] > 0, "the second epoch, in which source b begins anew, is not reached"
+    assert whole.stages[0].epoch(STEPS - 1) > 0, "the second epoch, in which source b begins anew, is not reached"
     stop_at(config_in("run"), 5)
     _, result = train(config_in("run"))
     assert result.resumed_from == 5

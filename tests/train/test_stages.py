@@ -23,6 +23,7 @@ from fastsft.train.update import NonFiniteError, Update
 STAGES = [
     {"name": "coarse", "weights": {"web": 1.0, "books": 1.0}, "max_steps": 3},
     {"name": "light", "weights": {"books": 1.0}, "drop_easy": 0.5, "lr": 1e-3},
+    {"name": "where it learns", "curriculum": "ucb", "curriculum_steps": 2, "max_steps": 7},
     {"name": "last", "ratios": {"a": 1, "b": 2}, "epochs": 2, "max_steps": 4},
 ]
 
@@ -53,7 +54,9 @@ def test_each_stage_has_its_own_mixture_rate_and_schedule(tmp_path: Path) -> Non
     for stage in by_stage.values():
         assert stage[-1]["lr"] == pytest.approx(0, abs=1e-9), "every stage decays to the end"
     epochs = [[m["epoch"] for m in stage] for stage in by_stage.values()]
-    assert epochs[0][0] == 0 < epochs[1][0] == 1 < epochs[2][0] == 2, "no stage repeats another's order"
+    assert epochs[0][0] == 0 < epochs[1][0] == 1 < epochs[3][0] == 3, "no stage repeats another's order"
+    assert epochs[2] == sorted(epochs[2])
+    assert epochs[2][-1] >= 2, "the shares are chosen anew"
     # Half of the second source's samples, and none of the first's.
     kept = np.load(tmp_path / "run" / "stages" / "1.npy")
     store = trainer.prepared.train

@@ -92,6 +92,9 @@ def check_stages(config: Config, check: Callable[[bool, str, str, object], None]
         check(stage.max_steps is None or stage.max_steps >= 1, f"stages.{i}.max_steps", "at least 1", stage.max_steps)
         check(stage.lr is None or stage.lr > 0, f"stages.{i}.lr", "more than 0", stage.lr)
         check(0 <= stage.drop_easy < 1, f"stages.{i}.drop_easy", "a share in [0, 1)", stage.drop_easy)
+        check(stage.curriculum == "none" or (stage.max_steps is not None and not stage.drop_easy),
+              f"stages.{i}.curriculum", '"none" without max_steps or beside drop_easy', stage.curriculum)  # fmt: skip
+        check(stage.curriculum_steps >= 1, f"stages.{i}.curriculum_steps", "at least 1", stage.curriculum_steps)
         for source, weight in stage.weights.items():
             check(source in known, f"stages.{i}.weights", f"names of data.sources: {', '.join(known)}", source)
             check(weight >= 0, f"stages.{i}.weights.{source}", "at least 0", weight)

@@ -81,6 +81,11 @@ class StageOptions(Section):
     """Instead of ``data.ratios``."""
     drop_easy: float = 0.0
     """Share of the samples left out: those of the smallest loss per token under the model that begins the stage."""
+    curriculum: Literal["none", "ucb"] = "none"
+    """ucb: the sources' shares follow recent learning progress (upper confidence bounds, arXiv 2504.09710); needs
+    ``max_steps``."""
+    curriculum_steps: int = 20
+    """About as many steps between two choices of the shares."""
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,13 @@ class Mixture:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def _draw(self, source: int, epoch: int) -> npt.NDArray[np.int64]:
+        begin, end = (int(e * self._weights[source] * len(self._members[source])) for e in (epoch, epoch + 1))
+        return self.take(source, begin, end)
+
+    def take(self, source: int, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """The numbers of a source's samples from the ``begin``-th to before the ``end``-th, counted over its passes."""
         members = self._members[source]
         size = len(members)
-        begin, end = (int(e * self._weights[source] * size) for e in (epoch, epoch + 1))
         parts = []
         while begin < end:
             number, first = divmod(begin, size)

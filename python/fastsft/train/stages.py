@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ class Stage:
             store,
             capacity=config.train.tokens_per_batch,
             seed=config.seed,
-            weights=_passes(config.data, self.options, store),
+            weights=passes_of(config.data, self.options, store),
             kept=kept,
         )
         self._accumulation = config.train.accumulation
@@ -52,17 +53,30 @@ class Stage:
         self._firsts = self._plan_epochs()
         self.steps = min(self._firsts[-1], self.options.max_steps or self._firsts[-1])
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """Of the stage's step ``step``: its epoch, counted through the run, and its number within it."""
-        epoch = bisect.bisect_right(self._firsts, step) - 1
-        return self._first_epoch + epoch, step - self._firsts[epoch]
+    def epoch(self, step: int) -> int:
+        """The epoch of the stage's step ``step``, counted through the run."""
+        return self._first_epoch + bisect.bisect_right(self._firsts, step) - 1
+
+    def members(self, step: int) -> list[npt.NDArray[np.int64]]:
+        """The numbers of the samples of each micro-batch of a step; an epoch's last may have fewer than
+        ``train.accumulation`` of them."""
+        epoch = self.epoch(step)
+        first = (step - self._firsts[epoch - self._first_epoch]) * self._accumulation
+        end = min(first + self._accumulation, self.loader.num_batches(epoch))
+        return [self.loader.members(epoch, i) for i in range(first, end)]
 
     def batches(self, step: int) -> list[VarlenBatch]:
-        """The micro-batches of a step; an epoch's last step may have fewer than ``train.accumulation``."""
-        epoch, within = self.locate(step)
-        first = within * self._accumulation
-        end = min(first + self._accumulation, self.loader.num_batches(epoch))
-        return [self.loader.batch(epoch, i) for i in range(first, end)]
+        """The micro-batches of a step."""
+        return [self.loader.store.batch(members) for members in self.members(step)]
+
+    def observe(self, step: int, origins: dict[int, tuple[float, float]]) -> None:
+        """Called after each step; what comes does not depend on it."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
 
     def _plan_epochs(self) -> list[int]:
         """The first step of each epoch that will be entered, and the step after the last."""
@@ -75,7 +89,7 @@ class Stage:
         return firsts
 
 
-def _passes(data: DataOptions, stage: StageOptions, store: SampleStore) -> list[Fraction]:
+def passes_of(data: DataOptions, stage: StageOptions, store: SampleStore) -> list[Fraction]:
     """How often an epoch of the stage goes through each source."""
     sources = sources_of(data)
     if stage.weights:

@@ -31,6 +31,7 @@ from fastsft.models.weights import load_model, save_model
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
 from fastsft.train import checkpoint, light, resume, schedule, start
+from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
 from fastsft.train.metrics import Display, MetricsLog
@@ -64,12 +65,13 @@ class TrainResult:
 
 @dataclass
 class Progress:
-    """How far a run is. ``begun``: the steps of each stage that was begun."""
+    """How far a run is. ``begun``: the steps of each stage that was begun; ``stage``: the state of the last of them."""
 
     step: int = 0
     loss: float = math.nan
     before: EvalResult | None = None
     begun: list[int] = field(default_factory=list)
+    stage: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -111,7 +113,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.average = Ema(self.optimizer, config.optim.ema) if config.optim.ema else None
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
-        self.stages = [Stage(config, i, self.prepared.train) for i in range(len(stages_of(config)))]
+        self.stages = [
+            (Stage if options.curriculum == "none" else CurriculumStage)(config, i, self.prepared.train)
+            for i, options in enumerate(stages_of(config))
+        ]
         self.total_steps = sum(stage.steps for stage in self.stages)
         if self.total_steps == 0:
             raise ConfigError("data: the weights and ratios of the sources leave no sample for any stage")
@@ -189,10 +194,11 @@ class Trainer:
             took = time.perf_counter() - began
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
+            stage.observe(within, result.origins)
             progress.step += 1
             progress.loss = result.loss
             log.write(
-                "step", progress.step, stage=stage.options.name, epoch=stage.locate(within)[0], loss=result.loss,
+                "step", progress.step, stage=stage.options.name, epoch=stage.epoch(within), loss=result.loss,
                 lr=rate, grad_norm=result.grad_norm, tokens=count,
                 trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
                 sources=self._by_source(result.origins), seconds=took, tokens_per_second=count / took,
@@ -216,18 +222,20 @@ class Trainer:
             dict(self.prepared.report),
         )  # fmt: skip
 
-    def _remaining(self, progress: Progress, display: Display) -> Iterator[tuple[Stage, int]]:
+    def _remaining(self, progress: Progress, display: Display) -> Iterator[tuple[Stage | CurriculumStage, int]]:
         """(stage, step within it) of every step that is left."""
         first, begin = progress.step, 0
         for number, stage in enumerate(self.stages):
             if number < len(progress.begun) and first >= begin + progress.begun[number]:
                 begin += progress.begun[number]
                 continue
-            if stage.options.drop_easy:
+            if isinstance(stage, Stage) and stage.options.drop_easy:
                 stage = self.stages[number] = self._choose(stage, inside=first > begin)
                 self.total_steps = sum(s.steps for s in self.stages)
             if len(self.stages) > 1:
                 display.note(f"stage {stage.options.name}: {stage.steps:,} steps")
+            if first > begin:
+                stage.load_state(progress.stage)
             progress.begun = [*progress.begun[:number], stage.steps]
             for within in range(max(first - begin, 0), stage.steps):
                 yield stage, within
@@ -291,8 +299,7 @@ class Trainer:
     def _self_check(self) -> None:
         """On samples of the first batch: documents that share a batch do not see each other."""
         stage = next(stage for stage in self.stages if stage.steps)
-        members = stage.loader.members(stage.locate(0)[0], 0)
-        check_packing(self.model, self._update.objective, self.prepared.train, members)
+        check_packing(self.model, self._update.objective, self.prepared.train, stage.members(0)[0])
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -300,6 +307,7 @@ class Trainer:
         state = {
             "step": progress.step,
             "stages": progress.begun,
+            "stage": self.stages[len(progress.begun) - 1].state(),
             "config": to_dict(self.config),
             "origin": self._origin,
             "data": self.prepared.report.get("key"),
@@ -334,7 +342,11 @@ class Trainer:
             self.average.load_state(tensors)
         before = found.state["eval_before"]
         return Progress(
-            found.step, found.state["train_loss"], EvalResult(**before) if before else None, found.state["stages"]
+            found.step,
+            found.state["train_loss"],
+            EvalResult(**before) if before else None,
+            found.state["stages"],
+            found.state["stage"],
         )
 
     def _export(self) -> Path:

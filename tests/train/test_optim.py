@@ -149,7 +149,7 @@ def test_8_bit_moments_follow_adamw_at_a_quarter_of_the_size() -> None:
         for model, optimizer in zip(models, (exact, small), strict=True):
             model.give(step)
             optimizer.collect()
-            optimizer.step(1e-3, optimizer.grad_norm())
+            optimizer.step(3e-3, optimizer.grad_norm())  # not the library's default rate
     for name in ("embed", "norm"):
         assert torch.equal(exact.masters[name], small.masters[name]), name
     apart = (exact.masters["w"] - small.masters["w"]).norm() / (exact.masters["w"] - start).norm()

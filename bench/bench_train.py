@@ -72,7 +72,9 @@ def test_training(benchmark, size, vocabulary, dtype, contestant):
         pytest.skip("the same as torch")
     case = Case(size, vocabulary, DTYPES[dtype])
     found = run(contestant, case)
-    assert found["losses"] == pytest.approx(run("fastsft", case)["losses"], rel=2e-3 if dtype == "bf16" else 1e-5)
+    # without float32 weights small updates are lost
+    tolerance = 1e-5 if dtype == "f32" else 1e-2 if contestant.endswith("without float32 weights") else 2e-3
+    assert found["losses"] == pytest.approx(run("fastsft", case)["losses"], rel=tolerance)
 
     seconds = iter(found["seconds"][1:])
     benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=STEPS - 1)

@@ -127,7 +127,7 @@ FASTSFT_NOINLINE void pack_stack(DType dtype, const void* const* rows, int64_t n
         VecHalf low, high{};
         std::memcpy(&low, static_cast<const uint16_t*>(rows[k]) + d, sizeof(low));
         if (k + 1 < n) std::memcpy(&high, static_cast<const uint16_t*>(rows[k + 1]) + d, sizeof(high));
-        const VecBits words = __builtin_convertvector(low, VecBits) | __builtin_convertvector(high, VecBits) << 16;
+        const VecBits words = widen(low) | widen(high) << 16;
         std::memcpy(panel + d, &words, sizeof(words));
       }
     }
@@ -154,7 +154,7 @@ FASTSFT_INLINE void store_along_rows(const Vec* values, typename Format::Word* w
   if constexpr (Format::kSteps == 2) {
     const auto low = reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values[0])));
     const auto high = reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values[1])));
-    const VecBits zipped = __builtin_convertvector(low, VecBits) | __builtin_convertvector(high, VecBits) << 16;
+    const VecBits zipped = widen(low) | widen(high) << 16;
     std::memcpy(words, &zipped, sizeof(zipped));
     return;
   }

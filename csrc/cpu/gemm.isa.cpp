@@ -65,8 +65,7 @@ FASTSFT_INLINE Vec words_across(const Source& s, int64_t across, int64_t along, 
     const VecHalf low = have >= kLanes ? halves(p, kLanes) : halves(p, have);
     const void* q = element(s.dtype, p, s.along_stride);
     const VecHalf high = steps < 2 ? none : have >= kLanes ? halves(q, kLanes) : halves(q, have);
-    return reinterpret_cast<Vec>(__builtin_convertvector(low, VecBits) |
-                                 (__builtin_convertvector(high, VecBits) << 16));
+    return reinterpret_cast<Vec>(widen(low) | (widen(high) << 16));
   } else {
     if (have >= kLanes) return load_as_float(s.dtype, p, 0);
     alignas(64) char buffer[kLanes * 4] = {};

@@ -12,7 +12,7 @@
 
 #include "fastsft/common.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -83,9 +83,30 @@ FASTSFT_INLINE float max_lanes(Vec v) {
 
 // --- element conversion ------------------------------------------------------------------------------------------
 
-FASTSFT_INLINE Vec widen_bfloat16(VecHalf h) {
-  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
+// Between 16 and 32 bits. Of a __builtin_convertvector GCC 12 makes halves, converted each and put together again.
+FASTSFT_INLINE VecBits widen(VecHalf h) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecBits>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, VecBits);
+#endif
 }
+
+// The low halves, where the high ones are 0.
+FASTSFT_INLINE VecHalf narrow(VecBits v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecHalf>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i all = reinterpret_cast<__m256i>(v);
+  return reinterpret_cast<VecHalf>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+  return __builtin_convertvector(v, VecHalf);
+#endif
+}
+
+FASTSFT_INLINE Vec widen_bfloat16(VecHalf h) { return reinterpret_cast<Vec>(widen(h) << 16); }
 
 FASTSFT_INLINE Vec widen_float16(VecHalf h) {
 #if defined(__AVX512F__)
@@ -94,7 +115,7 @@ FASTSFT_INLINE Vec widen_float16(VecHalf h) {
   return reinterpret_cast<Vec>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
 #else
   // Exponent and mantissa move up 13 bits; the product with 2^112 rebiases the exponent and normalises subnormals.
-  const VecBits bits = __builtin_convertvector(h, VecBits);
+  const VecBits bits = widen(h);
   const VecBits sign = (bits & 0x8000u) << 16;
   const VecBits magnitude = (bits & 0x7fffu) << 13;
   const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
@@ -106,8 +127,8 @@ FASTSFT_INLINE Vec widen_float16(VecHalf h) {
 FASTSFT_INLINE VecHalf round_bfloat16(Vec v) {
   const VecBits bits = reinterpret_cast<VecBits>(v);
   const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const VecBits is_nan = reinterpret_cast<VecBits>((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector(((rounded & ~is_nan) | ((bits | 0x400000u) & is_nan)) >> 16, VecHalf);
+  const VecInt is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return narrow((is_nan ? bits | 0x400000u : rounded) >> 16);
 }
 
 FASTSFT_INLINE VecHalf round_float16(Vec v) {
@@ -124,7 +145,7 @@ FASTSFT_INLINE VecHalf round_float16(Vec v) {
   const VecBits is_nan = reinterpret_cast<VecBits>(magnitude > 0x7f800000u);
   VecBits half = (subnormal & is_small) | (normal & ~is_small);
   half = (half & ~is_large) | (0x7c00u & is_large);
-  return __builtin_convertvector(half | (0x200u & is_nan) | sign, VecHalf);
+  return narrow(half | (0x200u & is_nan) | sign);
 }
 
 FASTSFT_INLINE Vec load_as_float(DType dtype, const void* row, int64_t i) {

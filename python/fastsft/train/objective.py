@@ -68,6 +68,14 @@ class Objective:
             return float(sum(int((_document_weights(b) > 0).sum()) for b in batches))
         return sum(float(b.weights.abs().sum(dtype=torch.float64)) for b in batches)
 
+    def describe(self, batches: Sequence[VarlenBatch]) -> str:
+        """The objective and its reduction in words; of a constant also what it does to a step of these batches."""
+        text = f"{self.options.name}, {describe(self.options)}"
+        if self.options.constant is None:
+            return text
+        weight = sum(float(b.weights.abs().sum(dtype=torch.float64)) for b in batches)
+        return f"{text} (the first step's gradient is {weight / self.options.constant:.3g} times the token mean's)"
+
     def __call__(
         self, model: Decoder, batch: VarlenBatch, *, divisor: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, LossAux]:

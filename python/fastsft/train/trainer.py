@@ -170,6 +170,7 @@ class Trainer:
             log.close()
 
     def _plan(self) -> str:
+        batches = next(stage for stage in self.stages if stage.steps).batches(0)
         batch = self.config.train.tokens_per_batch * self.config.train.accumulation
         parameters = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -177,7 +178,7 @@ class Trainer:
         return (
             f"{parameters / 1e6:,.1f} M parameters{part}, {self.config.model.dtype}, "
             f"{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, {self.total_steps:,} steps of "
-            f"up to {batch:,} tokens; {self.config.objective.name}, {describe(self.config.objective)}"
+            f"up to {batch:,} tokens; {self._update.objective.describe(batches)}"
         )
 
     def _steps(self, progress: Progress, signals: Signals, log: MetricsLog, display: Display) -> TrainResult:

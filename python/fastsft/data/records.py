@@ -101,7 +101,8 @@ class Row:
 
 
 def read_rows(path: str | os.PathLike[str], problems: Problems) -> Iterator[Row]:
-    """Rows of a file of JSON lines or a Parquet file, of a Hugging Face ``datasets`` folder, or of a folder of files.
+    """Rows of a file of JSON lines, of one JSON list or of Parquet, of a Hugging Face ``datasets`` folder, or of a
+    folder of files.
 
     Broken lines go to ``problems``; empty lines are skipped.
 

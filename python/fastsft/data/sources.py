@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsft.data.problems import DataError
-from fastsft.data.streams import LINE_ENDINGS
+from fastsft.data.streams import LINE_ENDINGS, holds_list
 
 _ENDINGS = ", ".join((*LINE_ENDINGS, ".parquet"))
 
@@ -31,8 +31,8 @@ class Source:
 
 
 def find_sources(path: str | os.PathLike[str]) -> list[Source]:
-    """A path is a file, a saved dataset, or a folder of files (taken in name order, hidden ones
-    left out).
+    """A path is a file, a saved dataset, or a folder of files: in name order, without hidden ones, and of the names in
+    ``.json`` those with a list, since the others are settings as a rule.
 
     Raises:
         DataError: there is no such path, or nothing in it that can be read.
@@ -43,8 +43,7 @@ def find_sources(path: str | os.PathLike[str]) -> list[Source]:
     if not where.is_dir():
         source = _file(where)
         if source is None:
-            lines = "; one list in a .json file becomes lines with: jq -c '.[]'" if where.suffix == ".json" else ""
-            raise DataError(f"{where}: expected a name ending in {_ENDINGS}, or a datasets folder{lines}")
+            raise DataError(f"{where}: expected a name ending in {_ENDINGS}, or a datasets folder")
         return [source]
     if is_dataset(where):
         return [Source(where, "dataset")]
@@ -52,7 +51,7 @@ def find_sources(path: str | os.PathLike[str]) -> list[Source]:
         splits = ", ".join(sorted(p.name for p in where.iterdir() if p.is_dir()))
         raise DataError(f"{where}: a dataset with several splits; name one of them: {splits}")
     shown = sorted(p for p in where.iterdir() if not p.name.startswith("."))  # others are half written, perhaps
-    files = [s for p in shown if (s := _file(p)) is not None]
+    files = [s for p in shown if (p.suffix != ".json" or holds_list(p)) and (s := _file(p)) is not None]
     if not files:
         raise DataError(f"{where}: not a saved dataset, and no file in it ends in {_ENDINGS}")
     return files

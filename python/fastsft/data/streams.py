@@ -1,4 +1,4 @@
-"""Files of JSON lines, plain or compressed, as blocks of whole lines."""
+"""Files of JSON lines or of one JSON list, plain or compressed, as blocks of whole lines."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-LINE_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+from fastsft.data.json_list import ListLines, ListWriter, begins_list
+
+_LIST_ENDINGS = (".json", ".json.gz", ".json.zst")  # of files of lines, too
+LINE_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", *_LIST_ENDINGS)
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a truncated or damaged file raises
+LineStream = IO[bytes] | ListWriter
 _PIECE = 1 << 17  # of a compressed file: what a piece with damage in it holds is lost
 
 
+def holds_list(path: Path) -> bool:
+    """Whether the file holds one JSON list, of whose items lines are made."""
+    if not path.name.endswith(_LIST_ENDINGS):
+        return False
+    with _open(path) as stream:
+        return begins_list(stream)
+
+
+def in_place(path: Path) -> bool:
+    """Whether the lines are the file's own bytes, at the same places."""
+    return path.suffix not in (".gz", ".zst") and not holds_list(path)
+
+
 def open_lines(path: Path) -> IO[bytes]:
-    """A binary stream of the file's decompressed bytes, as its name says."""
+    """A binary stream of the file's decompressed bytes, as its name says; of a JSON list one line for each item."""
+    stream: Any = ListLines(_open(path)) if holds_list(path) else _open(path)
+    return stream  # type: ignore[no-any-return]
+
+
+def _open(path: Path) -> IO[bytes]:
     stream: Any
     if path.suffix == ".gz":
         stream = gzip.open(path, "rb")  # noqa: SIM115
@@ -27,8 +49,9 @@ def open_lines(path: Path) -> IO[bytes]:
     return stream  # type: ignore[no-any-return]
 
 
-def create_lines(path: Path) -> IO[bytes]:
-    """A stream whose bytes arrive in the file compressed as its name says."""
+def create_lines(path: Path, *, listed: bool) -> LineStream:
+    """A stream for blocks of whole lines, which arrive in the file compressed as its name says. ``listed``: they are
+    those of a JSON list, and a file of such a name becomes one."""
     stream: Any
     if path.suffix == ".gz":
         stream = _GzipFile(path)
@@ -38,6 +61,8 @@ def create_lines(path: Path) -> IO[bytes]:
         stream = pa.CompressedOutputStream(str(path), "zstd")
     else:
         stream = open(path, "wb")  # noqa: SIM115
+    if listed:
+        return ListWriter(stream, as_list=path.name.endswith(_LIST_ENDINGS))
     return stream  # type: ignore[no-any-return]
 
 
@@ -51,8 +76,8 @@ def read_blocks(path: Path, size: int, *, start: int = 0) -> Iterator[memoryview
     buffer = bytearray(size)
     filled = 0
     with open_lines(path) as stream:
-        compressed = path.suffix in (".gz", ".zst")
-        if compressed:
+        pieces = not in_place(path)
+        if pieces:
             _skip(stream, start)
         else:
             stream.seek(start)
@@ -60,7 +85,7 @@ def read_blocks(path: Path, size: int, *, start: int = 0) -> Iterator[memoryview
         while True:
             try:
                 view = memoryview(buffer)
-                room = view[filled : filled + _PIECE] if compressed else view[filled:]
+                room = view[filled : filled + _PIECE] if pieces else view[filled:]
                 count = stream.readinto(room)  # type: ignore[attr-defined]
             except DAMAGE as error:
                 damage, count = error, 0

@@ -21,7 +21,7 @@ from fastsft.data.compared import RowReader
 from fastsft.data.problems import Problems
 from fastsft.data.records import FIELDS, Kind, Record, parse_line
 from fastsft.data.sources import Source
-from fastsft.data.streams import DAMAGE, read_blocks
+from fastsft.data.streams import DAMAGE, in_place, read_blocks
 from fastsft.data.tables import of_table, read_tables
 from fastsft.data.text_batch import OTHERS, PARTS, SEPARATORS, TextBatch, combine, digest_records
 from fastsft.ops.jsonl import DECIDED, UNDECIDED, JsonlFields
@@ -198,7 +198,7 @@ def _inserted(texts: Texts, places: Sequence[int], values: Sequence[str]) -> Tex
 def pick_lines(path: Path, starts: Ints, sizes: Ints, size: int) -> Iterator[bytes]:
     """The bytes of the given lines, in blocks of about ``size``; a last line that lacks its newline gets one."""
     ends = starts + sizes
-    if path.suffix in (".gz", ".zst"):
+    if not in_place(path):
         position = 0
         for block in read_blocks(path, size):
             inside = slice(*np.searchsorted(starts, [position, position + len(block)]))

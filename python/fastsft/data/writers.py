@@ -1,4 +1,4 @@
-"""Some rows of files, written as they were: the same format, and of lines the same bytes."""
+"""Some rows of files, written as they were: the same format, and of lines and items of lists the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fastsft.data.lock import hold
 from fastsft.data.problems import DataError, Problems
 from fastsft.data.sources import Source, is_dataset, open_dataset, open_parquet
-from fastsft.data.streams import LINE_ENDINGS, create_lines
+from fastsft.data.streams import LINE_ENDINGS, create_lines, holds_list
 from fastsft.data.tables import read_tables
 from fastsft.data.texts import pick_lines
 from fastsft.files import sync, sync_tree
@@ -69,7 +69,7 @@ class Output:
         with ExitStack() as failed:
             failed.callback(self._lock.close)
             if source.kind == "lines":
-                with create_lines(path) as stream:
+                with create_lines(path, listed=holds_list(source.path)) as stream:
                     for block in pick_lines(source.path, starts, sizes, batch_bytes):
                         stream.write(block)
             elif source.kind == "parquet":

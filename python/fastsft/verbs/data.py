@@ -45,8 +45,8 @@ def dedup(
     """Find exact and near duplicates in JSONL, Parquet or datasets sources; keep one row of each cluster.
 
     Args:
-        sources: files of JSON lines (plain, .gz, .zst) or Parquet, datasets folders, or folders of files; duplicates
-            are found across all of them.
+        sources: files of JSON lines or one JSON list (plain, .gz, .zst) or Parquet, datasets folders, or folders of
+            files; duplicates are found across all of them.
         output: write the kept rows here in their own format, JSON lines byte for byte; a folder where sources are a
             folder or several; -o for short.
         report: write clusters and counts here, as JSON or, with a name ending in .html, as a page with a plot.

@@ -24,7 +24,8 @@ def decontaminate(
     """Find, and leave out, training rows that contain instances of evaluation files.
 
     Args:
-        sources: files of JSON lines (plain, .gz, .zst) or Parquet, datasets folders, or folders of files.
+        sources: files of JSON lines or one JSON list (plain, .gz, .zst) or Parquet, datasets folders, or folders of
+            files.
         against: evaluation files, in the same formats; their rows may have any fields.
         output: write the rows that stay here in their own format, JSON lines byte for byte; a folder where sources are
             a folder or several; -o for short.

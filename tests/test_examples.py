@@ -14,6 +14,10 @@ import pytest
 import torch
 
 from fastsft import cli
+from fastsft.demo import tasks
+from fastsft.synthesis.plan import load_plan
+from fastsft.verify.judge import judge
+from fastsft.verify.tasks import read_tasks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 VERBS = ("lists", "counts", "removes", "renames", "prints", "sorts", "copies", "moves")
@@ -47,8 +51,8 @@ SHAPES: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
 
 
 def test_every_example_is_tested() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.toml")} == set(SHAPES)
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py", "transformers_loop.py"}
+    assert {p.stem for p in EXAMPLES.glob("*.toml")} == {*SHAPES, "iterative"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py", "transformers_loop.py", "iterative_start.py"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -74,6 +78,22 @@ def test_toml(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     }
     cli.main(["generate", result["model_path"], *ask[name], "--max-tokens", "4", "--json"])
     assert 1 <= len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) <= 4
+
+
+def test_the_iterative_example_starts_with_what_its_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model too small to learn anything; tests/synthesis has rounds that do."""
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path(str(EXAMPLES / "iterative_start.py"))["main"](
+        rows=60, sampled=12, held_out=6, hidden=32, layers=1, steps=2
+    )
+    plan = load_plan(EXAMPLES / "iterative.toml")
+    assert made == Path(plan.model)
+    assert made.is_dir()
+    sampled, held_out = ([t for f in files for t in read_tasks(f)] for files in (plan.tasks, plan.held_out))
+    assert (len(sampled), len(held_out)) == (12, 6)
+    assert not {t.prompt for t in sampled} & {t.prompt for t in held_out}
+    answers = tasks.build(60, 18, seed=0)[2]
+    assert [r.status for r in judge(list(zip([*sampled, *held_out], answers, strict=True)))] == ["ok"] * 18
 
 
 def test_headers_name_real_verbs_and_flags() -> None:

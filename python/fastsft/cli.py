@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "decontaminate": (verbs.decontaminate, False),
     "prepare": (verbs.prepare, True),
     "train": (verbs.train, True),
+    "report": (verbs.report, False),
     "generate": (verbs.generate, False),
     "eval": (verbs.evaluate, False),
     "sample": (verbs.sample, False),

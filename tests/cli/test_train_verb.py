@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from cli_cases import conversations, refusal, result_of, write
 
 from fastsft import cli
-from fastsft.train import trainer
+from fastsft.train.update import Update
 
 
 def test_train_again_finds_itself_finished(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,12 +52,12 @@ def test_interrupted_training_says_what_the_same_command_does(
 ) -> None:
     def signalled(*args: Any) -> None:
         """Ctrl-C in the first step."""
-        if trainer.threading.current_thread() is trainer.threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             os.kill(os.getpid(), signal.SIGINT)
         return update(*args)
 
-    update = trainer.Trainer._update
-    monkeypatch.setattr(trainer.Trainer, "_update", signalled)
+    update = Update.__call__
+    monkeypatch.setattr(Update, "__call__", signalled)
     given = [trained / "run.toml", "--output", tmp_path / "x"] if verb == "train" else ["--quick", "--output", tmp_path]
     with pytest.raises(SystemExit) as end:
         cli.main([verb, *map(str, given)])

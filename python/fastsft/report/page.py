@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _HEAD = """<!doctype html>
@@ -18,9 +19,12 @@ svg { max-width: 620px; height: auto; }
 """
 
 
-def render(title: str, body: str, values: dict[str, Any]) -> str:
+def render(
+    title: str, body: str, values: dict[str, Any], filters: Mapping[str, Callable[[Any], str]] | None = None
+) -> str:
     """A self-contained page; the values' text is escaped."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters |= filters or {}
     return environment.from_string(_HEAD + body + "</body></html>\n").render(title=title, **values)

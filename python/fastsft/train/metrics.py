@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -49,7 +50,8 @@ class Display:
     """Progress of a run: a rich bar on a terminal, otherwise a line every ten seconds; nothing unless ``enabled``."""
 
     def __init__(self, total: int, start: int, *, enabled: bool) -> None:
-        self._total, self._last = total, 0.0
+        self._total, self._start, self._last = total, start, 0.0
+        self._began = time.monotonic()
         self._live = enabled and sys.stderr.isatty()
         self._lines = enabled and not self._live
         if self._live:
@@ -60,19 +62,24 @@ class Display:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[rate]:,.0f} tok/s  ETA"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]:,.0f} tok/s  MFU {task.fields[mfu]:.0%}  ETA"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=total, completed=start, loss="-", rate=0.0)
+            self._task = self._bar.add_task("", total=total, completed=start, loss="-", rate=0.0, mfu=0.0)
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float) -> None:
+        """``mfu``: the arithmetic that the step needs, as a part of what the machine's matrix product does at best."""
         if self._live:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=tokens_per_second)
+            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=tokens_per_second, mfu=mfu)
         elif self._lines and (time.monotonic() - self._last >= 10 or step == self._total):
             self._last = time.monotonic()
-            self._say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s")
+            left = (self._last - self._began) / max(step - self._start, 1) * (self._total - step)
+            self._say(
+                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  MFU {mfu:.0%}  "
+                f"ETA {datetime.timedelta(seconds=round(left))}"
+            )
 
     def note(self, text: str) -> None:
         if self._live:

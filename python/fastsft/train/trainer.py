@@ -32,17 +32,20 @@ from fastsft.models.weights import load_model, save_model
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
 from fastsft.train import checkpoint, light, resume, schedule, start
+from fastsft.train.about import write_about
 from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
-from fastsft.train.metrics import Display, MetricsLog
+from fastsft.train.metrics import Display, MetricsLog, read_metrics
 from fastsft.train.objective import Objective, check_objective, describe
 from fastsft.train.optim import make_optimizer
 from fastsft.train.reference import Reference, cache_name, reference_logprobs
 from fastsft.train.selfcheck import check_packing
 from fastsft.train.signals import Signals
 from fastsft.train.stages import Stage, stages_of
+from fastsft.train.throughput import Arithmetic, matmul_rate
 from fastsft.train.update import NonFiniteError, Update
+from fastsft.train.watch import Early, Watch
 
 __all__ = ["NonFiniteError", "TrainResult", "Trainer"]
 
@@ -62,6 +65,8 @@ class TrainResult:
     resumed_from: int
     data: dict[str, Any]
     """The report on the data: what was read, what was left out and why."""
+    early: Early | None
+    """Loss and gradient norm of the first steps, which foretell which of several runs will be the better one."""
 
 
 @dataclass
@@ -151,6 +156,7 @@ class Trainer:
             display.note(line)
         display.note(self._plan())
         log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step)
+        watch = Watch(read_metrics(log.path))
         options = self.config.train
         self._checkpoints = checkpoint.Writer(
             self.output / "checkpoints", keep=options.keep, background=options.async_save
@@ -162,7 +168,9 @@ class Trainer:
                 else:
                     self._self_check()
                     progress.before = self._evaluate(0, log, display)
-                return self._steps(progress, signals, log, display)
+                self._rate = matmul_rate(next(self.model.parameters()).dtype)
+                self._about()
+                return self._steps(progress, signals, log, display, watch)
         finally:
             gc.unfreeze()
             self._checkpoints.close()
@@ -181,12 +189,21 @@ class Trainer:
             f"up to {batch:,} tokens; {self._update.objective.describe(batches)}"
         )
 
-    def _steps(self, progress: Progress, signals: Signals, log: MetricsLog, display: Display) -> TrainResult:
-        options = self.config.train
+    def _about(self) -> None:
+        write_about(
+            self.output / "about.json", model=self.model, total_steps=self.total_steps, plan=self._plan(),
+            rate=self._rate, data=self.prepared.report,
+        )  # fmt: skip
+
+    def _steps(
+        self, progress: Progress, signals: Signals, log: MetricsLog, display: Display, watch: Watch
+    ) -> TrainResult:
+        options, arithmetic = self.config.train, Arithmetic.of(self.model)
         first, after, tokens, seconds = progress.step, progress.before, 0, 0.0
         for stage, within in self._remaining(progress, display):
             began = time.perf_counter()
             batches = stage.batches(within)
+            read = time.perf_counter()
             rate = stage.rate * schedule.factor(self.config.schedule, within, stage.steps)
             try:
                 result = self._update(progress.step, batches, rate)
@@ -194,7 +211,14 @@ class Trainer:
                 raise NonFiniteError(f"{error}. Checkpoints: {self.output / 'checkpoints'}") from None
             if self.average:
                 self.average.update()
-            took = time.perf_counter() - began
+            ended = time.perf_counter()
+            took = ended - began
+            phases = {
+                "data": read - began,
+                "forward_backward": ended - read - result.optimizer_seconds,
+                "optimizer": result.optimizer_seconds,
+            }
+            used = arithmetic.flops_of(batches) / took / self._rate
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
             stage.observe(within, result.origins)
@@ -205,8 +229,12 @@ class Trainer:
                 lr=rate, grad_norm=result.grad_norm, tokens=count,
                 trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
                 sources=self._by_source(result.origins), seconds=took, tokens_per_second=count / took,
+                phases=phases, mfu=used,
             )  # fmt: skip
-            display.update(progress.step, result.loss, tokens / seconds)
+            display.update(progress.step, result.loss, tokens / seconds, used)
+            for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
+                log.write("signal", progress.step, **dataclasses.asdict(spike))
+                display.note(f"step {progress.step}: {spike.describe()}")
             if (
                 progress.step == first + 1
             ):  # what lives now lives to the end: a full collection would take 0.1 s of a step
@@ -216,7 +244,7 @@ class Trainer:
             if (options.eval_every and progress.step % options.eval_every == 0) or last:
                 after = self._evaluate(progress.step, log, display)
             if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
-                self._save(progress)
+                self._save(progress, log)
             if signals.number is not None and progress.step < self.total_steps:
                 self._checkpoints.wait()
                 display.note(f"signal {signals.number}: saved step {progress.step} in {self.output / 'checkpoints'}")
@@ -227,7 +255,7 @@ class Trainer:
         speed = tokens / seconds if seconds else None
         return TrainResult(
             self.total_steps, self._export(), progress.loss, progress.before, after, speed, first,
-            dict(self.prepared.report),
+            dict(self.prepared.report), watch.early(self.total_steps),
         )  # fmt: skip
 
     def _remaining(self, progress: Progress, display: Display) -> Iterator[tuple[Stage | CurriculumStage, int]]:
@@ -266,11 +294,14 @@ class Trainer:
         return {names[origin]: total / weight for origin, (total, weight) in sorted(origins.items()) if weight > 0}
 
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
+        began = time.perf_counter()
         with self._averaged():
             result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
         if result is not None:
             if log is not None:
-                log.write("eval", step, loss=result.loss, tokens=result.tokens)
+                log.write(
+                    "eval", step, loss=result.loss, tokens=result.tokens, seconds=time.perf_counter() - began
+                )  # fmt: skip
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
 
@@ -311,7 +342,8 @@ class Trainer:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, log: MetricsLog) -> None:
+        began = time.perf_counter()
         state = {
             "step": progress.step,
             "stages": progress.begun,
@@ -336,6 +368,7 @@ class Trainer:
             safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
 
         self._checkpoints.write(progress.step, state, fill)
+        log.write("save", progress.step, seconds=time.perf_counter() - began)
 
     def _restore(self, found: checkpoint.Checkpoint) -> Progress:
         """Put the checkpoint's model and optimizer in place."""

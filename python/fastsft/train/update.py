@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,13 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """``origins``: of each source in the step, the weighted sum of its negative log-likelihood and of its weights."""
+    """``origins``: of each source in the step, the weighted sum of its negative log-likelihood and of its weights.
+    ``optimizer_seconds``: of the gradient norm and the update."""
 
     loss: float
     grad_norm: float
     origins: dict[int, tuple[float, float]]
+    optimizer_seconds: float
 
 
 class Update:
@@ -56,11 +59,12 @@ class Update:
             self.optimizer.collect()
             total += value
             seen.append((batch, aux))
+        began = time.perf_counter()
         norm = self.optimizer.grad_norm()
         if not math.isfinite(float(norm)):
             self._stop(step, batches, f"gradient norm is {float(norm)}")
         self.optimizer.step(rate, norm)
-        return StepResult(total, float(norm), by_origin(seen))
+        return StepResult(total, float(norm), by_origin(seen), time.perf_counter() - began)
 
     def _noise(self, step: int, index: int, batch: VarlenBatch) -> torch.Tensor | None:
         """NEFTune's, a function of (seed, step, number of the micro-batch)."""

@@ -12,6 +12,7 @@ from fastsft.verbs.evaluation import evaluate
 from fastsft.verbs.iteration import iterate
 from fastsft.verbs.merging import restore_layers, soup
 from fastsft.verbs.model import generate, train
+from fastsft.verbs.reporting import report
 from fastsft.verbs.sampling import sample
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "info",
     "iterate",
     "prepare",
+    "report",
     "restore_layers",
     "sample",
     "soup",

@@ -1,0 +1,124 @@
+"""A run's folder as a report reads it: finished, going on, or killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsft.config import ConfigError, unknown_key
+from fastsft.train.metrics import read_metrics
+from fastsft.train.watch import Watch
+
+Row = dict[str, Any]
+_PHASES = ("data", "forward_backward", "optimizer")
+_POINTS = 500
+
+
+@dataclass(frozen=True)
+class Run:
+    """``about`` is empty where a run ended before its first step."""
+
+    name: str
+    rows: list[Row]
+    config: dict[str, Any]
+    about: dict[str, Any]
+    finished: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises ConfigError: the folder is not one of a run."""
+        if not (folder / "config.json").is_file():
+            near = sorted(p.name for p in folder.parent.glob("*") if (p / "config.json").is_file())
+            hint = f"; {unknown_key(folder.name, near)}" if near else ""
+            raise ConfigError(f"{folder}: expected a run's folder, found no config.json in it{hint}")
+        about = folder / "about.json"
+        return cls(
+            folder.name or str(folder),
+            read_metrics(folder / "metrics.jsonl"),
+            json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
+            (folder / "model").is_dir(),
+        )
+
+    def of(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def curve(self, key: str, kind: str = "step") -> tuple[list[float], list[float]]:
+        """Steps and values, of long runs the means of stretches of steps."""
+        return thinned([(row["step"], row[key]) for row in self.of(kind) if row.get(key) is not None])
+
+    def sources(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Of each source the loss by step."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in self.of("step"):
+            for name, loss in row["sources"].items():
+                points.setdefault(name, []).append((row["step"], loss))
+        return {name: thinned(found) for name, found in sorted(points.items())}
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, summed over all processes of the run."""
+        total = dict.fromkeys(_PHASES, 0.0)
+        for row in self.rows:
+            for name, spent in row.get("phases", {}).items():
+                total[name] += spent
+            if row["kind"] in _SPENT:
+                name = _SPENT[row["kind"]]
+                total[name] = total.get(name, 0.0) + row["seconds"]
+        return total
+
+    def summary(self) -> dict[str, Any]:
+        """What runs are compared by; None for what a run does not have."""
+        steps, evals = self.of("step"), self.of("eval")
+        planned = self.about.get("total_steps")
+        early = Watch(steps).early(planned) if planned else None
+        passed = self.of("pass_at_k")
+        tokens, spent = sum(r["tokens"] for r in steps), sum(r["seconds"] for r in steps)
+        return {
+            "run": self.name,
+            "state": "finished" if self.finished else "not finished",
+            "steps": len(steps),
+            "planned steps": planned,
+            "tokens": tokens,
+            "trained tokens": sum(r["trained_tokens"] for r in steps),
+            "training loss": steps[-1]["loss"] if steps else None,
+            "held-out loss before": evals[0]["loss"] if evals and evals[0]["step"] == 0 else None,
+            "held-out loss": evals[-1]["loss"] if evals else None,
+            "best held-out loss": min((r["loss"] for r in evals), default=None),
+            "pass@k": passed[-1]["pass_at"] if passed else None,
+            "early steps": early.steps if early else None,
+            "early loss": early.loss if early else None,
+            "early gradient norm": early.grad_norm if early else None,
+            "signals": len(self.of("signal")),
+            "tokens/s": tokens / spent if spent else None,
+            "MFU": sum(r["mfu"] * r["seconds"] for r in steps) / spent if spent else None,
+            "hours": sum(self.seconds().values()) / 3600,
+        }
+
+
+_SPENT = {"eval": "evaluation", "save": "saving", "sampling": "samples", "pass_at_k": "pass@k"}
+
+
+def thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """At most 500 points: the means of equal stretches."""
+    size = -(-len(points) // _POINTS) or 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return tuple([sum(p[axis] for p in part) / len(part) for part in parts] for axis in (0, 1))  # type: ignore[return-value]
+
+
+def differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
+    """Dotted names of the settings in which the runs' configurations differ, with the value in each run."""
+    flat = [dict(leaves(run.config)) for run in runs]
+    names = sorted({name for one in flat for name in one} - {"output"})
+    values = [(name, [one.get(name) for one in flat]) for name in names]
+    return [(name, found) for name, found in values if any(v != found[0] for v in found)]
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -112,7 +112,7 @@ def _figures(runs: list[Run]) -> list[str]:
         ]
         return [one for one in found if one[1]]
 
-    by_source = [
+    by_source: list[plots.Series] = [
         (source if alone else f"{run.name} {source}", *curve)
         for run in runs
         for source, curve in run.sources().items()

@@ -88,6 +88,16 @@ def test_state_goes_through_json() -> None:
         assert begin + run(second, range(stop, 25), falling) == whole
 
 
+def test_state_is_of_its_step() -> None:
+    """A checkpoint that is written in the background sees nothing of the steps beside it."""
+    stage = CurriculumStage(config_of(), 0, store_of())
+    for step in range(10):
+        state = stage.state()
+        before = json.dumps(state)
+        run(stage, range(step, step + 1), falling)
+        assert json.dumps(state) == before, step
+
+
 def test_only_the_sources_of_the_stage() -> None:
     stage = CurriculumStage(config_of(weights={"a": 1, "c": 0.5}), 0, store_of())
     assert {s for _, shares, _ in run(stage, range(20), falling) for s in shares} == {0, 2}

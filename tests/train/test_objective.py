@@ -172,6 +172,15 @@ def test_self_check_finds_a_leak(name: str, tmp_path: Path, monkeypatch: pytest.
             check_packing(model_of(dtype=dtype), objective, STORE, members)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(n for n, o in OBJECTIVES.items() if o.needs == "ref_logprobs"))
+def test_self_check_where_the_model_is_its_own_reference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As every run without objective.reference begins: the log-ratios are rounding alone."""
+    model = model_of(dtype=dtype)
+    own = Reference(logprobs=reference_logprobs(STORE, model, tmp_path / "own", capacity=50))
+    check_packing(model, Objective(ObjectiveOptions(name=name), own), STORE, np.arange(6))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

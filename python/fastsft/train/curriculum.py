@@ -91,11 +91,11 @@ class CurriculumStage:
         return {i: odd / total for i, odd in odds.items()}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON has it."""
+        """What a resumed run needs, as JSON has it; a copy, as it may be written beside the next steps."""
         return {
             "begin": self._begin, "round": self._round, "cursors": list(self._cursors.values()),
-            "shown": list(self._shown.values()), "losses": list(self._losses.values()),
-            "sums": list(self._sums.values()),
+            "shown": list(self._shown.values()), "losses": [list(pair) for pair in self._losses.values()],
+            "sums": [list(pair) for pair in self._sums.values()],
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -76,6 +76,10 @@ class Objective:
         weight = sum(float(b.weights.abs().sum(dtype=torch.float64)) for b in batches)
         return f"{text} (the first step's gradient is {weight / self.options.constant:.3g} times the token mean's)"
 
+    def weights(self, batch: VarlenBatch) -> torch.Tensor:
+        """float32 [T], what each token's loss is multiplied by before the division."""
+        return _per_sequence(batch) if self.options.reduction == "sequence" else batch.weights
+
     def __call__(
         self, model: Decoder, batch: VarlenBatch, *, divisor: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, LossAux]:
@@ -92,7 +96,7 @@ class Objective:
             hidden_TD,
             model.lm_head_weight,
             batch.targets,
-            _per_sequence(batch) if o.reduction == "sequence" else batch.weights,
+            self.weights(batch),
             objective=o.name,
             objective_args=o.args,
             cu_seqlens=batch.cu_seqlens if self._over_sequences else None,

@@ -109,6 +109,9 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
     if "--json" in rest:
         rest.remove("--json")
         options["json"] = True
+    if verb == "train" and "--dry-run" in rest:
+        rest.remove("--dry-run")
+        options["dry_run"] = True
     if verb == "prepare" and "--show" in rest:
         at = rest.index("--show")
         count = rest[at + 1] if at + 1 < len(rest) else "nothing"
@@ -119,7 +122,7 @@ def _run_with_config(verb: str, function: Callable[..., None], arguments: list[s
     default = load_config(path) if path else Config()
     config = tyro.cli(
         Config,
-        prog=f"fastsft {verb} [RUN.toml] [--json]" + (" [--show N]" if verb == "prepare" else ""),
+        prog=f"fastsft {verb} [RUN.toml] [--json]" + {"prepare": " [--show N]", "train": " [--dry-run]"}[verb],
         description=f"{(function.__doc__ or '').splitlines()[0]} --data PATH ... is short for --data.train.",
         default=default,
         args=rest,

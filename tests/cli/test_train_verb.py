@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -86,3 +87,17 @@ def test_flags_override_the_file(trained: Path, tmp_path: Path, capsys: pytest.C
     saved = json.loads((tmp_path / "x" / "config.json").read_text())
     assert saved["data"]["train"] == [str(more)]
     assert saved["tokenizer"]["train_vocab"] == 300  # from the file
+
+
+def test_dry_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "x"
+    plan = result_of(capsys, "train", trained / "run.toml", "--output", target, "--dry-run")
+    assert plan["stages"][0]["steps"] == 2
+    assert plan["tokens_per_second"] > 0
+    assert plan["memory"]["weights"] == 4 * plan["parameters"]
+    cli.main(["train", str(trained / "run.toml"), "--output", str(target), "--dry-run"])
+    shown = capsys.readouterr().out
+    for expected in ("nll: sum of token weight", "memory: about", "tokens/s", "unusual: 2 steps in all", "rows.jsonl:"):
+        assert expected in shown, expected
+    assert re.search(r"«number \d+!", shown)  # what is trained of the first batch
+    assert {p.name for p in target.iterdir()} == {"data", ".lock"}

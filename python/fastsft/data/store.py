@@ -110,16 +110,23 @@ class SampleStore:
     @property
     def trained_tokens(self) -> int:
         """Targets with a weight: a document's first token is never one."""
-        return int(self._trained().sum())
+        return int(self.trained_counts().sum())
 
     def by_origin(self, count: int) -> list[dict[str, int]]:
         """Samples, tokens and trained tokens of each of ``count`` origins."""
-        columns = {"samples": np.ones(len(self), np.int64), "tokens": self.lengths, "trained_tokens": self._trained()}
+        columns = {
+            "samples": np.ones(len(self), np.int64),
+            "tokens": self.lengths,
+            "trained_tokens": self.trained_counts(),
+        }
         members = [np.asarray(self.origins) == origin for origin in range(count)]
         return [{name: int(column[m].sum()) for name, column in columns.items()} for m in members]
 
-    def _trained(self) -> npt.NDArray[np.int64]:
-        """Of each sample; a block of them at a time, since a count for every token would be twice their size."""
+    def trained_counts(self) -> npt.NDArray[np.int64]:
+        """Of each sample its trained tokens.
+
+        A block of samples at a time, since a count for every token would be twice their size.
+        """
         counts = np.zeros(len(self), np.int64)
         for begin in range(0, len(self), _BLOCK):
             offsets = self._offsets[begin : begin + _BLOCK + 1]

@@ -202,10 +202,10 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     for i in range(min(show, len(prepared.train))):
         sample = prepared.train[i]
         console.print(f"\n{sample.source}", style="bold")
-        console.print(_coloured(sample, prepared.tokenizer, console.is_terminal), soft_wrap=True)
+        console.print(coloured(sample, prepared.tokenizer, console.is_terminal), soft_wrap=True)
 
 
-def _coloured(sample: Sample, tokenizer: Tokenizer, terminal: bool) -> Text:
+def coloured(sample: Sample, tokenizer: Tokenizer, terminal: bool) -> Text:
     """A sample's text by the weight of its tokens: a colour for each weight, or « » around what is trained, with the
     weight where the sample has several."""
     from rich.text import Text

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastsft.verbs.console import UsageError, print_json
+from fastsft.verbs.planning import show_plan
 
 if TYPE_CHECKING:
     from fastsft.config import Config
 
 
-def train(config: Config, *, json: bool = False) -> None:
+def train(config: Config, *, dry_run: bool = False, json: bool = False) -> None:
     """Run a configuration, or go on where it stopped.
 
     Args:
+        dry_run: print what the run would do: steps, tokens, memory, time at best, the first batch.
         json: machine-readable result on the last line.
     """
+    if dry_run:
+        show_plan(config, json=json)
+        return
     import fastsft
 
     result = fastsft.train(config)

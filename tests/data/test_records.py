@@ -129,8 +129,8 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     assert [m["role"] for m in records[4].messages] == ["system", "user", "assistant", "tool"]
     assert [m["content"] for m in records[4].messages] == ["s", "h", "g", "t"]
     assert records[5].messages == ({"role": "user", "content": "h"}, {"role": "assistant", "content": "g"})
-    assert records[6].parts == ("do\n\nthis", "done")
-    assert records[7].parts == records[8].parts == ("do", "done")
+    assert records[6].parts == ("do\n\nthis\n\n", "done")
+    assert records[7].parts == records[8].parts == ("do\n\n", "done")
     assert records[9].text() == "assistant\nid\n1"
 
 

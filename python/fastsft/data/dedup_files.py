@@ -35,7 +35,7 @@ from fastsft.files import sync
 
 Ints = npt.NDArray[np.int64]
 UNLIMITED = 1 << 62
-_VERSION = 2  # raise when shards of the same rows and options would differ
+_VERSION = 3  # raise when shards of the same rows and options would differ
 
 
 def dedup_files(

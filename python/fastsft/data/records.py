@@ -14,6 +14,7 @@ import orjson
 
 from fastsft.data.problems import DataError as DataError
 from fastsft.data.problems import Problems as Problems
+from fastsft.data.shapes import as_ours, parsed
 from fastsft.data.sources import find_sources, open_dataset, open_parquet
 from fastsft.data.streams import DAMAGE, read_blocks
 
@@ -30,7 +31,6 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, as templates read them
 MAX_WEIGHT = 1e9  # sums of these, over all tokens of a batch, are far from float32's limit
 _MAX_DEPTH = 100  # of lists and objects in a message or tool: what reads them recurses
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,12 @@ def _called(calls: Any) -> list[str]:
         if isinstance(item, dict):
             for name, value in reversed(item.items()):
                 if value is not None:  # columns with a fixed schema have every field of every row
-                    left += [_parsed(value) if name == "arguments" else value, name]
+                    left += [parsed(value) if name == "arguments" else value, name]
         elif isinstance(item, list | tuple):
             left += reversed(item)
         elif item is not None:
             found.append(str(item))
     return found
-
-
-def _parsed(arguments: Any) -> Any:
-    try:
-        return orjson.loads(arguments) if isinstance(arguments, str) else arguments
-    except orjson.JSONDecodeError:
-        return arguments
 
 
 @dataclass(frozen=True)
@@ -140,8 +133,13 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
     if not isinstance(value, dict):
         problems.add(row.source, "not an object", f"got {type(value).__name__}")
         return None
+    if not fields.keys() - {"weight"}:
+        try:
+            value = as_ours(value)
+        except ValueError as error:
+            problems.add(row.source, "wrong type", str(error))
+            return None
     if format == "auto":
-        value = _normalise(value, fields)
         found = [kind for kind, names in FIELDS.items() if all(fields.get(n, n) in value for n in names)]
         if not found:
             problems.add(row.source, "unknown format", _fields(value))
@@ -149,7 +147,6 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         kind = found[0]
     else:
         kind = format  # type: ignore[assignment]
-        value = _normalise(value, fields)
     key = fields.get("weight", "weight")
     if "weight" in fields and key not in value:
         problems.add(row.source, "missing field", repr(key))
@@ -207,23 +204,6 @@ def _fields(value: dict[str, Any]) -> str:
     expected = " or ".join(" + ".join(names) for names in FIELDS.values())
     names = ", ".join(sorted(map(str, value)))[:200] or "no field"
     return f"expected {expected}, got {names}; other names are told by fields (--fields, or data.fields of a run)"
-
-
-def _normalise(value: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
-    """ShareGPT conversations as messages, Alpaca rows as prompt and completion; everything else unchanged."""
-    if fields.keys() - {"weight"}:
-        return value
-    turns = value.get("conversations")
-    if "messages" not in value and isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):
-        messages = [{"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t.get("value")} for t in turns]
-        return {**value, "messages": messages}
-    if "prompt" not in value and {"instruction", "output"} <= value.keys():
-        context = value.get("input")
-        prompt = value["instruction"]
-        if context and isinstance(prompt, str):  # anything but strings is reported by the caller
-            prompt = f"{prompt}\n\n{context}" if isinstance(context, str) else context
-        return {**value, "prompt": prompt, "completion": value["output"]}
-    return value
 
 
 def _wrong_messages(messages: Any) -> tuple[str, str] | None:

@@ -123,7 +123,13 @@ def test_pack_set(benchmark: Any, distribution: str, capacity: int, contestant: 
     if contestant == "fastsft":
         ones = np.ones(int(offsets[-1]), np.float32)
         store = SampleStore(
-            ones.astype(np.int32), ones, offsets, np.zeros(len(lengths), np.int32), [""] * len(lengths), {}
+            ones.astype(np.int32),
+            ones,
+            ones.astype(np.uint8),
+            offsets,
+            np.zeros(len(lengths), np.int32),
+            [""] * len(lengths),
+            {},
         )
         rows = benchmark(epoch_of, store, capacity)
     else:

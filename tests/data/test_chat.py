@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.config import DataOptions, WeightOptions
-from fastsft.data.chat import draft, token_weights
+from fastsft.data.chat import draft
 from fastsft.data.records import Record
-from fastsft.data.tokenise import encode, join
+from fastsft.data.segments import Range, Segment, join, token_segments
+from fastsft.data.tokenise import encode
 from fastsft.data.turns import UnfitError, assistant_turns
 from fastsft.models.control import CONTROL
 from fastsft.models.template import CHATML, TemplateError
@@ -86,8 +87,8 @@ def conversations(count: int, texts: list[str] = TEXTS) -> list[list[dict[str, s
 
 def sample_of(record: Record, tokenizer: Tokenizer, **weights: float) -> tuple[list[int], list[float]]:
     (parts,) = encode([draft(record, tokenizer, DataOptions(weights=WeightOptions(**weights)))], tokenizer)
-    ids, weights = join(parts)
-    return ids.tolist(), weights.tolist()
+    whole = join(parts)
+    return whole.ids.tolist(), whole.weights.tolist()
 
 
 def plain(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
@@ -215,15 +216,19 @@ def test_prompt_weight_in_conversations() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_spans_fuzz(data: st.DataObject) -> None:
-    """A token has the weight of the first segment with a character that it covers, by brute force over characters."""
+    """A token is of the first range with a character that it covers, by brute force over characters."""
     text = data.draw(st.text(st.sampled_from("ab c\n👩é你"), max_size=40))
     bounds = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    segments = [(a, b, i + 1.0) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b and i % 3]
+    ranges = [
+        Range(a, b, Segment(i % 5), i + 1.5) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b and i % 3
+    ]
     ((ids, offsets),) = SHARED.encode_rendered([text])
     assert len(ids) == len(offsets)
-    weight_of = {c: weight for a, b, weight in segments for c in range(a, b)}
-    expected = [next((weight_of[c] for c in range(a, b) if c in weight_of), 0.25) for a, b in offsets]
-    assert token_weights(offsets, segments, 0.25) == expected
+    found_at = {c: (segment, factor) for a, b, segment, factor in ranges for c in range(a, b)}
+    outside = (Segment.TOOL_CALLS, 1.0)
+    expected = [next((found_at[c] for c in range(a, b) if c in found_at), outside) for a, b in offsets]
+    segments, factors = token_segments(offsets, ranges, Segment.TOOL_CALLS)
+    assert [*zip(segments.tolist(), factors.tolist(), strict=True)] == expected
 
 
 SHARED = trained(CHATML)

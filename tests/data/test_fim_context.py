@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.data.fim_context import Refilled, draft_repository, refill
-from fastsft.data.tokenise import encode, join
+from fastsft.data.segments import join
+from fastsft.data.tokenise import encode
 from fastsft.models.fim import FORMATS, Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import ByteBpe
@@ -105,7 +106,7 @@ def test_repository(spm: bool) -> None:
     files = [("a.py", "x = 1"), ("b/c.py", "")]
     draft = draft_repository("me/it", files, ("ab", "cd", "ef"), TOKENIZER, FIM, spm=spm)
     (parts,) = encode([draft], TOKENIZER)
-    ids, weights = (a.tolist() for a in join(parts))
+    ids, weights, _ = (a.tolist() for a in join(parts))
     last = (
         "<|fim_prefix|><|fim_suffix|>ef<|fim_middle|>abcd"
         if spm

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fastsft.data.fim import Spans, cut, draft_fim, draft_record
 from fastsft.data.records import Record
-from fastsft.data.tokenise import encode, join
+from fastsft.data.segments import join
+from fastsft.data.tokenise import encode
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 
@@ -25,8 +26,8 @@ PRE, SUF, MID = (TOKENIZER.token_id(m) for m in MARKS)
 
 def sample(parts: tuple[str, str, str], *, spm: bool, train_context: bool = True) -> tuple[list[int], list[float]]:
     (found,) = encode([draft_fim(parts, TOKENIZER, FIM, spm=spm, train_context=train_context)], TOKENIZER)
-    ids, weights = join(found)
-    return ids.tolist(), weights.tolist()
+    whole = join(found)
+    return whole.ids.tolist(), whole.weights.tolist()
 
 
 def parts_of(ids: list[int], *, spm: bool) -> tuple[list[int], list[int], list[int]]:
@@ -70,7 +71,7 @@ def test_order_of_the_parts() -> None:
 def test_infilling_rows_train_the_middle_only() -> None:
     record = Record("fim", "x:1", parts=("before", "after", "inside"), weight=2.0)
     (parts,) = encode([draft_record(record, TOKENIZER, FIM)], TOKENIZER)
-    ids, weights = (a.tolist() for a in join(parts))
+    ids, weights, _ = (a.tolist() for a in join(parts))
     trained = [i for i, w in zip(ids, weights, strict=True) if w]
     assert TOKENIZER.decode(trained, False) == "inside" + END
     assert set(weights) == {0.0, 2.0}

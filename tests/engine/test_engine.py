@@ -20,7 +20,8 @@ from engine_cases import (
 )
 
 from fastsft.data.fim import draft_fim
-from fastsft.data.tokenise import encode, join
+from fastsft.data.segments import join
+from fastsft.data.tokenise import encode
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import Detokenizer, SamplingParams
 from fastsft.models.fim import Fim

@@ -16,7 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from fastsft import ops
 from fastsft.config import FimOptions
 from fastsft.data.fim import draft_fim
-from fastsft.data.tokenise import encode, join
+from fastsft.data.segments import join
+from fastsft.data.tokenise import encode
 from fastsft.models.fim import FORMATS, Fim, FimParts, detect
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import NotExactError

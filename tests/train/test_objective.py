@@ -18,7 +18,7 @@ from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.ops.objectives import OBJECTIVES
-from fastsft.train.objective import Objective, by_origin, check_objective
+from fastsft.train.objective import Objective, check_objective
 from fastsft.train.optim import MasterAdamW
 from fastsft.train.reference import Reference, reference_logprobs
 from fastsft.train.selfcheck import PackingError, check_packing
@@ -113,22 +113,6 @@ def test_reference_logprobs_go_on_where_a_process_was_killed(tmp_path: Path) -> 
         (tmp_path / "r.f32.partial").write_bytes(whole[:left])
         assert reference_logprobs(STORE, model, tmp_path / "r.f32", capacity=50).tobytes() == whole
         (tmp_path / "r.f32").unlink()
-
-
-@torch.no_grad()
-def test_loss_by_source() -> None:
-    samples = random_samples(6, 3)
-    store = SampleStore.from_samples([type(s)(s.ids, s.weights, s.source, i % 2) for i, s in enumerate(samples)])
-    model, objective = model_of(), Objective(ObjectiveOptions(name="dft"))
-    seen = []
-    for members in ([0, 1, 2], [3, 4, 5]):
-        batch = store.batch(np.array(members))
-        seen.append((batch, objective(model, batch, divisor=1.0)[1]))
-    found = by_origin(seen)
-    for origin in (0, 1):
-        batch = store.batch(np.arange(origin, 6, 2))
-        nll = float(Objective(ObjectiveOptions())(model, batch, divisor=1.0)[0])
-        assert found[origin] == pytest.approx((nll, float(batch.weights.sum())), rel=1e-5)
 
 
 def test_noise_on_embeddings() -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from fastsft.data.segments import Segment
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,13 +22,15 @@ class Sample:
     """One tokenised document: ``weights[i]`` is the loss weight of *predicting* ``ids[i]`` (0 = not trained on).
 
     ``ids`` int32 [n], ``weights`` float32 [n]. ``source`` says where it came from, for messages ("a.jsonl:12");
-    ``origin`` is the number of its entry in ``data.sources``.
+    ``origin`` is the number of its entry in ``data.sources``; ``segments`` uint8 [n], what each token is, None if all
+    are answer.
     """
 
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     source: str = ""
     origin: int = 0
+    segments: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class VarlenBatch:
     position_ids: torch.Tensor  # int64 [T]
     targets: torch.Tensor  # int64 [T]
     weights: torch.Tensor  # float32 [T]
+    segments: torch.Tensor  # uint8 [T], what each target is
     cu_seqlens: torch.Tensor  # int32 [B + 1]
     sources: tuple[str, ...] = ()  # one per document
     origins: tuple[int, ...] = ()  # of each document, the number of its entry in data.sources
@@ -64,7 +69,15 @@ def collate(samples: Sequence[Sample]) -> VarlenBatch:
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
     ids = np.concatenate([s.ids for s in samples]) if samples else np.zeros(0, np.int32)
     weights = np.concatenate([s.weights for s in samples]) if samples else np.zeros(0, np.float32)
-    return lay_out(ids, weights, lengths, tuple(s.source for s in samples), tuple(s.origin for s in samples))
+    sources, origins = tuple(s.source for s in samples), tuple(s.origin for s in samples)
+    return lay_out(ids, weights, segments_of(samples), lengths, sources, origins)
+
+
+def segments_of(samples: Sequence[Sample]) -> npt.NDArray[np.uint8]:
+    """Of the samples' tokens, end to end."""
+    answer = np.uint8(Segment.ANSWER)
+    columns = [np.full(len(s.ids), answer) if s.segments is None else s.segments for s in samples]
+    return np.concatenate([np.zeros(0, np.uint8), *columns])
 
 
 def ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -77,12 +90,13 @@ def ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt
 def lay_out(
     ids: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
+    segments: npt.NDArray[np.uint8],
     lengths: npt.NDArray[np.int64],
     sources: tuple[str, ...],
     origins: tuple[int, ...],
     tokens: npt.NDArray[np.int64] | None = None,
 ) -> VarlenBatch:
-    """The batch of documents that already stand end to end: ids and weights [T], lengths [B]."""
+    """The batch of documents that already stand end to end: ids, weights and segments [T], lengths [B]."""
     import torch
 
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
@@ -90,7 +104,9 @@ def lay_out(
     positions = ranges(np.zeros_like(lengths), lengths)
     targets = np.full(len(ids), IGNORE, np.int64)
     shifted = np.zeros(len(ids), np.float32)
+    kinds = np.zeros(len(ids), np.uint8)
     targets[:-1] = ids[1:]
+    kinds[:-1] = segments[1:]
     shifted[:-1] = weights[1:]
     shifted[lasts] = 0
     targets[shifted == 0] = IGNORE
@@ -99,6 +115,7 @@ def lay_out(
         torch.from_numpy(positions),
         torch.from_numpy(targets),
         torch.from_numpy(shifted),
+        torch.from_numpy(kinds),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         sources,
         origins,

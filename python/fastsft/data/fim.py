@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from fastsft.config import FimOptions
-from fastsft.data.chat import Draft, Piece
+from fastsft.config import FimOptions, WeightOptions
+from fastsft.data.chat import Draft, Piece, head
 from fastsft.data.records import Record
+from fastsft.data.segments import Part, Segment
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
@@ -21,7 +19,8 @@ from fastsft.ops.fim_rows import MIDDLE, PREFIX, SUFFIX, fim_cuts
 MARKERS = 4  # tokens of a rearranged sample that are not the document's: three sentinels and the end of text
 Spans = Literal["char", "token", "line", "syntax", "tree_sitter"]
 _STREAM = 0x46494D << 32  # kFimIndex of fim.h
-Part = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # a piece's ids and weights
+WEIGHTS = WeightOptions()
+"""Of the segments of a sample laid out for infilling, whatever ``data.weights`` says of other samples."""
 
 
 def find_format(tokenizer: Tokenizer, options: FimOptions) -> Fim:
@@ -110,18 +109,18 @@ def draft_fim(
 ) -> Draft:
     """Lay out (prefix, middle, suffix). ``train_context``: all tokens are trained, as in pre-training; otherwise only
     the middle and its end, as when tuning on infilling rows."""
-    c = 1.0 if train_context else 0.0
+    given, mark = (Segment.ANSWER, Segment.CONTROL) if train_context else (Segment.PROMPT, Segment.PROMPT)
     prefix, middle, suffix = parts
     pieces = {
-        PREFIX: Piece(prefix, c, "start"),
-        MIDDLE: Piece(middle, 1.0, "inner" if prefix else "start"),
-        SUFFIX: Piece(suffix, c),
+        PREFIX: Piece(prefix, given, "start"),
+        MIDDLE: Piece(middle, Segment.ANSWER, "inner" if prefix else "start"),
+        SUFFIX: Piece(suffix, given),
     }
-    head = [Piece(t, 0.0) for t in tokenizer.prefix_ids]
+    start = head(tokenizer)
     layout = fim.layout(spm)
-    body = [pieces[item] if item < 0 else Piece(item, c) for item in layout]
-    context = (len(head) + layout.index(PREFIX), len(head) + layout.index(SUFFIX))
-    return Draft((*head, *body, Piece(fim.end_id, 1.0)), weight, context, shortened)
+    body = [pieces[item] if item < 0 else Piece(item, mark) for item in layout]
+    context = (len(start) + layout.index(PREFIX), len(start) + layout.index(SUFFIX))
+    return Draft((*start, *body, Piece(fim.end_id, Segment.CONTROL)), WEIGHTS, weight, context, shortened)
 
 
 def draft_record(record: Record, tokenizer: Tokenizer, fim: Fim) -> Draft:
@@ -136,14 +135,13 @@ def shorten(parts: list[Part], context: tuple[int, int], limit: int) -> list[Par
     Each may have half of the room, and what the other leaves of its half. None if the rest alone is too long.
     """
     prefix, suffix = context
-    before, after = len(parts[prefix][0]), len(parts[suffix][0])
-    room = limit - sum(len(ids) for ids, _ in parts) + before + after
+    before, after = len(parts[prefix].ids), len(parts[suffix].ids)
+    room = limit - sum(len(part.ids) for part in parts) + before + after
     if room < 0:
         return None
     kept_after = min(after, max(room // 2, room - before))
     kept_before = min(before, room - kept_after)
     fitting = list(parts)
     for number, kept in ((prefix, slice(before - kept_before, None)), (suffix, slice(kept_after))):
-        ids, weights = parts[number]
-        fitting[number] = (ids[kept], weights[kept])
+        fitting[number] = parts[number].take(kept)
     return fitting

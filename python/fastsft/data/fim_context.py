@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from fastsft import ops
 from fastsft.data.chat import Draft, Piece
-from fastsft.data.fim import draft_fim
+from fastsft.data.fim import WEIGHTS, draft_fim
+from fastsft.data.segments import Segment
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import ByteBpe
@@ -149,12 +150,13 @@ def draft_repository(
         raise ValueError("draft_repository: format: it has no tokens for a repository's name and its files")
     if not files:
         raise ValueError("draft_repository: files: expected at least one")
-    pieces = [Piece(repository, 1.0), Piece(name + fim.format.name_end, 1.0)]
-    for path, text in files[:-1]:
-        pieces += [Piece(file, 1.0), Piece(f"{path}\n{text}{fim.format.file_end}", 1.0)]
-    pieces += [Piece(file, 1.0), Piece(f"{files[-1][0]}\n", 1.0)]
+    texts = [name + fim.format.name_end, *(f"{path}\n{text}{fim.format.file_end}" for path, text in files[:-1])]
+    marks = [repository, *[file] * len(files)]
+    pieces = []
+    for mark, text in zip(marks, [*texts, f"{files[-1][0]}\n"], strict=True):
+        pieces += [Piece(mark, Segment.CONTROL), Piece(text, Segment.ANSWER)]
     last = draft_fim(parts, tokenizer, fim, spm=spm, train_context=True)
     head = len(tokenizer.prefix_ids)
     whole = (*last.pieces[:head], *pieces, *last.pieces[head:])
     before, after = last.context or (0, 0)
-    return Draft(whole, weight, (before + len(pieces), after + len(pieces)))
+    return Draft(whole, WEIGHTS, weight, (before + len(pieces), after + len(pieces)))

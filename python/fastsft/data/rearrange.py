@@ -16,8 +16,8 @@ from fastsft import ops
 from fastsft.config import Config
 from fastsft.data import fim
 from fastsft.data.chat import end_id
-from fastsft.data.fim import Part
 from fastsft.data.records import Record
+from fastsft.data.segments import Part, Segment, weigh
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.bpe import ByteBpe, PackedIds
@@ -58,26 +58,23 @@ def rearrange(
         if not usable[i] or mode == -1 or (not texts[i] and whole[i]):
             found.append(None)
             continue
-        head = _part(np.array(tokenizer.prefix_ids, np.int32), 0.0)
+        head = weigh(tokenizer.prefix_ids, Segment.PROMPT, config.data.weights, 0.0)
         row = rows.tokens[starts[i] : starts[i + 1]]
         if mode == 0:
-            weights, end = config.data.weights, np.array([end_id(tokenizer)], np.int32)
-            parts = [head, _part(row, weights.answer * record.weight), _part(end, weights.control * record.weight)]
-            found.append(Rearranged(parts, None, False))
+            body = weigh(row, Segment.ANSWER, config.data.weights, record.weight)
+            end = weigh([end_id(tokenizer)], Segment.CONTROL, config.data.weights, record.weight)
+            found.append(Rearranged([head, body, end], None, False))
             continue
         layout = marks.layout(mode == 2)
         parts, at = [head], 0
         for item in (*layout, marks.end_id):
             begin, stop = bounds[i][2 * (-1 - item) : 2 * (-item)] if item < 0 else (at, at + 1)
-            parts.append(_part(row[begin:stop], record.weight))
+            kind = Segment.ANSWER if item < 0 else Segment.CONTROL
+            parts.append(weigh(row[begin:stop], kind, fim.WEIGHTS, record.weight))
             at = stop
         context = (1 + layout.index(PREFIX), 1 + layout.index(SUFFIX))
         found.append(Rearranged(parts, context, len(texts[i]) < len(whole[i])))
     return found
-
-
-def _part(ids: npt.NDArray[np.int32], weight: float) -> Part:
-    return ids, np.full(len(ids), weight, np.float32)
 
 
 def _fitting(

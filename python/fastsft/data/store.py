@@ -1,4 +1,4 @@
-"""Tokenised samples on disk, memory-mapped: ids and weights; of each sample its length, source and origin."""
+"""Tokenised samples on disk, memory-mapped: ids, weights and segments; of each sample its length, source and origin."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges
+from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges, segments_of
 from fastsft.files import sync, sync_tree
 
 _MANIFEST = "manifest.json"
 _BLOCK = 256  # samples looked at together
-_COLUMNS = {"ids": np.int32, "weights": np.float32, "lengths": np.int64, "origins": np.int32}
+_OF_TOKENS = {"ids": np.int32, "weights": np.float32, "segments": np.uint8}
+_COLUMNS = {**_OF_TOKENS, "lengths": np.int64, "origins": np.int32}
 
 
 class SampleStore:
@@ -28,12 +29,14 @@ class SampleStore:
         self,
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
+        segments: npt.NDArray[np.uint8],
         offsets: npt.NDArray[np.int64],
         origins: npt.NDArray[np.int32],
         sources: list[str],
         manifest: dict[str, Any],
     ) -> None:
-        self._ids, self._weights, self._offsets, self._sources = ids, weights, offsets, sources
+        self._ids, self._weights, self._segments, self._offsets = ids, weights, segments, offsets
+        self._sources = sources
         self.origins = origins
         self.manifest = manifest
 
@@ -46,16 +49,16 @@ class SampleStore:
         """
         folder = Path(path)
         manifest = json.loads((folder / _MANIFEST).read_text())
-        ids, weights, lengths, origins = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "lengths", "origins")
-        )
+        ids, weights, segments, lengths, origins = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in _COLUMNS)
         sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
         found = {"tokens": len(ids), "samples": len(sources)}
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        whole = len(weights) == len(ids) == offsets[-1] and len(lengths) == len(origins) == len(sources)
+        whole = len(weights) == len(segments) == len(ids) == offsets[-1] and len(lengths) == len(origins) == len(
+            sources
+        )
         if not whole or any(manifest[k] != v for k, v in found.items()):
             raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
-        return cls(ids, weights, offsets, origins, sources, manifest)
+        return cls(ids, weights, segments, offsets, origins, sources, manifest)
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
@@ -65,6 +68,7 @@ class SampleStore:
         return cls(
             np.concatenate([s.ids for s in samples]).astype(np.int32) if samples else np.zeros(0, np.int32),
             np.concatenate([s.weights for s in samples]).astype(np.float32) if samples else np.zeros(0, np.float32),
+            segments_of(samples),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             np.array([s.origin for s in samples], np.int32),
             [s.source for s in samples],
@@ -83,6 +87,7 @@ class SampleStore:
             np.asarray(self._weights[begin:end]),
             self._sources[index],
             int(self.origins[index]),
+            np.asarray(self._segments[begin:end]),
         )
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> VarlenBatch:
@@ -92,7 +97,9 @@ class SampleStore:
         tokens = ranges(begins, lengths)
         sources = tuple(self._sources[i] for i in numbers.tolist())
         origins = tuple(self.origins[numbers].tolist())
-        return lay_out(self._ids[tokens], self._weights[tokens], lengths, sources, origins, tokens)
+        return lay_out(
+            self._ids[tokens], self._weights[tokens], self._segments[tokens], lengths, sources, origins, tokens
+        )
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -161,14 +168,14 @@ def join_stores(path: str | os.PathLike[str], stores: Iterable[SampleStore], **m
         for name, stream in columns.items():
             _write_header(stream, _COLUMNS[name], 0)
         for store in stores:
-            arrays = {"ids": store._ids, "weights": store._weights, "lengths": store.lengths, "origins": store.origins}
-            for name, stream in columns.items():
-                stream.write(np.ascontiguousarray(arrays[name], _COLUMNS[name]).data)
+            arrays = (store._ids, store._weights, store._segments, store.lengths, store.origins)
+            for (name, stream), array in zip(columns.items(), arrays, strict=True):
+                stream.write(np.ascontiguousarray(array, _COLUMNS[name]).data)
             sources.writelines(f"{s}\n" for s in store._sources)
             samples, tokens = samples + len(store), tokens + store.num_tokens
         for name, stream in columns.items():
             stream.seek(0)
-            _write_header(stream, _COLUMNS[name], tokens if name in ("ids", "weights") else samples)
+            _write_header(stream, _COLUMNS[name], tokens if name in _OF_TOKENS else samples)
     (stage / _MANIFEST).write_text(json.dumps({"samples": samples, "tokens": tokens, **manifest}, indent=2) + "\n")
     sync_tree(stage)
     shutil.rmtree(folder, ignore_errors=True)

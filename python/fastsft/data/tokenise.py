@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from fastsft.config import Config
 from fastsft.data import fim
 from fastsft.data.batch import Sample
-from fastsft.data.chat import ChatDraft, Draft, draft, token_weights
-from fastsft.data.fim import Part
+from fastsft.data.chat import ChatDraft, Draft, draft
 from fastsft.data.rearrange import Rearranged, rearrange
 from fastsft.data.records import DataError, Problems, Record
+from fastsft.data.segments import Part, Segment, join, token_segments, weigh
 from fastsft.data.turns import UnfitError, expand
 from fastsft.models.control import RESERVED
 from fastsft.models.fim import Fim
@@ -116,45 +113,41 @@ def _drafts(
 
 
 def encode(drafts: Sequence[Draft | ChatDraft], tokenizer: Tokenizer) -> Iterator[list[Part]]:
-    """Each draft's pieces as ids and weights, in one batch call for each form; a conversation is a single piece.
+    """The tokens of each draft's pieces, in one batch call for each form; a conversation is a single piece.
 
     The tokenizer shares a batch out among all cores, whatever the lengths of its texts.
     """
     texts: dict[str, list[str]] = {"prompt": [], "start": [], "inner": []}
+    divided: dict[str, list[str]] = {"start": [], "inner": []}  # into ranges
     for d in drafts:
         for piece in d.pieces if isinstance(d, Draft) else ():
-            if isinstance(piece.content, str) and not piece.segments:
-                texts[piece.form].append(piece.content)
+            if isinstance(piece.content, str):
+                (divided if piece.ranges else texts)[piece.form].append(piece.content)
     rendered = iter(tokenizer.encode_rendered([d.text for d in drafts if isinstance(d, ChatDraft)]))
     encoded = {
         "prompt": iter(tokenizer.encode_batch(texts["prompt"])),
         "start": iter(tokenizer.encode_text(texts["start"])),
         "inner": iter(tokenizer.encode_text(texts["inner"], continues=True)),
     }
+    located = {
+        form: iter(tokenizer.encode_rendered(some, continues=form == "inner")) for form, some in divided.items() if some
+    }
     for d in drafts:
         if isinstance(d, ChatDraft):
             ids, offsets = next(rendered)
-            yield [_part(ids, [w * d.weight for w in token_weights(offsets, d.segments, d.prompt_weight)])]
+            segments, factors = token_segments(offsets, d.ranges, Segment.PROMPT)
+            yield [weigh(ids, segments, d.weights, factors, d.weight)]
             continue
         parts: list[Part] = []
         for p in d.pieces:
-            if isinstance(p.content, str) and p.segments:
-                ((ids, offsets),) = tokenizer.encode_rendered([p.content], continues=p.form == "inner")
-                parts.append(_part(ids, [w * d.weight for w in token_weights(offsets, p.segments, p.weight)]))
+            if p.ranges:
+                ids, offsets = next(located[p.form])
+                segments, factors = token_segments(offsets, p.ranges, p.segment)
+                parts.append(weigh(ids, segments, d.weights, factors, d.weight))
             else:
                 ids = [p.content] if isinstance(p.content, int) else next(encoded[p.form])
-                parts.append(_part(ids, p.weight * d.weight))
+                parts.append(weigh(ids, p.segment, d.weights, p.weight, d.weight))
         yield parts
-
-
-def _part(ids: Any, weights: Any) -> Part:
-    found = np.array(ids, np.int32)
-    return found, np.array(np.broadcast_to(weights, found.shape), np.float32)
-
-
-def join(parts: Sequence[Part]) -> Part:
-    ids, weights = zip(*parts, strict=True)
-    return np.concatenate(ids), np.concatenate(weights)
 
 
 def _finish(
@@ -168,9 +161,9 @@ def _finish(
 ) -> Sample | None:
     options = config.data
     context, shortened = laid.context, laid.shortened
-    ids, weights = join(parts)
-    if len(ids) > options.max_length:
-        detail = f"{len(ids)} tokens, {limit} is {options.max_length}"
+    whole = join(parts)
+    if len(whole.ids) > options.max_length:
+        detail = f"{len(whole.ids)} tokens, {limit} is {options.max_length}"
         if options.on_long == "fail":
             raise DataError(f"{record.source}: too long: {detail}")
         fitting = fim.shorten(parts, context, options.max_length) if context else parts
@@ -178,22 +171,22 @@ def _finish(
             problems.note(record.source, "too long", detail)
             return None
         shortened = True
-        ids, weights = join(fitting)
-        edge = weights[options.max_length - 1 : options.max_length + 1]
+        whole = join(fitting)
+        edge = whole.weights[options.max_length - 1 : options.max_length + 1]
         if record.kind != "text" and len(edge) == 2 and (edge > 0).all():
             problems.add(record.source, "truncated answer", f"{detail}, which ends within what is trained")
             return None
-        ids, weights = ids[: options.max_length], weights[: options.max_length]
+        whole = whole.take(slice(options.max_length))
     if shortened:
         problems.note(record.source, "truncated", f"to {limit}, {options.max_length} tokens")
-    if tokenizer.bos_id is not None and ids[:2].tolist() == [tokenizer.bos_id] * 2:
+    if tokenizer.bos_id is not None and whole.ids[:2].tolist() == [tokenizer.bos_id] * 2:
         problems.add(record.source, "double BOS", "the chat template and the tokenizer both add one")
         return None
-    if not (weights[1:] > 0).any():
+    if not (whole.weights[1:] > 0).any():
         problems.add(record.source, "nothing to train on", "every target has weight 0")
         return None
     # A prompt is left out: there a special token's text is the token, as at inference.
     content = record.parts[1] if record.kind == "prompt_completion" else record.text()
     if (name := tokenizer.control.first_in(content)) is not None:
         problems.note(record.source, "special token text", f"{name} in the content is encoded as plain text")
-    return Sample(ids, weights, record.source, record.origin)
+    return Sample(whole.ids, whole.weights, record.source, record.origin, whole.segments)

@@ -11,15 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastsft.config import DataOptions, WeightOptions
+from fastsft.config import DataOptions
 from fastsft.data.records import MAX_WEIGHT, REASONING, is_weight
+from fastsft.data.segments import Range, Segment
 from fastsft.models.control import CONTROL
 from fastsft.models.template import Span, TemplateError
 from fastsft.models.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Render = Callable[..., tuple[str, list[Span]]]  # of messages and, maybe, with the generation prompt
-Segment = tuple[int, int, float]  # half-open range of characters, and the loss weight of its tokens
 
 # What strftime_now tells a template: samples may not depend on the day they are made. (Llama 3's own default.)
 _TODAY = datetime.datetime(2024, 7, 26)
@@ -77,8 +77,8 @@ def turn_weight(message: Message) -> float:
 
 def lay_out(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, options: DataOptions
-) -> tuple[str, list[Segment]]:
-    """The rendered conversation and the segments of what the assistant wrote, ascending. The rest is prompt.
+) -> tuple[str, list[Range]]:
+    """The rendered conversation and what the assistant wrote in it, ascending. The rest is prompt.
 
     Raises:
         TemplateError: the template refused the conversation.
@@ -92,7 +92,8 @@ def lay_out(
     weights = {i: turn_weight(m) for i, m in enumerate(messages)}
     written = [w for i, w in weights.items() if messages[i]["role"] == "assistant"]
     plain = len({options.weights.thinking, options.weights.answer, options.weights.tool_calls}) == 1
-    segments: list[Segment] = []
+    apart = options.weights.answer != options.weights.tool_calls
+    ranges: list[Range] = []
     for span, number in turns:
         if number is None:
             if not plain or len(set(written)) > 1:
@@ -104,12 +105,15 @@ def lay_out(
                 _check_reasoning(text, span, message)
                 _check_names(message.get("tool_calls"), text[slice(*span)], f"tool_calls of message {number}")
         calls = span[1]
-        apart = options.weights.answer != options.weights.tool_calls
-        if number is not None and apart and messages[number].get("tool_calls"):
-            calls = _content_end(text, span, messages, number, render)
-        parts = _segments(text, span, message, calls, tokenizer, options.weights)
-        segments += [(a, b, w * weight) for a, b, w in parts]
-    return text, segments
+        if number is not None and messages[number].get("tool_calls"):
+            try:
+                calls = _content_end(text, span, messages, number, render)
+            except (UnfitError, TemplateError):
+                if apart:
+                    raise
+                # Of one weight with the answer: the row is usable, and all of the turn counts as answer.
+        ranges += [part._replace(weight=weight) for part in _parts(text, span, message, calls, tokenizer)]
+    return text, ranges
 
 
 def assistant_turns(
@@ -178,10 +182,8 @@ def thinking_end(text: str, begin: int, end: int) -> int:
     return close.end() if close else end
 
 
-def _segments(
-    text: str, span: Span, message: Message | None, calls: int, tokenizer: Tokenizer, weights: WeightOptions
-) -> list[Segment]:
-    """A turn in parts of one weight each; neighbours of equal weight are one. Its tool calls begin at ``calls``, or
+def _parts(text: str, span: Span, message: Message | None, calls: int, tokenizer: Tokenizer) -> list[Range]:
+    """A turn in parts of one segment each; neighbours of the same are one. Its tool calls begin at ``calls``, or
     behind its thinking if that is later."""
     begin, end = span
     thought = thinking_end(text, begin, end)
@@ -191,25 +193,25 @@ def _segments(
         first, thought = at, at + len(reasoning)
     calls = max(calls, thought)
     parts = [
-        (begin, first, weights.answer), (first, thought, weights.thinking), (thought, calls, weights.answer),
-        (calls, end, weights.tool_calls),
+        Range(begin, first, Segment.ANSWER), Range(first, thought, Segment.THINKING),
+        Range(thought, calls, Segment.ANSWER), Range(calls, end, Segment.TOOL_CALLS),
     ]  # fmt: skip
     marks = [(m.start(), m.end()) for m in tokenizer.control.marked.finditer(text, begin, end)]
-    found: list[Segment] = []
+    found: list[Range] = []
 
-    def add(a: int, b: int, weight: float) -> None:
-        if found and found[-1][1] == a and found[-1][2] == weight:
-            found[-1] = (found[-1][0], b, weight)
+    def add(a: int, b: int, segment: Segment) -> None:
+        if found and found[-1].end == a and found[-1].segment == segment:
+            found[-1] = found[-1]._replace(end=b)
         elif a < b:
-            found.append((a, b, weight))
+            found.append(Range(a, b, segment))
 
-    for a, b, weight in parts:
+    for a, b, segment, _ in parts:
         for mark_begin, mark_end in marks:
             if a <= mark_begin < b:
-                add(a, mark_begin, weight)
-                add(mark_begin, mark_end, weights.control)
+                add(a, mark_begin, segment)
+                add(mark_begin, mark_end, Segment.CONTROL)
                 a = mark_end
-        add(a, b, weight)
+        add(a, b, segment)
     return found
 
 

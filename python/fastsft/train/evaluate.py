@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -12,17 +12,22 @@ import torch
 from fastsft import ops
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.loader import sequential_packs
+from fastsft.data.segments import Segment
 from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.train.losses import SEGMENTS, document_sums
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean negative log-likelihood per unit of token weight, in nats. ``tokens``: targets counted."""
+    """Mean negative log-likelihood per unit of token weight, in nats: of everything, and of the tokens of each source
+    and each segment. ``tokens``: targets counted."""
 
     loss: float
     tokens: int
+    sources: dict[str, float] = field(default_factory=dict)
+    segments: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -40,20 +45,45 @@ def batch_loss(model: Decoder, batch: VarlenBatch, *, normalizer: float) -> torc
 
 @torch.inference_mode()
 def evaluate_loss(
-    model: Decoder, store: SampleStore, *, capacity: int, progress: Callable[[int, int], None] | None = None
+    model: Decoder,
+    store: SampleStore,
+    *,
+    capacity: int,
+    sources: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult | None:
     """Weighted mean loss over a store, packed into batches of at most ``capacity`` tokens; None for an empty store.
 
-    ``progress`` is called with (batches done, all).
+    Args:
+        sources: the names of the samples' origins; none: the loss of each is not told.
+        progress: called with (batches done, all).
     """
-    total = weight = 0.0
+    sums = torch.zeros(len(store), len(Segment), 2, dtype=torch.float64)
     tokens = 0
     packs = sequential_packs(store, capacity=capacity)
     for done, members in enumerate(packs, 1):
         batch = store.batch(members)
-        total += float(batch_loss(model, batch, normalizer=1.0))
-        weight += float(batch.weights.sum(dtype=torch.float64))
+        hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+        logprobs = cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))
+        sums[members] = document_sums(batch, logprobs)
         tokens += int((batch.weights > 0).sum())
         if progress:
             progress(done, len(packs))
-    return EvalResult(total / weight, tokens) if tokens else None
+    if not tokens:
+        return None
+    return EvalResult(
+        _mean(sums),
+        tokens,
+        _means((name, sums[torch.from_numpy(store.origins == i)]) for i, name in enumerate(sources)),
+        _means(zip(SEGMENTS, sums.unbind(1), strict=True)),
+    )
+
+
+def _means(groups: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """Of the groups that have a weight."""
+    return {name: _mean(sums) for name, sums in groups if sums[..., 1].any()}
+
+
+def _mean(sums: torch.Tensor) -> float:
+    nll, weight = sums.flatten(0, -2).sum(0).tolist()
+    return float(nll / weight)

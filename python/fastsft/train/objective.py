@@ -123,24 +123,6 @@ def _per_sequence(batch: VarlenBatch) -> torch.Tensor:
     return (batch.weights.double() * share).float()
 
 
-def by_origin(batches: Sequence[tuple[VarlenBatch, LossAux]]) -> dict[int, tuple[float, float]]:
-    """Of each source in the batches: the weighted sum of its tokens' negative log-likelihood, and of their weights."""
-    sums: dict[int, tuple[float, float]] = {}
-    for batch, aux in batches:
-        if not batch.origins:
-            continue
-        origins = torch.tensor(batch.origins)[documents(batch)]
-        nll = -(aux.logprob.double() * batch.weights)
-        for origin in sorted(set(batch.origins)):
-            members = origins == origin
-            before = sums.get(origin, (0.0, 0.0))
-            sums[origin] = (
-                before[0] + float(nll[members].sum()),
-                before[1] + float(batch.weights[members].sum(dtype=torch.float64)),
-            )
-    return sums
-
-
 def describe(options: ObjectiveOptions) -> str:
     """The reduction in words, for logs and checkpoints."""
     return {

@@ -36,6 +36,7 @@ from fastsft.train.about import write_about
 from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
+from fastsft.train.losses import SEGMENTS, by_origin, by_segment, means
 from fastsft.train.metrics import Display, MetricsLog, read_metrics
 from fastsft.train.objective import Objective, check_objective, describe
 from fastsft.train.optim import make_optimizer
@@ -123,6 +124,7 @@ class Trainer:
             (Stage if options.curriculum == "none" else CurriculumStage)(config, i, self.prepared.train)
             for i, options in enumerate(stages_of(config))
         ]
+        self._sources = [source.name for source in sources_of(config.data)]
         self.total_steps = sum(stage.steps for stage in self.stages)
         if self.total_steps == 0:
             raise ConfigError("data: the weights and ratios of the sources leave no sample for any stage")
@@ -221,15 +223,16 @@ class Trainer:
             used = arithmetic.flops_of(batches) / took / self._rate
             count = sum(b.num_tokens for b in batches)
             tokens, seconds = tokens + count, seconds + took
-            stage.observe(within, result.origins)
+            origins = by_origin(result.groups)
+            stage.observe(within, origins)
             progress.step += 1
             progress.loss = result.loss
             log.write(
                 "step", progress.step, stage=stage.options.name, epoch=stage.epoch(within), loss=result.loss,
                 lr=rate, grad_norm=result.grad_norm, tokens=count,
                 trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
-                sources=self._by_source(result.origins), seconds=took, tokens_per_second=count / took,
-                phases=phases, mfu=used,
+                sources=means(origins, self._sources), segments=means(by_segment(result.groups), SEGMENTS),
+                seconds=took, tokens_per_second=count / took, phases=phases, mfu=used,
             )  # fmt: skip
             display.update(progress.step, result.loss, tokens / seconds, used)
             for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
@@ -288,20 +291,17 @@ class Trainer:
             kept = light.choose(path, self.model, store, share=options.drop_easy, capacity=capacity)
         return Stage(self.config, stage.number, store, kept)
 
-    def _by_source(self, origins: dict[int, tuple[float, float]]) -> dict[str, float]:
-        """Mean negative log-likelihood of each source's tokens in a step."""
-        names = [source.name for source in sources_of(self.config.data)]
-        return {names[origin]: total / weight for origin, (total, weight) in sorted(origins.items()) if weight > 0}
-
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
         began = time.perf_counter()
         with self._averaged():
-            result = evaluate_loss(self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch)
+            result = evaluate_loss(
+                self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch,
+                # Rows of files of their own are of no source.
+                sources=() if self.config.data.eval else self._sources,
+            )  # fmt: skip
         if result is not None:
             if log is not None:
-                log.write(
-                    "eval", step, loss=result.loss, tokens=result.tokens, seconds=time.perf_counter() - began
-                )  # fmt: skip
+                log.write("eval", step, **dataclasses.asdict(result), seconds=time.perf_counter() - began)
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
 

@@ -12,7 +12,8 @@ import torch
 
 from fastsft.data.batch import VarlenBatch
 from fastsft.models.decoder import Decoder
-from fastsft.train.objective import Objective, by_origin
+from fastsft.train.losses import Sums, by_group
+from fastsft.train.objective import Objective
 from fastsft.train.optim import MasterOptimizer
 
 
@@ -22,12 +23,12 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """``origins``: of each source in the step, the weighted sum of its negative log-likelihood and of its weights.
+    """``groups``: by source and segment, the weighted sum of negative log-likelihood and of weights.
     ``optimizer_seconds``: of the gradient norm and the update."""
 
     loss: float
     grad_norm: float
-    origins: dict[int, tuple[float, float]]
+    groups: Sums
     optimizer_seconds: float
 
 
@@ -64,7 +65,7 @@ class Update:
         if not math.isfinite(float(norm)):
             self._stop(step, batches, f"gradient norm is {float(norm)}")
         self.optimizer.step(rate, norm)
-        return StepResult(total, float(norm), by_origin(seen), time.perf_counter() - began)
+        return StepResult(total, float(norm), by_group(seen), time.perf_counter() - began)
 
     def _noise(self, step: int, index: int, batch: VarlenBatch) -> torch.Tensor | None:
         """NEFTune's, a function of (seed, step, number of the micro-batch)."""

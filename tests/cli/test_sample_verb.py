@@ -17,6 +17,7 @@ TASKS: list[dict[str, Any]] = [
     {"task_id": "cases", "prompt": "number", "prefix": "print(2) #", "cases": [{"input": "", "output": "2"}]},
     {"task_id": "hopeless", "prompt": "say", "prefix": "#", "check": "assert False"},
     {"task_id": "long", "prompt": "number " * 300, "check": ""},
+    {"task_id": "broken", "prompt": "\ud800", "check": ""},
 ]
 DRAW = ["--completion", "--n", "6", "--temperature", "1", "--max-tokens", "32", "--stop", "\n", *string.ascii_lowercase]
 
@@ -27,10 +28,10 @@ def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     report = result_of(capsys, *command)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert report["rows"] == len(rows) > 0
-    assert report["tasks"] == 4
+    assert report["tasks"] == 5
     assert report["samples"] == 18
     assert report["failures"].get("AssertionError", 0) > 0
-    assert report["tasks_left_out_examples"][0].startswith("long: ")
+    assert [e.partition(": ")[0] for e in report["tasks_left_out_examples"]] == ["long", "broken"]
     assert {r["meta"]["task_id"] for r in rows} <= {"comment", "cases"}
     assert all(r["prompt"] and "\n" not in r["completion"] for r in rows)
 
@@ -39,7 +40,7 @@ def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert output.read_bytes() == written
     assert f"{len(rows)} rows: {output}" in out
-    assert "1 tasks left out, e.g. long: " in out
+    assert "2 tasks left out, e.g. long: " in out
     assert result_of(capsys, *command, "--per-task", "1")["rows"] <= 2  # another selection from the same draws
 
     assert "drawn with other settings: seed. Restore" in refusal(capsys, *command, "--seed", "1")

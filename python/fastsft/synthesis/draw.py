@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -245,5 +246,6 @@ def _digest_model(folder: Path) -> str:
 
 
 def _digest_tasks(tasks: Sequence[Task]) -> str:
-    content = orjson.dumps([dataclasses.astuple(task) for task in tasks])
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    # json and not orjson: what a file escapes may be a lone surrogate, which is for the engine to refuse
+    content = json.dumps([dataclasses.astuple(task) for task in tasks])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -91,9 +91,9 @@ def test_endurance(benchmark, tmp_path):
     growth = np.polyfit(step[late], resident[late], 1)[0] * 100
     seconds = np.array([row["seconds"] for row in rows[STEPS // 4 :]])
     half, most = np.quantile(seconds, [0.5, 0.99])
+    benchmark.group = f"{STEPS} training steps, {CAPACITY} tokens each, one thread"
     replayed = iter(seconds)
     benchmark.pedantic(lambda: CLOCK.advance(next(replayed)), rounds=len(seconds))
-    benchmark.group = f"{STEPS} training steps, {CAPACITY} tokens each, one thread"
     benchmark.extra_info |= {
         "MiB_per_100_steps": float(growth), "p99_to_p50": float(most / half),
         "slowest_to_p50": float(seconds.max() / half),

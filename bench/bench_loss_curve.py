@@ -33,13 +33,13 @@ def curves():
 @pytest.mark.parametrize("contestant", ["fastsft", "transformers"])
 def test_losses(benchmark, curves, contestant, tmp_path):
     store, model = curve_cases.store_of(STEPS), curve_cases.write_model(tmp_path / "model")
+    benchmark.group = f"losses of {STEPS} training steps, float32"
     if contestant == "fastsft":
         curves[contestant] = benchmark.pedantic(curve_cases.ours, (store, model, tmp_path / "run", STEPS))
     else:
         curves[contestant] = benchmark.pedantic(curve_cases.theirs, (store, model, STEPS))
     losses = curves[contestant]
     assert len(losses) == STEPS
-    benchmark.group = f"losses of {STEPS} training steps, float32"
     benchmark.extra_info |= {"first_loss": losses[0], "last_loss": losses[-1]}
     if len(curves) == 2:
         apart = max(abs(a - b) for a, b in zip(*curves.values(), strict=True))

@@ -76,11 +76,11 @@ def test_training(benchmark, size, vocabulary, dtype, contestant):
     tolerance = 1e-5 if dtype == "f32" else 1e-2 if contestant.endswith("without float32 weights") else 2e-3
     assert found["losses"] == pytest.approx(run("fastsft", case)["losses"], rel=tolerance)
 
+    parameters = model(size, vocabulary)[1]
+    benchmark.group = f"training, {parameters / 1e6:.0f} M parameters, vocabulary {vocabulary}, {dtype}, one thread"
     seconds = iter(found["seconds"][1:])
     benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=STEPS - 1)
     tokens = sum(len(d.ids) for d in documents(1))
-    parameters = model(size, vocabulary)[1]
-    benchmark.group = f"training, {parameters / 1e6:.0f} M parameters, vocabulary {vocabulary}, {dtype}, one thread"
     benchmark.extra_info |= {
         "tokens_per_second": tokens / benchmark.stats["median"], "peak_MiB": found["peak_mib"],
     }  # fmt: skip

@@ -34,7 +34,7 @@ ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 # installed by extras only: a top-level import would make them required
 OPTIONAL = {
     "pyarrow", "datasets", "matplotlib", "transformers", "triton", "cuda", "fastapi", "uvicorn", "ray",
-    "tree_sitter", "tree_sitter_python", "bitsandbytes", "peft",
+    "tree_sitter", "tree_sitter_python", "bitsandbytes", "peft", "wandb", "trackio", "tensorboard",
 }  # fmt: skip
 # made of kernels, which Triton reads as source at the top of a module: imported as an optional package is
 KERNELS = "fastsft.ops._triton"

@@ -23,6 +23,7 @@ from fastsft.config.run import (
     TokenizerOptions,
     TrainOptions,
 )
+from fastsft.config.watching import EvalOptions, LogOptions, SamplesOptions
 
 __all__ = [
     "FIELD_NAMES",
@@ -31,12 +32,15 @@ __all__ = [
     "DataOptions",
     "DecontaminateOptions",
     "DedupOptions",
+    "EvalOptions",
     "FilterOptions",
     "FimOptions",
+    "LogOptions",
     "LoraOptions",
     "ModelOptions",
     "ObjectiveOptions",
     "OptimOptions",
+    "SamplesOptions",
     "ScheduleOptions",
     "SourceOptions",
     "StageOptions",

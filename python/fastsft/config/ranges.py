@@ -77,6 +77,19 @@ def check_ranges(config: Config, where: str) -> None:
     check(t.max_steps is None or t.max_steps >= 1, "train.max_steps", "at least 1", t.max_steps)
     for name in ("eval_every", "save_every"):
         check(getattr(t, name) >= 0, f"train.{name}", "at least 0", getattr(t, name))
+    check_watching(config, check)
+
+
+def check_watching(config: Config, check: Callable[[bool, str, str, object], None]) -> None:
+    for section in ("samples", "eval"):
+        options = getattr(config, section)
+        check(options.every >= 0, f"{section}.every", "at least 0", options.every)
+        check(options.max_tokens >= 1, f"{section}.max_tokens", "at least 1", options.max_tokens)
+        check(options.temperature >= 0, f"{section}.temperature", "at least 0", options.temperature)
+        check(options.seed >= 0, f"{section}.seed", "at least 0", options.seed)
+    check(config.eval.n >= 1, "eval.n", "at least 1", config.eval.n)
+    check(1 <= min(config.eval.k, default=0) <= max(config.eval.k, default=0) <= config.eval.n, "eval.k",
+          f"numbers from 1 to eval.n = {config.eval.n}", config.eval.k)  # fmt: skip
 
 
 def check_stages(config: Config, check: Callable[[bool, str, str, object], None]) -> None:

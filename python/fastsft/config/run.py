@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastsft.config.data import DataOptions
 from fastsft.config.section import Section
+from fastsft.config.watching import EvalOptions, LogOptions, SamplesOptions
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,6 @@ class Config(Section):
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    samples: SamplesOptions = field(default_factory=SamplesOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)

@@ -98,7 +98,7 @@ class Run:
         }
 
 
-_SPENT = {"eval": "evaluation", "save": "saving", "sampling": "samples", "pass_at_k": "pass@k"}
+_SPENT = {"eval": "evaluation", "save": "saving", "sample": "samples", "pass_at_k": "pass@k"}
 
 
 def thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

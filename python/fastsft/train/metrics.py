@@ -12,12 +12,15 @@ from typing import Any
 
 import orjson
 
+from fastsft.train.trackers import Trackers
+
 
 class MetricsLog:
     """metrics.jsonl of a run. After a resume it holds each step once: lines past the resumed step are dropped."""
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
+    def __init__(self, path: Path, *, resumed_step: int, trackers: Trackers | None = None) -> None:
         self.path = path
+        self._trackers = trackers
         kept = [line for line in _whole_lines(path) if _step_of(line) <= resumed_step] if resumed_step else []
         stage = path.with_name(f".{path.name}.tmp")
         stage.write_bytes(b"".join(kept))
@@ -26,9 +29,13 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._file.write(orjson.dumps({"kind": kind, "step": step, **values}) + b"\n")
+        if self._trackers:
+            self._trackers.write(kind, step, values)
 
     def close(self) -> None:
         self._file.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from fastsft.train.about import write_about
 from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
+from fastsft.train.live import Live
 from fastsft.train.losses import SEGMENTS, by_origin, by_segment, means
 from fastsft.train.metrics import Display, MetricsLog, read_metrics
 from fastsft.train.objective import Objective, check_objective, describe
@@ -45,6 +46,7 @@ from fastsft.train.selfcheck import check_packing
 from fastsft.train.signals import Signals
 from fastsft.train.stages import Stage, stages_of
 from fastsft.train.throughput import Arithmetic, matmul_rate
+from fastsft.train.trackers import Trackers, check_trackers
 from fastsft.train.update import NonFiniteError, Update
 from fastsft.train.watch import Early, Watch
 
@@ -103,6 +105,8 @@ class Trainer:
         self.output = Path(config.output)
         self._progress = progress
         check_objective(config.objective)
+        check_trackers(config.log)
+        self._live = Live(config)
         start.check_fits(config, model.config if model else start.architecture(config))
         with bars(progress) as tell:
             self.prepared = prepared or prepare(config, progress=tell)
@@ -157,7 +161,8 @@ class Trainer:
         for line in notices(self.prepared.report):
             display.note(line)
         display.note(self._plan())
-        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step)
+        trackers = Trackers(self.config.log, self.output, to_dict(self.config), resumed_step=progress.step)
+        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step, trackers=trackers)
         watch = Watch(read_metrics(log.path))
         options = self.config.train
         self._checkpoints = checkpoint.Writer(
@@ -170,6 +175,7 @@ class Trainer:
                 else:
                     self._self_check()
                     progress.before = self._evaluate(0, log, display)
+                    self._show(0, log, display, last=False)
                 self._rate = matmul_rate(next(self.model.parameters()).dtype)
                 self._about()
                 return self._steps(progress, signals, log, display, watch)
@@ -246,6 +252,7 @@ class Trainer:
             last = within + 1 == stage.steps  # of its stage
             if (options.eval_every and progress.step % options.eval_every == 0) or last:
                 after = self._evaluate(progress.step, log, display)
+            self._show(progress.step, log, display, last=progress.step == self.total_steps)
             if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
                 self._save(progress, log)
             if signals.number is not None and progress.step < self.total_steps:
@@ -304,6 +311,11 @@ class Trainer:
                 log.write("eval", step, **dataclasses.asdict(result), seconds=time.perf_counter() - began)
             display.note(f"step {step}: held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
         return result
+
+    def _show(self, step: int, log: MetricsLog, display: Display, *, last: bool) -> None:
+        """Samples and solved tasks, if they are due."""
+        with self._averaged():
+            self._live(self.model, self.prepared.tokenizer, step, last=last, write=log.write, note=display.note)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """What is evaluated and exported: the averaged weights, where there are any."""

@@ -244,15 +244,15 @@ class Trainer:
             for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
                 log.write("signal", progress.step, **dataclasses.asdict(spike))
                 display.note(f"step {progress.step}: {spike.describe()}")
-            if (
-                progress.step == first + 1
-            ):  # what lives now lives to the end: a full collection would take 0.1 s of a step
+            # what lives now lives to the end: a full collection would take 0.1 s of a step
+            if progress.step == first + 1:
                 gc.collect()
                 gc.freeze()
             last = within + 1 == stage.steps  # of its stage
             if (options.eval_every and progress.step % options.eval_every == 0) or last:
                 after = self._evaluate(progress.step, log, display)
-            self._show(progress.step, log, display, last=progress.step == self.total_steps)
+            if signals.number is None:  # otherwise what matters is to save at once
+                self._show(progress.step, log, display, last=progress.step == self.total_steps)
             if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
                 self._save(progress, log)
             if signals.number is not None and progress.step < self.total_steps:

@@ -13,7 +13,10 @@ from resume_cases import train
 from train_cases import model_of, random_samples
 
 from fastsft.config import ConfigError, load_config
+from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
+from fastsft.models.decoder import Decoder
+from fastsft.train import light
 from fastsft.train.evaluate import evaluate_loss
 from fastsft.train.light import choose
 from fastsft.train.metrics import read_metrics
@@ -128,5 +131,41 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path
 def test_a_stage_without_samples(tmp_path: Path) -> None:
     config = staged(tmp_path, "run")
     config["stages"] = [{"name": "none", "weights": {"web": 0.0}}]
-    with pytest.raises(ConfigError, match="leave no sample for any stage"):
+    with pytest.raises(ConfigError, match="leave no sample for the stage 'none'"):
         Trainer(load_config(config), progress=False)
+    config["stages"] = [{"name": "some"}, {"name": "none", "weights": {"web": 0.0}}]
+    with pytest.raises(ConfigError, match="leave no sample for the stage 'none'"):
+        Trainer(load_config(config), progress=False)
+
+
+def test_the_share_is_that_of_the_stages_samples(tmp_path: Path) -> None:
+    """Also where those of other sources are easier, or harder, than all of them."""
+    config = staged(tmp_path, "run")
+    config["stages"] = [{"name": "light", "weights": {"books": 1.0}, "drop_easy": 0.5}]
+    trainer = Trainer(load_config(config), progress=False)
+    store = trainer.prepared.train
+    judged: list[int] = []
+    losses = light._mean_losses
+
+    def loss_by_source(model: Decoder, batch: VarlenBatch) -> Any:
+        judged.extend(batch.origins)
+        return losses(model, batch) + 100 * np.array(batch.origins)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(light, "_mean_losses", loss_by_source)
+        trainer.run()
+    kept = np.load(tmp_path / "run" / "stages" / "0.npy")
+    books = int((store.origins == 1).sum())
+    assert kept.sum() == books - books // 2
+    assert not kept[store.origins == 0].any()
+    assert judged == [1] * books, "no time is spent on samples that the stage does not have"
+
+
+def test_resumed_after_the_last_step_of_a_light_stage(tmp_path: Path) -> None:
+    """The stage has fewer steps than was known before it began, and all of them are done."""
+    config = staged(tmp_path, "run")
+    config["stages"] = [{"name": "light", "drop_easy": 0.6}]
+    _, first = train(config)
+    _, again = train(config)
+    assert again.resumed_from == again.steps == first.steps
+    assert again.eval_after == first.eval_after != first.eval_before

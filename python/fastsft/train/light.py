@@ -14,24 +14,36 @@ import torch
 
 from fastsft import ops
 from fastsft.data.batch import VarlenBatch, documents
-from fastsft.data.loader import sequential_packs
 from fastsft.data.store import SampleStore
 from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 
 
-def choose(path: Path, model: Decoder, store: SampleStore, *, share: float, capacity: int) -> npt.NDArray[np.bool_]:
+def choose(
+    path: Path,
+    model: Decoder,
+    store: SampleStore,
+    *,
+    share: float,
+    capacity: int,
+    among: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.bool_]:
     """bool [samples]: all but ``share`` of them, those of the smallest mean loss per unit of token weight.
 
     The choice is written to ``path``, for a run that goes on in the middle of the stage, with other weights.
+
+    Args:
+        among: numbers of the samples to choose from, and to take the share of; the others are not kept. None: all.
     """
-    losses = np.zeros(len(store))
+    among = np.arange(len(store)) if among is None else among
+    losses = np.zeros(len(among))
+    lengths = store.lengths[among]
     with torch.inference_mode():
-        for members in sequential_packs(store, capacity=capacity):
-            losses[members] = _mean_losses(model, store.batch(members))
-    kept = np.ones(len(store), bool)
-    kept[np.argsort(losses, kind="stable")[: int(share * len(store))]] = False
+        for places in ops.pack_sequences(lengths, capacity=max(capacity, int(lengths.max()))):
+            losses[places] = _mean_losses(model, store.batch(among[places]))
+    kept = np.zeros(len(store), bool)
+    kept[among[np.argsort(losses, kind="stable")[int(share * len(among)) :]]] = True
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.name}.tmp")
     with open(stage, "wb") as file:

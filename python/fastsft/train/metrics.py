@@ -88,6 +88,12 @@ class Display:
                 f"ETA {datetime.timedelta(seconds=round(left))}"
             )
 
+    def expect(self, total: int) -> None:
+        """Another number of steps in all than was known before."""
+        self._total = total
+        if self._live:
+            self._bar.update(self._task, total=total)
+
     def note(self, text: str) -> None:
         if self._live:
             self._bar.console.print(text, highlight=False)

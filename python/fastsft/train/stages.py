@@ -40,11 +40,13 @@ class Stage:
         self.options = stages[number]
         self.number = number
         self.rate = self.options.lr or config.optim.lr
+        weights = passes_of(config.data, self.options, store)
+        self._sources = np.flatnonzero([weight > 0 for weight in weights])
         self.loader = PackedLoader(
             store,
             capacity=config.train.tokens_per_batch,
             seed=config.seed,
-            weights=passes_of(config.data, self.options, store),
+            weights=weights,
             kept=kept,
         )
         self._accumulation = config.train.accumulation
@@ -64,6 +66,10 @@ class Stage:
         first = (step - self._firsts[epoch - self._first_epoch]) * self._accumulation
         end = min(first + self._accumulation, self.loader.num_batches(epoch))
         return [self.loader.members(epoch, i) for i in range(first, end)]
+
+    def samples(self) -> npt.NDArray[np.int64]:
+        """The numbers of the samples of all sources that the stage's weights and ratios have."""
+        return np.flatnonzero(np.isin(self.loader.store.origins, self._sources))
 
     def batches(self, step: int) -> list[VarlenBatch]:
         """The micro-batches of a step."""

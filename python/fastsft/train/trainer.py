@@ -130,8 +130,11 @@ class Trainer:
         ]
         self._sources = [source.name for source in sources_of(config.data)]
         self.total_steps = sum(stage.steps for stage in self.stages)
-        if self.total_steps == 0:
-            raise ConfigError("data: the weights and ratios of the sources leave no sample for any stage")
+        for stage in self.stages:
+            if stage.steps == 0:
+                raise ConfigError(
+                    f"data: the weights and ratios of the sources leave no sample for the stage {stage.options.name!r}"
+                )
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest valid checkpoint if there is one.
@@ -277,7 +280,8 @@ class Trainer:
                 continue
             if isinstance(stage, Stage) and stage.options.drop_easy:
                 stage = self.stages[number] = self._choose(stage, inside=first > begin)
-                self.total_steps = sum(s.steps for s in self.stages)
+            self.total_steps = begin + sum(s.steps for s in self.stages[number:])
+            display.expect(self.total_steps)
             if len(self.stages) > 1:
                 display.note(f"stage {stage.options.name}: {stage.steps:,} steps")
             if first > begin:
@@ -286,6 +290,7 @@ class Trainer:
             for within in range(max(first - begin, 0), stage.steps):
                 yield stage, within
             begin += stage.steps
+        self.total_steps = begin  # also of a run that was resumed after its last step
 
     def _choose(self, stage: Stage, *, inside: bool) -> Stage:
         """The stage without the samples that are easy for the model; ``inside``: as it was when the stage began."""
@@ -295,7 +300,9 @@ class Trainer:
             kept = np.load(path)
         else:
             capacity = self.config.train.tokens_per_batch
-            kept = light.choose(path, self.model, store, share=options.drop_easy, capacity=capacity)
+            kept = light.choose(
+                path, self.model, store, share=options.drop_easy, capacity=capacity, among=stage.samples()
+            )
         return Stage(self.config, stage.number, store, kept)
 
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
@@ -336,7 +343,7 @@ class Trainer:
                     f"got {model.config.vocab_size}"
                 )
         if needs == "reference":
-            return Reference(model=copy.deepcopy(model) if model is self.model else model)
+            return Reference(model=_copy(model) if model is self.model else model)
         capacity = self.config.train.tokens_per_batch
         name = cache_name(self.prepared.report["key"], fingerprint, capacity)
         with bars(self._progress) as tell:
@@ -370,7 +377,7 @@ class Trainer:
 
         model, tensors = self.model, self.optimizer.state() | (self.average.state() if self.average else {})
         if self.config.train.async_save:  # the next step changes both in place
-            model, tensors = copy.deepcopy(model), {name: tensor.clone() for name, tensor in tensors.items()}
+            model, tensors = _copy(model), {name: tensor.clone() for name, tensor in tensors.items()}
 
         def fill(folder: Path) -> None:
             if self.config.lora.rank:
@@ -419,3 +426,8 @@ class Trainer:
     def _write_model(self, model: Decoder, folder: Path) -> None:
         save_model(model, folder)
         self.prepared.tokenizer.save(folder)
+
+
+def _copy(model: Decoder) -> Decoder:
+    """One that training does not change: what is frozen is shared."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})

@@ -36,6 +36,14 @@ def test_defaults_and_round_trip(tmp_path: Path) -> None:
     ("raw", "message"),
     [
         ({"sed": 1}, "unknown key 'sed'; did you mean 'seed'"),
+        ({"stages": [{"name": "a", "lr": "3e-3"}]}, r"stages\.0\.lr: expected a number, got '3e-3'"),
+        ({"stages": [{"name": "a", "lr": float("inf")}]}, r"stages\.0\.lr: expected a finite number, got inf"),
+        ({"stages": [{"name": "a"}, {"name": "b", "epochs": True}]}, r"stages\.1\.epochs: expected a number, got True"),
+        ({"stages": [{"name": "a", "ratios": {"x": float("inf")}}]}, r"stages\.0\.ratios\.x: expected a finite number"),
+        (
+            {"data": {"sources": [{"name": "a", "files": ["f"], "cap": "5"}]}},
+            r"data\.sources\.0\.cap: expected a number",
+        ),
         ({"train": {"epoch": 1}}, "unknown key 'train.epoch'; did you mean 'epochs'"),
         ({"data": {"fim": {"zzz": 1}}}, "unknown key 'data.fim.zzz'; known keys: rate, spm_rate, format"),
         ({"optim": {"lr": "fast"}}, "optim.lr: .* got 'fast'"),

@@ -13,10 +13,14 @@ from test_resume import stop_at
 
 from fastsft.config import ConfigError, load_config
 from fastsft.models.adapter import load_adapter
+from fastsft.models.decoder import Decoder
 from fastsft.models.lora import merge_lora
 from fastsft.models.weights import load_model
 from fastsft.train import start
+from fastsft.train import trainer as trainer_module
 from fastsft.train.trainer import Trainer
+
+copy_of = trainer_module._copy
 
 
 def adapted(texts: Path, output: Path, dtype: str = "float32", **lora: Any) -> dict[str, Any]:
@@ -34,6 +38,26 @@ def test_a_run_of_adapters_continues_to_the_same_bytes(dtype: str, texts: Path, 
     names = {p.name for p in (tmp_path / "run" / "checkpoints" / "step-00000004").rglob("*")}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names, "a checkpoint holds the adapters alone"
+
+
+def test_copies_share_what_is_frozen(texts: Path, tmp_path: Path) -> None:
+    """Those of checkpoints written beside the steps, and of asft's reference; and they see no step."""
+    config = adapted(texts, tmp_path / "run") | {"objective": {"name": "asft"}}
+    config["train"]["async_save"] = True
+    trainer = Trainer(load_config(config), progress=False)
+    copies: list[Decoder] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "_copy", lambda model: copies.append(copy_of(model)) or copies[-1])
+        trainer.run()
+    assert len(copies) == 1 + 5
+    adapters = []
+    for made in copies:
+        for name, parameter in made.named_parameters():
+            if "lora" not in name:
+                assert parameter is copies[0].get_parameter(name), name
+        adapters.append(torch.cat([p.detach().flatten() for n, p in made.named_parameters() if "lora_B" in n]))
+    assert not adapters[0].any()
+    assert len({tuple(a.tolist()) for a in adapters}) == len(copies)
 
 
 def test_the_export_is_the_base_and_its_adapter(texts: Path, tmp_path: Path) -> None:

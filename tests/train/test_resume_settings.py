@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -46,6 +47,38 @@ def test_changed_setting_is_refused_by_name(
         train(changed)
     for path, content in kept.items():
         assert path.read_bytes() == content, f"{path.name} was changed by a refused resume"
+
+
+def test_a_checkpoint_from_before_a_key(texts: Path, tmp_path: Path) -> None:
+    """Of an older version, which did not have the key: what it did is the default, and another value is a change."""
+    config = small(texts, tmp_path / "run")
+    train(config)
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        state = json.loads((folder / "trainer.json").read_text())
+        del state["config"]["optim"]["ema"], state["config"]["lora"]
+        rewrite_state(folder, state)
+    assert train(config)[1].resumed_from == 4
+    with pytest.raises(ConfigError, match=r"other settings: optim\.ema\."):
+        train({**config, "optim": {**config["optim"], "ema": 0.9}})
+
+
+def test_a_checkpoint_with_a_key_that_is_gone(texts: Path, tmp_path: Path) -> None:
+    config = small(texts, tmp_path / "run")
+    train(config)
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        state = json.loads((folder / "trainer.json").read_text())
+        state["config"]["optim"]["gone"] = 1
+        rewrite_state(folder, state)
+    with pytest.raises(ConfigError, match=r"other settings: optim\.gone\."):
+        train(config)
+
+
+def rewrite_state(folder: Path, state: dict[str, Any]) -> None:
+    """trainer.json and its checksum."""
+    (folder / "trainer.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["trainer.json"] = hashlib.sha256((folder / "trainer.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ def _without_paths(node: Any) -> Any:
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all in nested dicts, and in lists of dicts, whose entries have their numbers as names."""
     for key, value in node.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            value = {str(i): entry for i, entry in enumerate(value)}
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:

@@ -81,7 +81,7 @@ class StageOptions(Section):
     ratios: dict[str, float] = field(default_factory=dict)
     """Instead of ``data.ratios``."""
     drop_easy: float = 0.0
-    """Share of the samples left out: those of the smallest loss per token under the model that begins the stage."""
+    """Share of the stage's samples left out: those of the smallest loss per token under the model that begins it."""
     curriculum: Literal["none", "ucb"] = "none"
     """ucb: the sources' shares follow recent learning progress (upper confidence bounds, arXiv 2504.09710); needs
     ``max_steps``."""

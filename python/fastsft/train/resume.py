@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsft.config import ConfigError
+from fastsft.config import ConfigError, load_config, to_dict
 from fastsft.train.checkpoint import Checkpoint
 
 # Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
@@ -20,7 +20,7 @@ def refuse_changes(found: Checkpoint, config: dict[str, Any], *, data: str | Non
     Raises:
         ConfigError: naming everything that differs and could change the result.
     """
-    changed = sorted(_differences(found.state["config"], config))
+    changed = sorted(_differences(_completed(found.state["config"]), config))
     if found.state["data"] != data:
         changed.append("the data")
     if found.state.get("origin") != origin:
@@ -30,6 +30,14 @@ def refuse_changes(found: Checkpoint, config: dict[str, Any], *, data: str | Non
             f"{found.path} was written with other settings: {', '.join(changed)}. "
             "Restore them, or choose another output folder"
         )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of keys that came after it was written; as it is, if it has one that is gone."""
+    try:
+        return to_dict(load_config(config))
+    except ConfigError:
+        return config
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:

@@ -57,7 +57,7 @@ def test_copies_share_what_is_frozen(texts: Path, tmp_path: Path) -> None:
                 assert parameter is copies[0].get_parameter(name), name
         adapters.append(torch.cat([p.detach().flatten() for n, p in made.named_parameters() if "lora_B" in n]))
     assert not adapters[0].any()
-    assert len({tuple(a.tolist()) for a in adapters}) == len(copies)
+    assert len({tuple(a.tolist()) for a in adapters}) == 1 + 4, "the last rate is 0"
 
 
 def test_the_export_is_the_base_and_its_adapter(texts: Path, tmp_path: Path) -> None:

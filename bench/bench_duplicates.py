@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from corpus import documents, mutants
 from sparse_join import sparse_join
 
 from fastsft import _C, ops
+from fastsft.ops.reference.words import words
 
 THRESHOLD, HASHES, BANDS, ROWS, NGRAM = 0.7, 128, 16, 8, 5
 Labels = npt.NDArray[np.int64]
@@ -48,8 +48,8 @@ def mutated() -> list[str]:
 
 
 def shingles(text: str) -> set[bytes]:
-    words = re.findall(rb"[a-z0-9_\x80-\xff]+", text.encode().lower())  # the words of fastsft
-    return {b" ".join(words[i : i + NGRAM]) for i in range(max(len(words) - NGRAM + 1, 1))} if words else set()
+    found = words(text.encode())
+    return {b" ".join(found[i : i + NGRAM]) for i in range(max(len(found) - NGRAM + 1, 1))} if found else set()
 
 
 def joined(count: int, pairs: Iterator[tuple[int, int]]) -> Labels:

@@ -12,7 +12,6 @@ import collections
 import functools
 import os
 import random
-import re
 import sysconfig
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from corpus import natural
 
 from fastsft import ops
 from fastsft.data.streams import open_lines
+from fastsft.ops.reference.words import words
 
 NGRAMS = (8, 10, 13)
 LIMIT = int(os.environ.get("FASTSFT_BENCH_DOCS", "20000"))
@@ -39,10 +39,6 @@ def corpus() -> tuple[list[str], list[str]]:
         return texts, [v for row in rows for v in row.values() if isinstance(v, str)]
     rng = random.Random(0)
     return texts, [t[:600] for t in [*found[-570:], *rng.sample(texts, 30)]]
-
-
-def words(text: str) -> list[bytes]:
-    return re.findall(rb"[a-z0-9_\x80-\xff]+", text.encode().lower())
 
 
 Places = dict[tuple[bytes, ...], list[tuple[int, int]]]  # n-gram -> (reference, word)

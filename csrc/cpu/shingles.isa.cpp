@@ -1,12 +1,14 @@
 // Cost per byte of text: one read, one write of the lower-cased copy, about one vector operation to classify and one
-// bit of mask. Per word: one 16-byte load and two 64-bit multiplications. Per shingle: n + 2 multiplications in 32-bit
-// or 64-bit lanes. Scratch stays in the cache.
+// bit of mask; per character outside ASCII a decoding and two binary searches. Per word: one 16-byte load and two
+// 64-bit multiplications. Per shingle: n + 2 multiplications in 32-bit or 64-bit lanes. Scratch stays in the cache.
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "word_chars.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
@@ -46,20 +48,21 @@ inline T finalise(T h) {
   }
 }
 
-// Of 64 bytes, lower-cased in place, one bit per byte: is it part of a word? And of 64 bytes without a top bit: is it
-// white space, which becomes a space? Intrinsics, because the compiler makes no mask register or movemask of a vector
-// of truth values: with them the whole pass takes two thirds of the time.
+// Of 64 bytes, lower-cased in place, one bit per byte: is it part of a word, as all of those outside ASCII are here,
+// and (wide) is it one of those? And of 64 bytes without a top bit: is it white space, which becomes a space?
+// Intrinsics, because the compiler makes no mask register or movemask of a vector of truth values: with them the whole
+// pass takes two thirds of the time.
 #if defined(__AVX512BW__)
 inline uint64_t within(__m512i c, char first, char count) {
   return _mm512_cmplt_epu8_mask(_mm512_sub_epi8(c, _mm512_set1_epi8(first)), _mm512_set1_epi8(count));
 }
 
-inline uint64_t classify(uint8_t* bytes) {
+inline uint64_t classify(uint8_t* bytes, uint64_t& wide) {
   __m512i c = _mm512_loadu_si512(bytes);
   c = _mm512_mask_add_epi8(c, within(c, 'A', 26), c, _mm512_set1_epi8('a' - 'A'));
   _mm512_storeu_si512(bytes, c);
-  return within(c, 'a', 26) | within(c, '0', 10) | _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8('_')) |
-         _mm512_movepi8_mask(c);
+  wide = _mm512_movepi8_mask(c);
+  return within(c, 'a', 26) | within(c, '0', 10) | _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8('_')) | wide;
 }
 
 inline bool is_ascii(const uint8_t* bytes) { return _mm512_movepi8_mask(_mm512_loadu_si512(bytes)) == 0; }
@@ -94,6 +97,14 @@ inline uint64_t bits_of(Bytes truth) {
 #endif
 }
 
+inline uint64_t top_bits_of(Bytes c) {
+#if defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_epi8(reinterpret_cast<__m256i>(c)));
+#else
+  return bits_of(c >> 7);
+#endif
+}
+
 // truth(c) of each vector c, which it may change.
 template <typename Truth>
 inline uint64_t each_vector(uint8_t* bytes, const Truth& truth) {
@@ -107,11 +118,16 @@ inline uint64_t each_vector(uint8_t* bytes, const Truth& truth) {
   return mask;
 }
 
-inline uint64_t classify(uint8_t* bytes) {
-  return each_vector(bytes, [](Bytes& c) {
+inline uint64_t classify(uint8_t* bytes, uint64_t& wide) {
+  wide = 0;
+  int at = 0;
+  const uint64_t narrow = each_vector(bytes, [&](Bytes& c) {
+    wide |= top_bits_of(c) << at;
+    at += kVectorBytes;
     c |= reinterpret_cast<Bytes>(c - 'A' < 26) & 0x20;
-    return reinterpret_cast<Bytes>((c - 'a' < 26) | (c - '0' < 10) | (c == '_') | (c >= 0x80));
+    return reinterpret_cast<Bytes>((c - 'a' < 26) | (c - '0' < 10) | (c == '_'));
   });
+  return narrow | wide;
 }
 
 inline bool is_ascii(const uint8_t* bytes) {
@@ -180,13 +196,52 @@ inline uint64_t word_hash(const uint8_t* from, int64_t bytes) {
   return mix_block(s, from, bytes);
 }
 
+// Bytes of a block, or of the one behind it that characters reach into, that separate words, and those at which a word
+// begins whatever is before.
+struct Seams {
+  uint64_t gaps = 0, cuts = 0;
+};
+
+// Of the characters outside ASCII that begin in the block at `at`. `next` receives what concerns the next block.
+inline Seams find_seams(const uint8_t* text, int64_t length, int64_t at, uint64_t wide, Seams& next) {
+  Seams found;
+  for (; wide != 0; wide &= wide - 1) {
+    const int i = __builtin_ctzll(wide);
+    char32_t c;
+    const int bytes = decode_char(text + at + i, text + length, c);
+    const WordChar is = bytes ? word_char(c) : WordChar::kPart;
+    if (is == WordChar::kPart) continue;
+    const int behind = i + bytes - kBlock;  // bytes of it in the next block, if any
+    if (is == WordChar::kSeparator) {
+      found.gaps |= ((uint64_t{1} << bytes) - 1) << i;
+      if (behind > 0) next.gaps |= (uint64_t{1} << behind) - 1;
+    } else {
+      found.cuts |= uint64_t{1} << i;
+      (behind >= 0 ? next.cuts : found.cuts) |= uint64_t{1} << (behind >= 0 ? behind : i + bytes);
+    }
+  }
+  return found;
+}
+
+// As append_bits, with those of `twice`, a subset, written two times.
+inline int64_t append_edges(uint64_t bits, uint64_t twice, uint32_t first, uint32_t* out) {
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1) {
+    const int i = __builtin_ctzll(bits);
+    out[count++] = first + static_cast<uint32_t>(i);
+    if (twice >> i & 1) out[count++] = first + static_cast<uint32_t>(i);
+  }
+  return count;
+}
+
 inline bool is_space(uint8_t c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 template <typename Hash>
 int64_t words_of(const char* text, int64_t length, uint8_t* lower, uint32_t* edges, Hash* units) {
-  // Pass 1: positions where a run of word bytes begins or ends, alternately.
+  // Pass 1: positions where a word begins or ends, alternately.
   int64_t num_edges = 0;
   uint64_t last = 0;                                  // was the byte before this block part of a word?
+  Seams carried;                                      // what characters of the block before say of this one
   for (int64_t at = 0; at <= length; at += kBlock) {  // <=: the zeros after the text end the last word
     const int64_t have = length - at < kBlock ? length - at : kBlock;
     if (have == kBlock) {
@@ -195,10 +250,19 @@ int64_t words_of(const char* text, int64_t length, uint8_t* lower, uint32_t* edg
       std::memset(lower + at, 0, kBlock);
       if (have > 0) std::memcpy(lower + at, text + at, static_cast<size_t>(have));
     }
-    const uint64_t mask = classify(lower + at);
-    const uint64_t changed = mask ^ ((mask << 1) | last);
+    uint64_t wide;
+    uint64_t mask = classify(lower + at, wide);
+    if (__builtin_expect((wide | carried.cuts) != 0, 0)) {
+      Seams next;
+      const Seams found = find_seams(reinterpret_cast<const uint8_t*>(text), length, at, wide, next);
+      mask &= ~(found.gaps | carried.gaps);
+      const uint64_t before = (mask << 1) | last, cuts = (found.cuts | carried.cuts) & mask & before;
+      num_edges += append_edges((mask ^ before) | cuts, cuts, static_cast<uint32_t>(at), edges + num_edges);
+      carried = next;
+    } else {
+      num_edges += append_bits(mask ^ ((mask << 1) | last), static_cast<uint32_t>(at), edges + num_edges);
+    }
     last = mask >> 63;
-    num_edges += append_bits(changed, static_cast<uint32_t>(at), edges + num_edges);
   }
   // Pass 2: the words. Loads may run up to 15 bytes past a word, hence the room after `lower`.
   const int64_t words = num_edges / 2;

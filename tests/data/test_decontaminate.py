@@ -131,6 +131,22 @@ SOLUTION = "def solve(a, b): total = a * b + 7 return [total for _ in range(a)] 
 PROMPT = "Write a function that multiplies two numbers and repeats the sum of the product and seven"
 
 
+def test_lists_of_strings(tmp_path: Path) -> None:
+    """MBPP's tests and MMLU's choices; other lists are no text."""
+    tests = ["assert first_repeated_char('abcabc') == 'a'", "assert first_repeated_char('abc') is None"]
+    rows = [{"test_list": tests, "ids": [1, 2], "empty": [], "mixed": ["a", 1]}, {"choices": [SOLUTION, PROMPT]}]
+    against = write(tmp_path / "eval.jsonl", rows)
+    texts = ["\n".join(tests), tests[0], SOLUTION + PROMPT, "nothing of it"]
+    report = decontaminate(texts, against=against, rules=["7"])
+    assert report.keep.tolist() == [False, True, False, True]
+    assert [d.evaluation for d in report.dropped] == [f"{against}:1 test_list", f"{against}:2 choices"]
+    only = write(tmp_path / "only.jsonl", rows[:1])
+    assert not decontaminate(texts[:1], against=only, against_fields=["test_list"]).keep[0]
+    for field in ("ids", "empty", "mixed"):
+        with pytest.raises(DataError, match=f"expected '{field}' to be a string or a list of strings, got list"):
+            decontaminate(texts, against=only, against_fields=[field])
+
+
 def test_fields_of_evaluation_rows(tmp_path: Path) -> None:
     row = {"task_id": "x/1", "prompt": PROMPT, "canonical_solution": SOLUTION, "level": 3}
     against = write(tmp_path / "eval.jsonl", [row])
@@ -138,7 +154,7 @@ def test_fields_of_evaluation_rows(tmp_path: Path) -> None:
     assert decontaminate(texts, against=against).keep.tolist() == [False, False]
     assert decontaminate(texts, against=against, against_fields=["prompt"]).keep.tolist() == [False, True]
     for field, got in (("level", "got int"), ("solution", "got task_id, prompt, canonical_solution, level alone")):
-        with pytest.raises(DataError, match=f"eval.jsonl:1: expected '{field}' to be a string, {got}"):
+        with pytest.raises(DataError, match=f"eval.jsonl:1: expected '{field}' to be a string or .*, {got}"):
             decontaminate(texts, against=against, against_fields=["prompt", field])
     talk = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": SOLUTION}]
     against = write(tmp_path / "talks.jsonl", [{"messages": talk}])

@@ -108,3 +108,9 @@ def test_no_default_template(entry: object, tmp_path: Path) -> None:
     trained().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
     assert Tokenizer.from_folder(tmp_path).chat_template is None
+
+
+def test_long_runs_take_linear_time() -> None:
+    """Two million of one letter, as a line of zeros in base64 has, took the library longer than four minutes."""
+    ids = Tokenizer.train(["A" * 2_000_000, " " * 300_000 + "\n", "some words"], 300).encode("A" * 5000)
+    assert len(ids) < 100

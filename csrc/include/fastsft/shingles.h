@@ -2,8 +2,10 @@
 // Everything is integer arithmetic on little-endian words: the same bits on every instruction set.
 //
 // Units. ASCII capitals count as small letters.
-//   words       maximal runs of word bytes: a-z 0-9 _ and every byte >= 0x80 (any non-ASCII character is a letter);
-//               what lies between words is ignored
+//   words       maximal runs of a-z 0-9 _ and characters outside ASCII, of which spaces, punctuation and symbols
+//               separate words as those of ASCII do, and characters of scripts written without spaces (Han, kana, Thai,
+//               Lao, Khmer, Burmese) are a word each (cpu/word_chars.h; for Han so UAX #29, BERT's tokenizer). What
+//               lies between words is ignored; bytes that are no UTF-8 are parts of words
 //   characters  code points; a run of ASCII white space is one space, and none stands at either end
 //   tokens      the low 32 bits of each token id (32-bit hashes only)
 // A text with fewer than n units has one shingle, all of it; a text with none has no shingle.

@@ -108,8 +108,8 @@ def decontaminate(
 ) -> DecontaminationReport:
     """Find the records, texts or rows of files that contain evaluation instances.
 
-    An instance is one text field of a row of the evaluation files. Texts are compared as sequences of words (see
-    :func:`fastsft.ops.ngram_index`), exactly: there are no false hits.
+    An instance is one text field of a row of the evaluation files; a list of strings is one text, a line each. Texts
+    are compared as sequences of words (see :func:`fastsft.ops.ngram_index`), exactly: there are no false hits.
 
     Args:
         records: one path to a JSONL(.gz, .zst) or Parquet file, datasets folder or folder of files; or a list of
@@ -119,7 +119,7 @@ def decontaminate(
         rules: any of which drops a row: names of :data:`PRESETS`, ``"13"`` (any shared 13-gram) or ``"8:0.5"`` (more
             than half of an instance's words lie in shared 8-grams).
         against_fields: fields of the evaluation rows, which all of them must have; by default every one that is a
-            string, and conversations as a whole.
+            string or a list of strings, and conversations as a whole.
 
     Raises:
         DataError: a file that cannot be read, a broken row, evaluation files without any text. ValueError: a rule that
@@ -283,21 +283,29 @@ def instances(row: Row, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The texts of a row of an evaluation file, each with the name of its field.
 
     Raises:
-        DataError: the row is no object, or a field that was asked for is no string.
+        DataError: the row is no object, or a field that was asked for is no string and no list of strings.
     """
     if not isinstance(row.value, dict):
         raise DataError(f"{row.source}: not an object: got {type(row.value).__name__}")
     for name in fields:
-        if not isinstance(row.value.get(name), str):
+        if _joined(row.value.get(name)) is None:
             got = type(row.value[name]).__name__ if name in row.value else f"{', '.join(row.value)} alone"
-            raise DataError(f"{row.source}: expected {name!r} to be a string, got {got}")
+            raise DataError(f"{row.source}: expected {name!r} to be a string or a list of strings, got {got}")
     for name, value in row.value.items():
-        if isinstance(value, str) and (not fields or name in fields):
-            yield name, value
+        text = _joined(value)
+        if text is not None and (not fields or name in fields):
+            yield name, text
         elif not fields and name in ("messages", "conversations"):
             record = interpret(row, Problems("fail"), format="messages", fields={})
             if record is not None:
                 yield name, record.text()
+
+
+def _joined(value: Any) -> str | None:
+    """A string, or the lines of a list of them, such as the tests of MBPP and the choices of MMLU."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else None
 
 
 def _tell(progress: Progress | None, finder: Finder) -> None:

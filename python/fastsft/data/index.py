@@ -27,7 +27,7 @@ from fastsft.data.sources import Source
 from fastsft.data.writers import check_target
 from fastsft.files import sync
 
-_VERSION = 4
+_VERSION = 5
 
 
 def dedup_with_index(

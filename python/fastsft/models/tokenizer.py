@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# In training alone, a run of so many characters is cut: the library's time is quadratic in a long word of one letter.
+_RUN = re.compile(r"\S{2000}|\s{2000}")
 
 # The files of a Hugging Face folder that belong to the tokenizer; copied byte for byte.
 FILES = (
@@ -137,7 +139,7 @@ class Tokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=names, initial_alphabet=sorted(alphabet), show_progress=progress
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(_cut_runs(texts), trainer)
         config: dict[str, Any] = {"eos_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
         if chat_template is not None:
             config["chat_template"] = chat_template
@@ -308,6 +310,15 @@ def _untrained() -> tokenizers.Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
     backend.decoder = tokenizers.decoders.ByteLevel()
     return backend
+
+
+def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        begin = 0
+        for run in _RUN.finditer(text):
+            yield text[begin : run.end()]
+            begin = run.end()
+        yield text[begin:]
 
 
 def _named(entries: Mapping[str, Any]) -> dict[str, str]:

@@ -19,8 +19,9 @@ def minhash_signatures(
     the texts' sets of n-grams, without bias and with variance J (1 - J) / num_perm.
 
     Texts are read, split and hashed natively, on all threads, without holding the GIL. ASCII capitals count as small
-    letters. A *word* is a maximal run of ASCII letters, digits, ``_`` and any non-ASCII characters; everything between
-    words is ignored. As *characters*, runs of ASCII white space count as one space, none at the ends. A text with
+    letters. A *word* is a maximal run of letters, digits, marks and ``_``; characters of scripts written without spaces
+    (Han, kana, Thai, Lao, Khmer, Burmese) are a word each; spaces, punctuation and symbols, in ASCII and outside, are
+    ignored. As *characters*, runs of ASCII white space count as one space, none at the ends. A text with
     fewer than ``ngram`` units has one n-gram, all of it. A text without any has the signature 0xFFFFFFFF throughout, so
     that all such texts are equal to each other and to nothing else. The hash functions are in ``minhash.h``.
 

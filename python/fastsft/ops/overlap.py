@@ -44,8 +44,8 @@ class Overlaps:
 def ngram_index(references: Texts, ngrams: Sequence[int] = (8, 10, 13)) -> _C.NgramIndex:
     """Every n-gram of words of the references, for :func:`ngram_overlap`. It does not keep the references.
 
-    Words are maximal runs of ASCII letters, digits, underscores and non-ASCII characters; ASCII capitals count as small
-    letters, and what lies between words is ignored. A reference of fewer than n words has no n-gram.
+    Words are those of :func:`~fastsft.ops.minhash_signatures`: runs of letters, digits and underscores. A reference of
+    fewer than n words has no n-gram.
 
     Args:
         references: R strings; or their UTF-8 as (data uint8 [bytes], offsets int64 [R + 1]).

@@ -33,7 +33,7 @@ def decontaminate(
         rules: any of which drops a row: 13 (a shared 13-gram of words), 8:0.5 (more than half of an instance's words
             lie in shared 8-grams), or tulu3 (8:0.5), qwen2.5-coder (10), gpt3 (13).
         fields: our field name and the training files', e.g. --fields text content; as data.fields of a run.
-        against_fields: fields of the evaluation rows to compare with; by default all that are strings.
+        against_fields: fields of the evaluation rows to compare with; by default all strings and lists of strings.
         on_bad: a broken training row stops the command, or is counted and left out.
         json: machine-readable summary.
     """

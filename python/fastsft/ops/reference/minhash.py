@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft.ops.reference.rng import philox
+from fastsft.ops.reference.words import words
 
 
 def text_units(text: str, unit: str) -> list[bytes]:
     """The words, or the characters, of a text (see ``minhash.h``)."""
-    lowered = text.encode().lower()  # bytes.lower touches ASCII only
     if unit == "word":
-        return re.findall(rb"[a-z0-9_\x80-\xff]+", lowered)
+        return words(text.encode())
+    lowered = text.encode().lower()  # bytes.lower touches ASCII only
     return [c.encode() for c in re.sub(rb"[ \t-\r]+", b" ", lowered).strip(b" ").decode()]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from fastsft.ops.reference.words import word_spans, words
 
 Words = list[bytes]
 
@@ -22,8 +23,8 @@ def ngram_overlap(texts: Sequence[str], index: Index) -> list[tuple[int, int, li
     """(text, reference, for each n: n-grams, words, begin and end of the passage)."""
     rows = []
     for t, text in enumerate(texts):
-        words = [m.group() for m in _words(text.encode())]
-        have = {n: set(_ngrams(words, n)) for n in index.ngrams}
+        text_words = words(text.encode())
+        have = {n: set(_ngrams(text_words, n)) for n in index.ngrams}
         for r, reference in enumerate(index.references):
             shared = [_shared(reference, n, have[n]) for n in index.ngrams]
             if shared[0][0]:
@@ -31,17 +32,13 @@ def ngram_overlap(texts: Sequence[str], index: Index) -> list[tuple[int, int, li
     return rows
 
 
-def _words(data: bytes) -> list[re.Match[bytes]]:
-    return list(re.finditer(rb"[a-z0-9_\x80-\xff]+", data.lower()))  # bytes.lower touches ASCII only
-
-
 def _ngrams(words: Words, n: int) -> list[tuple[bytes, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def _shared(reference: bytes, n: int, have: set[tuple[bytes, ...]]) -> tuple[int, int, int, int]:
-    spans = [m.span() for m in _words(reference)]
-    found = [gram in have for gram in _ngrams([reference.lower()[b:e] for b, e in spans], n)]
+    spans = word_spans(reference)
+    found = [gram in have for gram in _ngrams(words(reference), n)]
     covered = {i + k for i, yes in enumerate(found) if yes for k in range(n)}
     runs = [
         (j - i, -i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,18 @@ def test_the_share_is_that_of_the_stages_samples(tmp_path: Path) -> None:
     assert kept.sum() == books - books // 2
     assert not kept[store.origins == 0].any()
     assert judged == [1] * books, "no time is spent on samples that the stage does not have"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty"])
+def test_a_light_stage_without_its_choice(damage: str, tmp_path: Path) -> None:
+    config = staged(tmp_path, "run")
+    config["stages"] = [{"name": "light", "drop_easy": 0.6}]
+    train(config)
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").glob("step-*")))
+    choice = tmp_path / "run" / "stages" / "0.npy"
+    choice.write_bytes(b"") if damage == "empty" else choice.unlink()
+    with pytest.raises(ConfigError, match=r"0\.npy: expected the samples that the stage 'light' began with, got: "):
+        train(config)
 
 
 def test_resumed_after_the_last_step_of_a_light_stage(tmp_path: Path) -> None:

@@ -297,7 +297,13 @@ class Trainer:
         path = self.output / "stages" / f"{stage.number}.npy"
         store, options = self.prepared.train, stage.options
         if inside:
-            kept = np.load(path)
+            try:
+                kept = np.load(path)
+            except (OSError, ValueError, EOFError) as error:
+                raise ConfigError(
+                    f"{path}: expected the samples that the stage {options.name!r} began with, got: {error}. "
+                    "Remove the checkpoints of this stage, so that it is begun anew"
+                ) from None
         else:
             capacity = self.config.train.tokens_per_batch
             kept = light.choose(

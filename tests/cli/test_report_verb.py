@@ -57,7 +57,15 @@ def test_one_run(run: Path) -> None:
     for expected in (f"{steps[-1]['loss']:.4g}", "an &amp; answer", "pass@1 0.250", "f:1", "model.init.hidden_size",
                      "cpu.isa_active", "rows read", "train.max_steps", "finished"):  # fmt: skip
         assert expected in page, expected
-    for title in ("loss", "learning rate", "gradient norm", "throughput", "time per phase", "pass@k"):
+    for title in (
+        "loss",
+        "loss by segment",
+        "learning rate",
+        "gradient norm",
+        "throughput",
+        "time per phase",
+        "pass@k",
+    ):
         assert f'aria-label="{title}, ' in page, title
     assert "Settings that differ" not in page
 

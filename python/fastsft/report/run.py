@@ -50,11 +50,11 @@ class Run:
         """Steps and values, of long runs the means of stretches of steps."""
         return thinned([(row["step"], row[key]) for row in self.of(kind) if row.get(key) is not None])
 
-    def sources(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Of each source the loss by step."""
+    def parts(self, key: str) -> dict[str, tuple[list[float], list[float]]]:
+        """The loss of each source, or of each segment, by step."""
         points: dict[str, list[tuple[float, float]]] = {}
         for row in self.of("step"):
-            for name, loss in row["sources"].items():
+            for name, loss in row.get(key, {}).items():
                 points.setdefault(name, []).append((row["step"], loss))
         return {name: thinned(found) for name, found in sorted(points.items())}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import datetime
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastsft.config import load_config, to_dict
@@ -60,12 +61,23 @@ def runs_page(runs: list[Run]) -> str:
     names = [name for name in summaries[0] if name != "run" and any(s[name] is not None for s in summaries)]
     values = {
         "runs": [_details(run) for run in runs],
-        "results": [(name, [figure(s[name]) for s in summaries]) for name in names],
+        "results": [(name, [_FORMS.get(name, figure)(s[name]) for s in summaries]) for name in names],
         "differ": differences(runs) if len(runs) > 1 else [],
         "figures": _figures(runs) if plots.available() else [],
     }
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"Runs {', '.join(run.name for run in runs)}"
     return render(title, _BODY, values, filters={"figure": figure})
+
+
+def _time(hours: float) -> str:
+    return str(datetime.timedelta(seconds=round(3600 * hours)))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+_FORMS: dict[str, Callable[[Any], str]] = {"hours": _time, "MFU": _share}
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -112,16 +124,20 @@ def _figures(runs: list[Run]) -> list[str]:
         ]
         return [one for one in found if one[1]]
 
-    by_source: list[plots.Series] = [
-        (source if alone else f"{run.name} {source}", *curve)
-        for run in runs
-        for source, curve in run.sources().items()
-        if len(run.sources()) > 1
-    ]
+    def parts(key: str) -> list[plots.Series]:
+        found = [(run, run.parts(key)) for run in runs]
+        return [
+            (part if alone else f"{run.name} {part}", *curve)
+            for run, each in found
+            if len(each) > 1
+            for part, curve in each.items()
+        ]
+
     name = "training" if alone else ""
     drawn: list[tuple[str, str, list[plots.Series]]] = [
         ("loss", "nats", curves((name, "loss", "step"), ("held-out", "loss", "eval"))),
-        ("loss by source", "nats", by_source),
+        ("loss by source", "nats", parts("sources")),
+        ("loss by segment", "nats", parts("segments")),
         ("learning rate", "", curves((name, "lr", "step"))),
         ("gradient norm", "", curves((name, "grad_norm", "step"))),
         ("throughput", "tokens/s", curves((name, "tokens_per_second", "step"))),

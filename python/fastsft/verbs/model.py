@@ -36,6 +36,8 @@ def train(config: Config, *, dry_run: bool = False, json: bool = False) -> None:
     before, after = result.eval_before, result.eval_after
     losses = f"; held-out loss {before.loss:.4f} -> {after.loss:.4f}" if before and after else ""
     speed = "finished before" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f} tokens/s"
+    if early := result.early:
+        print(f"first {early.steps} steps: mean loss {early.loss:.4f}, mean gradient norm {early.grad_norm:.4g}")
     print(f"{result.steps} steps, {speed}{losses}\nmodel: {result.model_path}")
 
 

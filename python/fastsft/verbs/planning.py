@@ -14,8 +14,6 @@ _SHOWN = 4
 
 def show_plan(config: Config, *, json: bool) -> None:
     """Print what a run would do, and the first documents of its first batch."""
-    import datetime
-
     from rich.console import Console
     from rich.table import Table
 
@@ -32,7 +30,9 @@ def show_plan(config: Config, *, json: bool) -> None:
     console = Console(markup=False, highlight=False)
     trained = "" if plan.trained_parameters == plan.parameters else f" ({plan.trained_parameters:,} trained)"
     console.print(f"{plan.parameters:,} parameters{trained}, {plan.dtype}; {plan.objective}: {plan.reduction}")
-    table = Table("stage", "steps", "epochs", "samples", "tokens", "trained", "warm-up", "peak rate", "last rate")
+    table = Table(
+        "stage", "steps", "epochs", "samples", "tokens", "trained", "warm-up", "peak rate", "last rate", box=None
+    )
     for s in plan.stages:
         about = "" if s.exact else "about "
         table.add_row(
@@ -45,7 +45,7 @@ def show_plan(config: Config, *, json: bool) -> None:
     parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.memory.items())
     console.print(f"memory: about {_size(total)}: {parts}", soft_wrap=True)
     console.print(
-        f"time: at least {datetime.timedelta(seconds=round(plan.seconds))}, at most {plan.tokens_per_second:,.0f} "
+        f"time: at least {_time(plan.seconds)}, at most {plan.tokens_per_second:,.0f} "
         f"tokens/s: what the matrix products take at {plan.matmul_flops_per_second / 1e9:,.0f} GFLOP/s",
         soft_wrap=True,
     )
@@ -58,6 +58,12 @@ def show_plan(config: Config, *, json: bool) -> None:
         sample = plan.prepared.train[number]
         console.print(f"\n{sample.source}", style="bold")
         console.print(coloured(sample, plan.prepared.tokenizer, console.is_terminal), soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    import datetime
+
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _size(count: int) -> str:

@@ -42,7 +42,7 @@ def page_of(run: Path) -> str:
 def test_one_run(run: Path) -> None:
     with open(run / "metrics.jsonl", "ab") as stream:
         for row in (
-            {"kind": "sample", "step": 2, "prompt": "<script>", "text": "an & answer"},
+            {"kind": "sample", "step": 2, "prompt": "<script>", "text": "an & answer", "seconds": 2.0},
             {"kind": "signal", "step": 2, "name": "loss", "value": 9.0, "centre": 2.0, "samples": ["f:1"]},
             {"kind": "pass_at_k", "step": 2, "pass_at": {"1": 0.25}, "statuses": {"ok": 1}, "seconds": 3.0},
         ):  # fmt: skip
@@ -103,6 +103,7 @@ def test_time_per_phase_is_the_steps_time(run: Path) -> None:
         assert min(row["phases"].values()) > 0
         assert row["mfu"] > 0
     seconds = Run.read(run).seconds()
+    assert sum(r["phases"]["optimizer"] for r in steps) == pytest.approx(seconds["optimizer"])
     assert set(seconds) == {"data", "forward_backward", "optimizer", "evaluation", "saving"}
 
 

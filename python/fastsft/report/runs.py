@@ -138,8 +138,8 @@ def _figures(runs: list[Run]) -> list[str]:
         ("loss", "nats", curves((name, "loss", "step"), ("held-out", "loss", "eval"))),
         ("loss by source", "nats", parts("sources")),
         ("loss by segment", "nats", parts("segments")),
-        ("learning rate", "", curves((name, "lr", "step"))),
-        ("gradient norm", "", curves((name, "grad_norm", "step"))),
+        ("learning rate", "rate", curves((name, "lr", "step"))),
+        ("gradient norm", "norm", curves((name, "grad_norm", "step"))),
         ("throughput", "tokens/s", curves((name, "tokens_per_second", "step"))),
         ("pass@k", "share", _pass_curves(runs)),
     ]

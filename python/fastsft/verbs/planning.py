@@ -30,9 +30,8 @@ def show_plan(config: Config, *, json: bool) -> None:
     console = Console(markup=False, highlight=False)
     trained = "" if plan.trained_parameters == plan.parameters else f" ({plan.trained_parameters:,} trained)"
     console.print(f"{plan.parameters:,} parameters{trained}, {plan.dtype}; {plan.objective}: {plan.reduction}")
-    table = Table(
-        "stage", "steps", "epochs", "samples", "tokens", "trained", "warm-up", "peak rate", "last rate", box=None
-    )
+    heads = ("stage", "steps", "epochs", "samples", "tokens", "trained", "warm-up", "peak rate", "last rate")
+    table = Table(*heads, box=None)
     for s in plan.stages:
         about = "" if s.exact else "about "
         table.add_row(

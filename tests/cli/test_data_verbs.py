@@ -97,7 +97,11 @@ def test_prepare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = result_of(capsys, "prepare", trained / "run.toml")
     assert report["train"]["samples"] + report["eval"]["samples"] == report["rows"] == 40
     cli.main(["prepare", str(trained / "run.toml"), "--show", "1"])
-    assert "say number 0<|im_end|>\n<|im_start|>assistant\n«number 0!<|im_end|>»\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "say number 0<|im_end|>\n<|im_start|>assistant\n«number 0!<|im_end|>»\n" in shown
+    folder = shown.split("samples and report.json are in ")[1].splitlines()[0]
+    assert json.loads((Path(folder) / "report.json").read_text()) == report
+    assert (Path(folder) / "train" / "ids.npy").is_file()
 
 
 def test_samples_are_shown_with_their_weights(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

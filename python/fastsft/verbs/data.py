@@ -199,6 +199,8 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
         console.print(f"  {source['name']}: {source['samples']} samples, {source['trained_tokens']} tokens trained")
     for line in notices(prepared.report):
         console.print(line, soft_wrap=True)
+    folder = Path(config.output) / "data" / prepared.report["key"]
+    console.print(f"samples and report.json are in {folder}", soft_wrap=True)
     for i in range(min(show, len(prepared.train))):
         sample = prepared.train[i]
         console.print(f"\n{sample.source}", style="bold")

@@ -74,9 +74,10 @@ def test_activations_are_what_autograd_keeps(keys: dict[str, Any]) -> None:
     assert found == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_is_what_the_optimizer_holds(dtype: str) -> None:
-    config = load_config({"model": {"dtype": dtype}})
+def test_state_is_what_the_optimizer_holds(dtype: str, kind: str) -> None:
+    config = load_config({"model": {"dtype": dtype}, "optim": {"kind": kind}})
     model = model_of(dtype=getattr(torch, dtype))
     optimizer = make_optimizer(model, config.optim)
     for parameter in model.parameters():

@@ -28,6 +28,14 @@ def test_spikes_are_those_of_median_and_mad() -> None:
     assert found == [50, 51, 300]
 
 
+def test_six_sigma_are_8_9_median_absolute_deviations() -> None:
+    """Median 1, median absolute deviation 0.1."""
+    history = rows([0.9, 1.1] * 10)
+    assert Watch(history).see(1.88, 1.0, []) == []
+    (spike,) = Watch(history).see(1.90, 1.0, [])
+    assert spike.sigma == pytest.approx(0.14826)
+
+
 def test_gradient_norm_too_and_only_upwards() -> None:
     watch = Watch(rows([1.0] * 30))
     assert watch.see(0.1, 0.1, []) == []

@@ -129,6 +129,7 @@ def test_pack_set(benchmark: Any, distribution: str, capacity: int, contestant: 
             offsets,
             np.zeros(len(lengths), np.int32),
             [""] * len(lengths),
+            [()] * len(lengths),
             {},
         )
         rows = benchmark(epoch_of, store, capacity)

@@ -114,7 +114,7 @@ def test_paths_of_pathlib() -> None:
 
 
 def test_field_names_are_those_of_rows() -> None:
-    assert {*FIELD_NAMES} == {name for names in FIELDS.values() for name in names} | {"weight"}
+    assert {*FIELD_NAMES} == {name for names in FIELDS.values() for name in names} | {"weight", "skills"}
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

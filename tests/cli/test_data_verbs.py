@@ -6,10 +6,15 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_cases import conversations, refusal, result_of, write
 
 from fastsft import cli
+from fastsft.data.batch import Sample
+from fastsft.data.segments import Segment
+from fastsft.models.tokenizer import Tokenizer
+from fastsft.verbs.data import coloured
 
 
 def test_dedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,3 +206,16 @@ def test_decontaminate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "expected 'question' to be a string" in refusal(capsys, *command, "--against-fields", "question")
     assert (source.read_bytes(), against.read_bytes()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "in.jsonl"]
+
+
+def test_colours_are_those_of_segments() -> None:
+    tokenizer = Tokenizer.train(["abc"], 262)
+    ids = np.array(tokenizer.encode("abcd"), np.int32)
+    weights = np.array([0, 1, 1, 2], np.float32)
+    sample = Sample(ids, weights, segments=np.array([Segment.PROMPT, Segment.THINKING, Segment.ANSWER, Segment.ANSWER]))
+    shown = coloured(sample, tokenizer, True)
+    assert shown.plain == " thinking 1   answer 1   answer 2  \nabcd"
+    styles = {shown.plain[s.start : s.end]: str(s.style).removeprefix("black on ") for s in shown.spans}
+    assert [styles[letter] for letter in "abcd"] == ["dim", "cyan", "green", "green"]
+    assert styles[" thinking 1 "] == "cyan"
+    assert coloured(sample, tokenizer, False).plain == "a«1: bc»«2: d»"

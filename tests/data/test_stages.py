@@ -25,7 +25,7 @@ def records() -> list[Record]:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, None, 2.5, "é"]}}}]}
     return [
         Record("text", "a.jsonl:1", parts=("\u2028 line\n\0 é \U0001f600",)),
-        Record("prompt_completion", "b.jsonl:2", parts=("", "x"), weight=0.25, origin=3),
+        Record("prompt_completion", "b.jsonl:2", parts=("", "x"), weight=0.25, origin=3, skills=("a b", "é")),
         Record("fim", "c c.jsonl:9", parts=("a", "b", "")),
         Record("messages", "d:1", messages=({"role": "user", "content": "q"}, call), tools=({"type": "function"},)),
         Record("messages", "d:2", messages=({"role": "user", "content": "q"},), tools=()),

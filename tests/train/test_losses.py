@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,25 @@ def test_held_out_loss_by_source_and_segment() -> None:
     for name, loss in result.segments.items():
         expected = sums_mean(alone(model, samples, lambda s: s.segments == SEGMENTS.index(name)))  # noqa: B023
         assert loss == pytest.approx(expected, rel=1e-5)
+    assert result.skills == {}
     plain = evaluate_loss(model, SampleStore.from_samples(samples), capacity=40)
     assert plain is not None
     assert plain.sources == {}
     assert plain.loss == result.loss
+
+
+@torch.no_grad()
+def test_held_out_loss_by_skill() -> None:
+    model = model_of()
+    skills: list[tuple[str, ...]] = [("a",), ("a", "b"), (), ("b", "b"), ("c",)]
+    samples = [dataclasses.replace(s, skills=k) for s, k in zip(samples_of(5), skills, strict=True)]
+    samples[4].weights[:] = 0
+    result = evaluate_loss(model, SampleStore.from_samples(samples), capacity=40)
+    assert result is not None
+    assert [*result.skills] == ["a", "b"]
+    for name, loss in result.skills.items():
+        expected = sums_mean(alone(model, samples, lambda s: name in s.skills))  # noqa: B023
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_segments_of_a_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastsft.config.section import Section
 
-FIELD_NAMES = ("messages", "prompt", "completion", "prefix", "suffix", "middle", "text", "weight")
+FIELD_NAMES = ("messages", "prompt", "completion", "prefix", "suffix", "middle", "text", "weight", "skills")
 """What a row may have, and so the keys of ``data.fields``."""
 
 
@@ -139,7 +139,7 @@ class DataOptions(Section):
     format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
     """Names used in the file, e.g. {prompt = "question", completion = "answer"}; keys: messages, prompt,
-    completion, prefix, suffix, middle, text and weight."""
+    completion, prefix, suffix, middle, text, weight and skills."""
     max_length: int = 2048
     """Tokens a sample may have; see ``on_long``."""
     max_bad: float = 0.0
@@ -147,6 +147,8 @@ class DataOptions(Section):
     on_long: Literal["fail", "skip", "truncate"] = "skip"
     """A sample above ``max_length``."""
     weights: WeightOptions = field(default_factory=WeightOptions)
+    skills: dict[str, float] = field(default_factory=dict)
+    """Weight of the training rows with a skill, e.g. {loops = 2.0, recursion = 0.5}; 1 for others."""
     turns: Literal["all", "last", "each"] = "all"
     """Turns of the assistant's that are trained: all in one sample, the last alone, or each in a sample of its own."""
     thinking: Literal["keep", "drop", "empty"] = "keep"

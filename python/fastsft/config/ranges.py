@@ -40,6 +40,8 @@ def check_ranges(config: Config, where: str) -> None:
     check(0 <= d.max_bad <= 1, "data.max_bad", "a share in [0, 1]", d.max_bad)
     for name, value in dataclasses.asdict(d.weights).items():
         check(value >= 0, f"data.weights.{name}", "at least 0", value)
+    for skill, value in d.skills.items():
+        check(value > 0, f"data.skills.{skill}", "more than 0", value)
     check(0 < d.dedup.threshold <= 1, "data.dedup.threshold", "a similarity in (0, 1]", d.dedup.threshold)
     check(d.dedup.num_perm >= 1, "data.dedup.num_perm", "at least 1", d.dedup.num_perm)
     check(0 <= d.fim.rate <= 1, "data.fim.rate", "a probability", d.fim.rate)

@@ -23,7 +23,7 @@ class Sample:
 
     ``ids`` int32 [n], ``weights`` float32 [n]. ``source`` says where it came from, for messages ("a.jsonl:12");
     ``origin`` is the number of its entry in ``data.sources``; ``segments`` uint8 [n], what each token is, None if all
-    are answer.
+    are answer. ``skills``: those of its row.
     """
 
     ids: npt.NDArray[np.int32]
@@ -31,6 +31,7 @@ class Sample:
     source: str = ""
     origin: int = 0
     segments: npt.NDArray[np.uint8] | None = None
+    skills: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,11 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
         )  # fmt: skip
         problems.merge(parts["eval"].manifest["unusable"])
     tokenizer = _saved_tokenizer(root / "tokenizer", config, parts["train"], tell)
+    # Held-out losses of runs with other weights of skills compare with each other.
+    configs = {"train": config, "eval": dataclasses.replace(config, data=dataclasses.replace(options, skills={}))}
     stores = {
         name: tokenise_to_store(
-            root / name, part, tokenizer, config, problems, functools.partial(tell, f"tokenising {name}")
+            root / name, part, tokenizer, configs[name], problems, functools.partial(tell, f"tokenising {name}")
         )
         for name, part in parts.items()
     }
@@ -116,8 +118,10 @@ def _build(config: Config, key: str, root: Path, tell: Progress) -> None:
     for name, store in stores.items():
         report[name] = {"samples": len(store), "tokens": store.num_tokens, "trained_tokens": store.trained_tokens}
     report["sources"] = _by_source(options, stores["train"])
+    report["without_effect"] = _idle_skills(options, stores["train"])
     if options.fim.rate > 0:
-        report["without_effect"] = _idle(options.fim, tokenizer, stores["train"].manifest["infilled"].get("texts", 0))
+        texts = stores["train"].manifest["infilled"].get("texts", 0)
+        report["without_effect"] += _idle(options.fim, tokenizer, texts)
         infilled = sum((Counter(store.manifest["infilled"]) for store in stores.values()), Counter[str]())
         report["infilling"] = {name: infilled[name] for name in ("texts", "fim_rows", "pieces")}
         report["infilling"]["why_pieces"] = tokenizer.not_native
@@ -201,6 +205,12 @@ def _idle(options: FimOptions, tokenizer: Tokenizer, texts: int) -> list[str]:
         order = "psm" if found.spm is None else "spm"
         return [f"without effect: data.fim.spm_rate = {options.spm_rate}; this format has the order {order} alone"]
     return []
+
+
+def _idle_skills(options: DataOptions, store: SampleStore) -> list[str]:
+    found = {skill for skills in store.skills for skill in skills}
+    idle = sorted(options.skills.keys() - found)
+    return [f"without effect: data.skills.{skill}: no training row has this skill" for skill in idle]
 
 
 def load_tokenizer(config: Config, texts: Iterator[str], tell: Progress) -> Tokenizer:

@@ -44,9 +44,10 @@ class Record:
     weight: float = 1.0
     tools: tuple[dict[str, Any], ...] | None = None  # what the assistant may call, for the chat template
     origin: int = 0  # the number of its entry in data.sources
+    skills: tuple[str, ...] = ()  # that it exercises, by the user's names
 
     def canonical(self) -> bytes:
-        """Equal for equal rows only: everything that its sample is made of, except the weight; wherever it is from."""
+        """Equal for equal rows only: all that its sample is made of, except weight and skills; wherever it is from."""
         # json and not orjson: a record built by hand may hold lone surrogates and integers of any size
         content = (self.kind, self.parts, self.messages, self.tools)
         return json.dumps(content, sort_keys=True, default=str).encode()
@@ -133,7 +134,7 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
     if not isinstance(value, dict):
         problems.add(row.source, "not an object", f"got {type(value).__name__}")
         return None
-    if not fields.keys() - {"weight"}:
+    if not fields.keys() - {"weight", "skills"}:
         try:
             value = as_ours(value)
         except ValueError as error:
@@ -155,6 +156,12 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
     if not is_weight(weight):
         problems.add(row.source, "bad weight", f"{key}: expected a number from 0 to {MAX_WEIGHT:g}, got {weight!r:.80}")
         return None
+    key = fields.get("skills", "skills")
+    skills = value.get(key)
+    if skills is not None and not (isinstance(skills, list) and all(isinstance(s, str) for s in skills)):
+        problems.add(row.source, "wrong type", f"{key}: expected a list of strings, got {skills!r:.80}")
+        return None
+    common: dict[str, Any] = {"weight": float(weight), "skills": tuple(skills or ())}
     parts: list[Any] = []
     for name in FIELDS[kind]:
         key = fields.get(name, name)
@@ -171,14 +178,14 @@ def interpret(row: Row, problems: Problems, *, format: str, fields: dict[str, st
         if reason:
             problems.add(row.source, *reason)
             return None
-        return Record(kind, row.source, messages=tuple(parts[0]), weight=float(weight), tools=tools)
+        return Record(kind, row.source, messages=tuple(parts[0]), tools=tools, **common)
     for name, part in zip(FIELDS[kind], parts, strict=True):
         if not isinstance(part, str):
             problems.add(
                 row.source, "wrong type", f"{fields.get(name, name)}: expected a string, got {type(part).__name__}"
             )
             return None
-    return Record(kind, row.source, parts=tuple(parts), weight=float(weight))
+    return Record(kind, row.source, parts=tuple(parts), **common)
 
 
 def is_weight(value: Any) -> bool:

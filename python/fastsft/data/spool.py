@@ -64,7 +64,8 @@ class Spool(Sequence[Record]):
             begin += len(piece)
         value = orjson.loads(b"".join(pieces))
         kind = next(kind for kind, names in FIELDS.items() if names[0] in value)
-        common = {"weight": value.get("weight", 1.0), "origin": value.get("origin", 0)}
+        common = {name: value[name] for name in ("weight", "origin") if name in value}
+        common["skills"] = tuple(value.get("skills", ()))
         if kind == "messages":
             tools = value.get("tools")
             tools = None if tools is None else tuple(tools)
@@ -102,4 +103,6 @@ def _line(record: Record) -> bytes:
         fields["weight"] = record.weight
     if record.origin:
         fields["origin"] = record.origin
+    if record.skills:
+        fields["skills"] = record.skills
     return orjson.dumps({**fields, "source": record.source}, default=str, option=_AS_TEXT | orjson.OPT_APPEND_NEWLINE)

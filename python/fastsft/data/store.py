@@ -1,4 +1,4 @@
-"""Tokenised samples on disk, memory-mapped: ids, weights and segments; of each sample its length, source and origin."""
+"""Tokenised samples on disk, memory-mapped: ids, weights and segments; of each sample where it is from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from fastsft.data.batch import Sample, VarlenBatch, lay_out, ranges, segments_of
 from fastsft.files import sync, sync_tree
@@ -33,10 +34,11 @@ class SampleStore:
         offsets: npt.NDArray[np.int64],
         origins: npt.NDArray[np.int32],
         sources: list[str],
+        skills: list[tuple[str, ...]],
         manifest: dict[str, Any],
     ) -> None:
         self._ids, self._weights, self._segments, self._offsets = ids, weights, segments, offsets
-        self._sources = sources
+        self._sources, self.skills = sources, skills
         self.origins = origins
         self.manifest = manifest
 
@@ -51,14 +53,14 @@ class SampleStore:
         manifest = json.loads((folder / _MANIFEST).read_text())
         ids, weights, segments, lengths, origins = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in _COLUMNS)
         sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        skills = [tuple(orjson.loads(line)) for line in (folder / "skills.jsonl").read_bytes().split(b"\n")[:-1]]
         found = {"tokens": len(ids), "samples": len(sources)}
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        whole = len(weights) == len(segments) == len(ids) == offsets[-1] and len(lengths) == len(origins) == len(
-            sources
-        )
-        if not whole or any(manifest[k] != v for k, v in found.items()):
+        of_tokens = {len(ids), len(weights), len(segments), int(offsets[-1])}
+        of_samples = {len(lengths), len(origins), len(sources), len(skills)}
+        if len(of_tokens) > 1 or len(of_samples) > 1 or any(manifest[k] != v for k, v in found.items()):
             raise ValueError(f"{folder}: damaged sample store: manifest says {manifest}, files hold {found}")
-        return cls(ids, weights, segments, offsets, origins, sources, manifest)
+        return cls(ids, weights, segments, offsets, origins, sources, skills, manifest)
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
@@ -72,6 +74,7 @@ class SampleStore:
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             np.array([s.origin for s in samples], np.int32),
             [s.source for s in samples],
+            [s.skills for s in samples],
             {"samples": len(samples), "tokens": int(sum(lengths))},
         )
 
@@ -88,6 +91,7 @@ class SampleStore:
             self._sources[index],
             int(self.origins[index]),
             np.asarray(self._segments[begin:end]),
+            self.skills[index],
         )
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> VarlenBatch:
@@ -165,6 +169,7 @@ def join_stores(path: str | os.PathLike[str], stores: Iterable[SampleStore], **m
     with ExitStack() as files:
         columns = {name: files.enter_context(open(stage / f"{name}.npy", "wb")) for name in _COLUMNS}
         sources = files.enter_context(open(stage / "sources.txt", "w", encoding="utf-8"))
+        skills = files.enter_context(open(stage / "skills.jsonl", "wb"))
         for name, stream in columns.items():
             _write_header(stream, _COLUMNS[name], 0)
         for store in stores:
@@ -172,6 +177,7 @@ def join_stores(path: str | os.PathLike[str], stores: Iterable[SampleStore], **m
             for (name, stream), array in zip(columns.items(), arrays, strict=True):
                 stream.write(np.ascontiguousarray(array, _COLUMNS[name]).data)
             sources.writelines(f"{s}\n" for s in store._sources)
+            skills.writelines(orjson.dumps(s, option=orjson.OPT_APPEND_NEWLINE) for s in store.skills)
             samples, tokens = samples + len(store), tokens + store.num_tokens
         for name, stream in columns.items():
             stream.seek(0)

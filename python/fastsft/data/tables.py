@@ -94,7 +94,7 @@ def _string_columns(table: pa.Table, reader: RowReader) -> tuple[Kind, list[pa.A
     import pyarrow.compute as pc
 
     names = set(table.column_names)
-    if names & OTHERS or "weight" in reader.fields:
+    if names & OTHERS or not reader.fields.keys().isdisjoint(("weight", "skills")):
         return None
     of = {name: reader.fields.get(name, name) for fields in FIELDS.values() for name in fields}
     kind = next((k for k, parts in FIELDS.items() if all(of[p] in names for p in parts)), None)

@@ -21,7 +21,7 @@ PARTS: dict[Kind, tuple[str, ...]] = {
 }
 SEPARATORS: dict[Kind, str] = {"text": "", "prompt_completion": "\n", "fim": ""}
 # Fields that make a row something else than its own format: its texts are then not to be taken as they stand.
-OTHERS = {"weight", "conversations", "instruction", "output"}
+OTHERS = {"weight", "skills", "conversations", "instruction", "output"}
 
 
 @dataclass(frozen=True)

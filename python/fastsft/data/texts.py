@@ -102,7 +102,7 @@ class _LineReader:
         kind = self._kind = self._kind or self._guess(block)
         parts, separator, left_out = self._parts(kind)
         names = [self._rows.fields.get(n, n) for n in parts]
-        rated = "weight" in self._rows.fields or self._rows.score is not None
+        rated = not self._rows.fields.keys().isdisjoint(("weight", "skills")) or self._rows.score is not None
         if rated or left_out == len(parts) or len(set(names)) < len(names):
             # Every row must have a number that is checked, lacks what is compared, or has one field twice: none is
             # decided, since none has these names.
@@ -167,7 +167,7 @@ class _LineReader:
         return "text"
 
     def _unwanted(self, names: Sequence[str]) -> list[str]:
-        """Fields that make a row one of another format, or weighted."""
+        """Fields that make a row one of another format, or with a weight or skills."""
         every = {self._rows.fields.get(n, n) for fields in FIELDS.values() for n in fields}
         return sorted((every | OTHERS) - set(names))
 

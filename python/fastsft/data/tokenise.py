@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from fastsft.config import Config
 from fastsft.data import fim
@@ -49,7 +50,7 @@ def tokenise(
             if any(RESERVED.search(part) for part in record.parts):
                 problems.add(record.source, "noncharacter", "one of U+FDD0 to U+FDD3, which mark control tokens here")
             else:
-                chunk.append((index, record))
+                chunk.append((index, _weighted(record, options.skills)))
         drafts: list[tuple[Record, Draft | ChatDraft | Rearranged]] = []
         native = _rearranged(chunk, tokenizer, marks, config)
         for index, record in chunk:
@@ -71,6 +72,13 @@ def tokenise(
             sample = _finish(record, laid, parts, tokenizer, config, problems, limit)
             if sample is not None:
                 yield sample
+
+
+def _weighted(record: Record, skills: Mapping[str, float]) -> Record:
+    """Times the mean of its skills' weights."""
+    if not skills or not record.skills:
+        return record
+    return replace(record, weight=record.weight * fmean(skills.get(skill, 1.0) for skill in record.skills))
 
 
 def _rearranged(
@@ -189,4 +197,4 @@ def _finish(
     content = record.parts[1] if record.kind == "prompt_completion" else record.text()
     if (name := tokenizer.control.first_in(content)) is not None:
         problems.note(record.source, "special token text", f"{name} in the content is encoded as plain text")
-    return Sample(whole.ids, whole.weights, record.source, record.origin, whole.segments)
+    return Sample(whole.ids, whole.weights, record.source, record.origin, whole.segments, record.skills)

@@ -21,13 +21,14 @@ from fastsft.train.losses import SEGMENTS, document_sums
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean negative log-likelihood per unit of token weight, in nats: of everything, and of the tokens of each source
-    and each segment. ``tokens``: targets counted."""
+    """Mean negative log-likelihood per unit of token weight, in nats: of everything, and of the tokens of each
+    source, segment and skill. ``tokens``: targets counted."""
 
     loss: float
     tokens: int
     sources: dict[str, float] = field(default_factory=dict)
     segments: dict[str, float] = field(default_factory=dict)
+    skills: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -76,7 +77,17 @@ def evaluate_loss(
         tokens,
         _means((name, sums[torch.from_numpy(store.origins == i)]) for i, name in enumerate(sources)),
         _means(zip(SEGMENTS, sums.unbind(1), strict=True)),
+        _means((skill, sums[numbers]) for skill, numbers in sorted(_by_skill(store).items())),
     )
+
+
+def _by_skill(store: SampleStore) -> dict[str, list[int]]:
+    """The numbers of the samples with each skill."""
+    found: dict[str, list[int]] = {}
+    for number, skills in enumerate(store.skills):
+        for skill in dict.fromkeys(skills):
+            found.setdefault(skill, []).append(number)
+    return found
 
 
 def _means(groups: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

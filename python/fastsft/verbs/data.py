@@ -176,7 +176,7 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
     """Read, check, tokenise, mask and store the data of a run, and report what was left out.
 
     Args:
-        show: print this many samples with the trained tokens coloured by weight; « » where the output is no terminal.
+        show: print this many samples with the trained tokens coloured by segment; « » where the output is no terminal.
         json: machine-readable report.
     """
     import fastsft
@@ -208,25 +208,28 @@ def prepare(config: Config, *, show: int = 0, json: bool = False) -> None:
 
 
 def coloured(sample: Sample, tokenizer: Tokenizer, terminal: bool) -> Text:
-    """A sample's text by the weight of its tokens: a colour for each weight, or « » around what is trained, with the
-    weight where the sample has several."""
+    """A sample's text with what is trained coloured by its segment, or else in « » with the weight where the sample has
+    several."""
     from rich.text import Text
 
-    levels = sorted({float(w) for w in sample.weights if w > 0}, reverse=True)
+    from fastsft.data.batch import segments_of
+    from fastsft.data.segments import Segment
+
+    kinds = segments_of([sample]).tolist() if terminal else [Segment.ANSWER] * len(sample.ids)
+    tokens = [*zip(sample.weights.tolist(), kinds, sample.ids.tolist(), strict=True)]
+    trained = {(segment, weight) for weight, segment, _ in tokens if weight > 0}
     text = Text()
-    if terminal and len(levels) > 1:
-        for weight in levels:
-            text.append(f" {weight:.4g} ", style=_style(levels, weight)).append(" ")
+    if terminal:
+        for segment, weight in sorted(trained):
+            text.append(f" {Segment(segment).label} {weight:.4g} ", style=_STYLES[segment]).append(" ")
         text.append("\n")
-    tokens = zip(sample.ids.tolist(), sample.weights.tolist(), strict=True)
-    for weight, run in itertools.groupby(tokens, lambda pair: pair[1]):
-        piece = tokenizer.decode([token for token, _ in run], False)
+    for (weight, segment), run in itertools.groupby(tokens, lambda token: token[:2]):
+        piece = tokenizer.decode([token for *_, token in run], False)
         if weight > 0 and not terminal:
-            piece = f"«{piece}»" if len(levels) == 1 else f"«{weight:.4g}: {piece}»"
-        text.append(piece, style=_style(levels, weight) if weight > 0 else "dim")
+            piece = f"«{piece}»" if len(trained) == 1 else f"«{weight:.4g}: {piece}»"
+        text.append(piece, style=_STYLES[segment] if weight > 0 else "dim")
     return text
 
 
-def _style(levels: list[float], weight: float) -> str:
-    colours = ("green", "yellow", "cyan", "magenta", "blue")
-    return f"black on {colours[min(levels.index(weight), len(colours) - 1)]}"
+_STYLES = [f"black on {colour}" for colour in ("blue", "cyan", "green", "magenta", "yellow")]
+"""By segment."""

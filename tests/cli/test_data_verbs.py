@@ -12,7 +12,6 @@ from cli_cases import conversations, refusal, result_of, write
 
 from fastsft import cli
 from fastsft.data.batch import Sample
-from fastsft.data.segments import Segment
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.verbs.data import coloured
 
@@ -210,9 +209,9 @@ def test_decontaminate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_colours_are_those_of_segments() -> None:
     tokenizer = Tokenizer.train(["abc"], 262)
-    ids = np.array(tokenizer.encode("abcd"), np.int32)
+    ids = np.array([tokenizer.encode(letter)[0] for letter in "abcd"], np.int32)
     weights = np.array([0, 1, 1, 2], np.float32)
-    sample = Sample(ids, weights, segments=np.array([Segment.PROMPT, Segment.THINKING, Segment.ANSWER, Segment.ANSWER]))
+    sample = Sample(ids, weights, segments=np.array([0, 1, 2, 2], np.uint8))
     shown = coloured(sample, tokenizer, True)
     assert shown.plain == " thinking 1   answer 1   answer 2  \nabcd"
     styles = {shown.plain[s.start : s.end]: str(s.style).removeprefix("black on ") for s in shown.spans}

@@ -21,6 +21,7 @@ from fastsft.train import light
 from fastsft.train.evaluate import evaluate_loss
 from fastsft.train.light import choose
 from fastsft.train.metrics import read_metrics
+from fastsft.train.parallel import Copies
 from fastsft.train.trainer import Trainer
 from fastsft.train.update import NonFiniteError, Update
 
@@ -100,7 +101,7 @@ def test_a_run_of_stages_continues_to_the_same_bytes(tmp_path: Path, monkeypatch
 def test_the_easy_ones_are_left_out(tmp_path: Path) -> None:
     store = SampleStore.from_samples(random_samples(20, 9))
     model = model_of()
-    kept = choose(tmp_path / "c" / "0.npy", model, store, share=0.3, capacity=60)
+    kept = choose(tmp_path / "c" / "0.npy", Copies(model), store, share=0.3, capacity=60)
     assert (np.load(tmp_path / "c" / "0.npy") == kept).all()
     losses = []
     for i in range(20):

@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
-from fastsft.config import OptimOptions
+from fastsft.config import ObjectiveOptions, OptimOptions
 from fastsft.data.batch import Sample, VarlenBatch, collate
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import init_model
+from fastsft.train.distributed import World
+from fastsft.train.objective import Objective
+from fastsft.train.optim import MasterAdamW
+from fastsft.train.parallel import Copies
+from fastsft.train.update import Update
 
 MODEL = {
     "model_type": "llama",
@@ -54,3 +60,37 @@ def torch_adamw(model: torch.nn.Module, options: OptimOptions) -> torch.optim.Ad
 
 def collated(count: int, seed: int) -> VarlenBatch:
     return collate(random_samples(count, seed))
+
+
+def gradients_of_a_step(
+    dtype: torch.dtype, count: int, mode: str = "ddp", world: World | None = None
+) -> dict[str, torch.Tensor]:
+    """Of ``count`` micro-batches: the gradients that the optimizer would step with, in one piece."""
+    model = model_of(dtype=dtype)
+    parallel = Copies(model, world)
+    if mode == "fsdp":
+        from fastsft.train.shards import Shards
+
+        assert world is not None
+        parallel = Shards(model, world)
+    optimizer = MasterAdamW(parallel.parameters, OptimOptions())
+    seen: dict[str, torch.Tensor] = {}
+
+    def step(rate: float, norm: torch.Tensor) -> None:
+        whole = dict(parallel.named())
+        for one in optimizer.trained:
+            assert one.gradient is not None
+            like: Any = whole[one.name]
+            gradient = one.gradient.float()
+            if mode == "fsdp":
+                gradient = DTensor.from_local(
+                    gradient, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+                ).full_tensor()
+            seen[one.name] = gradient.clone()
+        expected = torch.stack([g.double().norm() for g in seen.values()]).norm()
+        assert abs(float(norm / expected) - 1) <= 1e-5
+
+    optimizer.step = step  # type: ignore[method-assign]
+    update = Update(model, optimizer, Objective(ObjectiveOptions()), seed=0, parallel=parallel)
+    update(0, [collate(random_samples(4, i)) for i in range(count)], 1.0)
+    return seen

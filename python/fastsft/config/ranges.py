@@ -74,6 +74,9 @@ def check_ranges(config: Config, where: str) -> None:
     check(0 <= s.final <= 1, "schedule.final", "a fraction in [0, 1]", s.final)
     check(t.tokens_per_batch >= d.max_length, "train.tokens_per_batch", f"at least data.max_length = {d.max_length}",
           t.tokens_per_batch)  # fmt: skip
+    check(o.kind == "adamw" or t.parallel == "ddp", "optim.kind", '"adamw" beside train.parallel = "fsdp"', o.kind)
+    check(not (t.async_save and t.parallel == "fsdp"), "train.async_save", 'false beside train.parallel = "fsdp"',
+          t.async_save)  # fmt: skip
     for name in ("accumulation", "epochs", "keep"):
         check(getattr(t, name) >= 1, f"train.{name}", "at least 1", getattr(t, name))
     check(t.max_steps is None or t.max_steps >= 1, "train.max_steps", "at least 1", t.max_steps)

@@ -137,6 +137,8 @@ class TrainOptions(Section):
     """Checkpoints kept."""
     async_save: bool = False
     """Write checkpoints beside the following steps: takes a copy of weights and optimizer state in memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes hold the model: each a copy, or each a part of every weight and of its state."""
 
 
 @dataclass(frozen=True)

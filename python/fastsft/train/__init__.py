@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def train(config: Config | dict[str, Any] | str | os.PathLike[str], *, progress: bool = True) -> TrainResult:
     """Run a configuration to its end, resuming from its newest valid checkpoint.
 
+    Under torchrun the processes share the run, and each returns the result.
+
     Args:
         config: a :class:`fastsft.Config`, the same as nested dicts, or the path of a TOML file.
         progress: show a progress bar (lines where the output is no terminal).
@@ -31,9 +33,11 @@ def train(config: Config | dict[str, Any] | str | os.PathLike[str], *, progress:
             weights are those before the offending step.
     """
     from fastsft.config import load_config
+    from fastsft.train.distributed import joined
     from fastsft.train.trainer import Trainer
 
-    return Trainer(load_config(config), progress=progress).run()
+    with joined() as world:
+        return Trainer(load_config(config), progress=progress, world=world).run()
 
 
 class _CallablePackage(types.ModuleType):

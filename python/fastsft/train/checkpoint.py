@@ -7,18 +7,20 @@ killed at any instant therefore leaves the previous checkpoint or the new one, n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastsft.files import sync, sync_tree
+from fastsft.train.distributed import World
 
 _NAME = re.compile(r"step-(\d+)$")
 _MANIFEST = "manifest.json"
@@ -33,42 +35,61 @@ class Checkpoint:
     state: dict[str, Any]  # trainer.json
 
 
-def write(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> Path:
+Fill = Callable[[Path], Mapping[str, str] | None]
+"""Writes files into the folder it is given, and returns the SHA-256 of those that need not be read again for it."""
+
+
+def write(root: Path, step: int, state: dict[str, Any], fill: Fill, *, keep: int, world: World | None = None) -> Path:
     """Write ``step-<step>`` under ``root`` and then remove all but the newest ``keep`` up to it.
 
     Later ones go too: the run continues from before them only when they were damaged.
 
     Args:
         state: JSON-serialisable; becomes trainer.json.
-        fill: writes the model and optimizer files into the folder it is given.
+        fill: writes the model and optimizer files.
+        world: processes that write together: each calls this and fills in its part, and the folder gets its name when
+            all have done so.
 
     Raises:
         OSError: disk full, no permission, ...; what was saved before is untouched.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    world = world or World()
     target = root / f"step-{step:08d}"
+    stage = world.from_main(lambda: _begin(root, target))
+    try:
+        digests = {name: digest for part in world.gather(fill(stage)) for name, digest in (part or {}).items()}
+        world.from_main(lambda: _finish(stage, target, state, digests))
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+    if world.is_main:
+        folders = _folders(root)
+        upto = [f for f in folders if _step(f) <= step]
+        for old in [*folders[: -len(upto)], *upto[keep:]]:
+            shutil.rmtree(old)
+    return target
+
+
+def _begin(root: Path, target: Path) -> Path:
+    """An empty folder of a temporary name."""
+    root.mkdir(parents=True, exist_ok=True)
     stage = root / f".{target.name}.tmp-{os.getpid()}"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
-    try:
-        fill(stage)
-        (stage / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
-        files = sorted(p for p in stage.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(stage)): _sha256(p) for p in files}
-        (stage / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        sync_tree(stage)
-        if target.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(target)
-        os.rename(stage, target)
-        sync(root)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    folders = _folders(root)
-    upto = [f for f in folders if _step(f) <= step]
-    for old in [*folders[: -len(upto)], *upto[keep:]]:
-        shutil.rmtree(old)
-    return target
+    return stage
+
+
+def _finish(stage: Path, target: Path, state: dict[str, Any], digests: Mapping[str, str]) -> None:
+    (stage / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
+    names = sorted(str(p.relative_to(stage)) for p in stage.rglob("*") if p.is_file())
+    manifest = {name: digests.get(name) or sha256(stage / name) for name in names}
+    (stage / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    sync_tree(stage)
+    if target.exists():  # the same step again, after a resume from an older checkpoint
+        shutil.rmtree(target)
+    os.rename(stage, target)
+    sync(target.parent)
 
 
 class Writer:
@@ -76,20 +97,21 @@ class Writer:
 
     Args:
         background: write in a thread. ``fill`` must then hold copies of what the run goes on to change.
+        world: see :func:`write`; several processes write in the foreground.
     """
 
-    def __init__(self, root: Path, *, keep: int, background: bool) -> None:
-        self._root, self._keep = root, keep
+    def __init__(self, root: Path, *, keep: int, background: bool, world: World | None = None) -> None:
+        self._write = functools.partial(write, root, keep=keep, world=world)
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._last: Future[Path] | None = None
 
-    def write(self, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    def write(self, step: int, state: dict[str, Any], fill: Fill) -> None:
         """See the function :func:`write`. In the background, a failure of the one before is raised here."""
         self.wait()
         if self._pool is None:
-            write(self._root, step, state, fill, keep=self._keep)
+            self._write(step, state, fill)
         else:
-            self._last = self._pool.submit(write, self._root, step, state, fill, keep=self._keep)
+            self._last = self._pool.submit(self._write, step, state, fill)
 
     def wait(self) -> None:
         """Until everything is on disk; raises what went wrong."""
@@ -129,7 +151,7 @@ def verify(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             return f"{name} does not match its checksum"
     return None
 
@@ -165,7 +187,7 @@ def _step(folder: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
 

@@ -17,6 +17,7 @@ from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.train.losses import SEGMENTS, document_sums
+from fastsft.train.parallel import Copies
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def batch_loss(model: Decoder, batch: VarlenBatch, *, normalizer: float) -> torc
     return cast(torch.Tensor, loss)  # a tuple only with return_aux
 
 
-@torch.inference_mode()
 def evaluate_loss(
     model: Decoder,
     store: SampleStore,
@@ -52,24 +52,32 @@ def evaluate_loss(
     capacity: int,
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    parallel: Copies | None = None,
 ) -> EvalResult | None:
     """Weighted mean loss over a store, packed into batches of at most ``capacity`` tokens; None for an empty store.
 
     Args:
         sources: the names of the samples' origins; none: the loss of each is not told.
         progress: called with (batches done, all).
+        parallel: how several processes hold the model; they share the batches, and each gets the result.
     """
+    parallel = parallel or Copies(model)
     sums = torch.zeros(len(store), len(Segment), 2, dtype=torch.float64)
     tokens = 0
     packs = sequential_packs(store, capacity=capacity)
-    for done, members in enumerate(packs, 1):
-        batch = store.batch(members)
-        hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
-        logprobs = cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))
-        sums[members] = document_sums(batch, logprobs)
-        tokens += int((batch.weights > 0).sum())
-        if progress:
-            progress(done, len(packs))
+    turns = parallel.turns(len(packs))
+    with parallel.inference():
+        for done, (number, counts) in enumerate(turns, 1):
+            batch = store.batch(packs[number])
+            hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+            logprobs = cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))
+            if counts:
+                sums[packs[number]] = document_sums(batch, logprobs)
+                tokens += int((batch.weights > 0).sum())
+            if progress:
+                progress(done, len(turns))
+    parallel.world.sum_([sums])
+    tokens = sum(parallel.world.gather(tokens))
     if not tokens:
         return None
     return EvalResult(

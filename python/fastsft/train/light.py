@@ -18,11 +18,12 @@ from fastsft.data.store import SampleStore
 from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.train.parallel import Copies
 
 
 def choose(
     path: Path,
-    model: Decoder,
+    parallel: Copies,
     store: SampleStore,
     *,
     share: float,
@@ -37,13 +38,22 @@ def choose(
         among: numbers of the samples to choose from, and to take the share of; the others are not kept. None: all.
     """
     among = np.arange(len(store)) if among is None else among
-    losses = np.zeros(len(among))
+    losses = torch.zeros(len(among), dtype=torch.float64)
     lengths = store.lengths[among]
-    with torch.inference_mode():
-        for places in ops.pack_sequences(lengths, capacity=max(capacity, int(lengths.max()))):
-            losses[places] = _mean_losses(model, store.batch(among[places]))
+    packs = list(ops.pack_sequences(lengths, capacity=max(capacity, int(lengths.max()))))
+    with parallel.inference():
+        for number, counts in parallel.turns(len(packs)):
+            found = _mean_losses(parallel.model, store.batch(among[packs[number]]))
+            if counts:
+                losses[packs[number]] = found
+    parallel.world.sum_([losses])
     kept = np.zeros(len(store), bool)
-    kept[among[np.argsort(losses, kind="stable")[int(share * len(among)) :]]] = True
+    kept[among[np.argsort(losses.numpy(), kind="stable")[int(share * len(among)) :]]] = True
+    parallel.world.from_main(lambda: _write(path, kept))
+    return kept
+
+
+def _write(path: Path, kept: npt.NDArray[np.bool_]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.name}.tmp")
     with open(stage, "wb") as file:
@@ -51,15 +61,14 @@ def choose(
     sync(stage)
     stage.replace(path)
     sync(path.parent)
-    return kept
 
 
-def _mean_losses(model: Decoder, batch: VarlenBatch) -> npt.NDArray[np.float64]:
-    """Of each document [B]: its weighted mean negative log-likelihood; infinite without a trained token."""
+def _mean_losses(model: Decoder, batch: VarlenBatch) -> torch.Tensor:
+    """float64, of each document [B]: its weighted mean negative log-likelihood; infinite without a trained token."""
     hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
     logprobs = ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets)
     member = documents(batch)
     total, weight = torch.zeros(2, len(batch.cu_seqlens) - 1, dtype=torch.float64)
     total.index_add_(0, member, -logprobs.double() * batch.weights)  # type: ignore[union-attr]
     weight.index_add_(0, member, batch.weights.double())
-    return torch.where(weight > 0, total / weight, torch.inf).numpy()
+    return torch.where(weight > 0, total / weight, torch.inf)

@@ -42,6 +42,16 @@ class Live:
             if tried.status == "refused":
                 raise ConfigError(f"eval.tasks: sandbox: {tried.stderr.strip()}")
 
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether there is anything to do after this step."""
+        return self._draws(step, last) or self._solves(step, last)
+
+    def _draws(self, step: int, last: bool) -> bool:
+        return bool(self._samples.prompts or self._samples.chat) and _due(step, self._samples.every, last)
+
+    def _solves(self, step: int, last: bool) -> bool:
+        return bool(self._tasks) and _due(step, self._eval.every, last)
+
     def __call__(
         self, model: Decoder, tokenizer: Tokenizer, step: int, *, last: bool, write: Write, note: Callable[[str], None]
     ) -> None:
@@ -50,10 +60,9 @@ class Live:
         Raises:
             ConfigError: a prompt that the model cannot continue.
         """
-        options = self._samples
-        if (options.prompts or options.chat) and _due(step, options.every, last):
+        if self._draws(step, last):
             self._draw(LLM(model, tokenizer), step, write, note)
-        if self._tasks and _due(step, self._eval.every, last):
+        if self._solves(step, last):
             self._solve(LLM(model, tokenizer), step, write, note)
 
     def _draw(self, llm: LLM, step: int, write: Write, note: Callable[[str], None]) -> None:

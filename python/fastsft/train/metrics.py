@@ -38,6 +38,19 @@ class MetricsLog:
             self._trackers.close()
 
 
+class NoLog(MetricsLog):
+    """Of a process that writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a half-written last one (of a killed run) is left out."""
     return [json.loads(line) for line in _whole_lines(Path(path))]

@@ -7,6 +7,7 @@ order, and appended to a file; a killed process goes on at the last whole batch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from fastsft.data.store import SampleStore
 from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.train.parallel import Copies
 
 
 class Reference:
@@ -55,6 +57,7 @@ def reference_logprobs(
     *,
     capacity: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    parallel: Copies | None = None,
 ) -> npt.NDArray[np.float32]:
     """float32 [tokens], mapped from ``path``; written there first if need be. Tokens without weight have 0.
 
@@ -62,9 +65,12 @@ def reference_logprobs(
         path: names everything that the numbers depend on; see :func:`cache_name`.
         capacity: tokens of a batch; a longer sample is a batch of its own.
         progress: called with (tokens done, all).
+        parallel: how processes that share the work hold the model.
     """
-    if not path.is_file():
-        _compute(store, model, path, capacity, progress)
+    parallel = parallel or Copies(model)
+    if not parallel.world.from_main(path.is_file):
+        with parallel.inference():
+            _compute(store, parallel, path, capacity, progress)
     found: npt.NDArray[np.float32] = np.memmap(path, np.float32, "r") if store.num_tokens else np.zeros(0, np.float32)
     return found
 
@@ -76,21 +82,30 @@ def cache_name(data_key: str, fingerprint: str, capacity: int) -> str:
 
 
 def _compute(
-    store: SampleStore, model: Decoder, path: Path, capacity: int, progress: Callable[[int, int], None]
+    store: SampleStore, parallel: Copies, path: Path, capacity: int, progress: Callable[[int, int], None]
 ) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    """Batch by batch in the order of the store, as many at a time as there are processes; the first one writes."""
+    world, partial = parallel.world, path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "ab") as file:
-        done = file.tell() // 4
-        for members, begin, end in _consecutive(store.lengths, capacity):
-            if end <= done:
+    done = world.from_main(lambda: partial.stat().st_size // 4 if partial.exists() else 0)
+    left = [batch for batch in _consecutive(store.lengths, capacity) if batch[2] > done]
+    with open(partial, "ab") if world.is_main else contextlib.nullcontext() as file:
+        for first in range(0, len(left), world.size):
+            members, _, _ = left[min(first + world.rank, len(left) - 1)]
+            found = world.gather(_logprobs(store.batch(members), parallel.model).numpy())
+            if file is None:
                 continue
-            file.truncate(begin * 4)  # what a killed process had begun of this batch
-            file.seek(begin * 4)
-            file.write(_logprobs(store.batch(members), model).numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            progress(end, store.num_tokens)
+            for (_, begin, end), logprobs in zip(left[first : first + world.size], found, strict=False):
+                file.truncate(begin * 4)  # what a killed process had begun of this batch
+                file.seek(begin * 4)
+                file.write(logprobs.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                progress(end, store.num_tokens)
+    world.from_main(lambda: _finish(partial, path))
+
+
+def _finish(partial: Path, path: Path) -> None:
     os.replace(partial, path)
     sync(path.parent)
 
@@ -107,7 +122,6 @@ def _consecutive(lengths: npt.NDArray[np.int64], capacity: int) -> Iterator[tupl
         yield np.arange(first, len(lengths)), begin, begin + used
 
 
-@torch.no_grad()
 def _logprobs(batch: VarlenBatch, model: Decoder) -> torch.Tensor:
     hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
     return cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))

@@ -8,7 +8,10 @@ from fastsft.config import ConfigError, load_config, to_dict
 from fastsft.train.checkpoint import Checkpoint
 
 # Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
-_FREE = {"output", "train.eval_every", "train.save_every", "train.keep", "train.async_save", "log", "samples", "eval"}
+_FREE = {
+    "output", "train.eval_every", "train.save_every", "train.keep", "train.async_save", "train.parallel",
+    "log", "samples", "eval",
+}  # fmt: skip
 
 
 def refuse_changes(found: Checkpoint, config: dict[str, Any], *, data: str | None, origin: str) -> None:

@@ -12,6 +12,7 @@ from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
 from fastsft.models.decoder import Decoder
 from fastsft.train.objective import Objective
+from fastsft.train.parallel import Copies
 
 _DOCUMENTS, _TOKENS = 8, 2048
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -22,7 +23,13 @@ class PackingError(RuntimeError):
     """Documents of one batch have seen each other: a fault of this package, or of a changed model."""
 
 
-def check_packing(model: Decoder, objective: Objective, store: SampleStore, members: npt.NDArray[np.int64]) -> None:
+def check_packing(
+    model: Decoder,
+    objective: Objective,
+    store: SampleStore,
+    members: npt.NDArray[np.int64],
+    parallel: Copies | None = None,
+) -> None:
     """Compare some documents in one batch with each in a batch of its own, which is also the finest split of a step.
 
     The gradients compared are those of the vectors (norms, biases), or of adapters: they stand in every layer, before
@@ -30,6 +37,7 @@ def check_packing(model: Decoder, objective: Objective, store: SampleStore, memb
 
     Args:
         members: numbers of samples; as many are used as stay within 8 documents and 2,048 tokens, but at least two.
+        parallel: how several processes hold the model; all of them check the same.
 
     Raises:
         PackingError: they differ by more than rounding.
@@ -40,13 +48,14 @@ def check_packing(model: Decoder, objective: Objective, store: SampleStore, memb
     divisor = objective.divisor([together])
     if divisor == 0:
         return
-    expected_loss, nll, expected = _gradients(model, objective, [store.batch(m[None]) for m in members], divisor)
+    parallel = parallel or Copies(model)
+    expected_loss, nll, expected = _gradients(parallel, objective, [store.batch(m[None]) for m in members], divisor)
     if not (math.isfinite(expected_loss) and bool(expected.isfinite().all())):
         return  # the first step will say so, and name the samples
-    loss, _, found = _gradients(model, objective, [together], divisor)
+    loss, _, found = _gradients(parallel, objective, [together], divisor)
     scale = max(float(expected.norm()), 1e-30)
     difference = float((found - expected).norm()) / scale
-    limit = _TOLERANCE[next(model.parameters()).dtype]
+    limit = _TOLERANCE[parallel.dtype]
     # A loss may be a difference: of a divergence from the model itself nothing but rounding is left.
     off = abs(loss - expected_loss) / max(abs(expected_loss), nll, 1e-30)
     if not (difference <= limit and off <= limit):
@@ -58,16 +67,16 @@ def check_packing(model: Decoder, objective: Objective, store: SampleStore, memb
 
 
 def _gradients(
-    model: Decoder, objective: Objective, batches: list[VarlenBatch], divisor: float
+    parallel: Copies, objective: Objective, batches: list[VarlenBatch], divisor: float
 ) -> tuple[float, float, torch.Tensor]:
     """The summed loss, the same of the negative log-likelihood, and the summed gradients end to end, float32."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in trained if p.ndim == 1] or trained
-    total, nll, gradient = 0.0, 0.0, torch.zeros(sum(p.numel() for p in vectors))
+    trained = parallel.named()
+    vectors = [(name, p) for name, p in trained if p.ndim == 1] or trained
+    total, nll, gradient = 0.0, 0.0, torch.zeros(sum(p.numel() for _, p in vectors))
     for batch in batches:
-        loss, aux = objective(model, batch, divisor=divisor)
+        loss, aux = objective(parallel.model, batch, divisor=divisor)
         total += float(loss.detach())
         nll += float((objective.weights(batch) * aux.logprob).abs().sum()) / divisor
-        parts = torch.autograd.grad(loss, vectors, allow_unused=True, materialize_grads=True)
+        parts = parallel.differentiate(loss, [name for name, _ in vectors])
         gradient += torch.cat([p.float().flatten() for p in parts])
     return total, nll, gradient

@@ -15,6 +15,8 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.lora import LoraConfig, add_lora
 from fastsft.models.weights import init_model, load_model
 from fastsft.ops._attention_inputs import HEAD_DIMS
+from fastsft.train.distributed import World
+from fastsft.train.parallel import Copies
 
 
 def architecture(config: Config) -> ModelConfig:
@@ -83,6 +85,28 @@ def adapt(model: Decoder, config: Config) -> None:
         add_lora(model, LoraConfig(options.rank, options.alpha, tuple(options.targets)), seed=config.seed)
     except ValueError as error:
         raise ConfigError(f"lora.{error}") from None
+
+
+def check_processes(config: Config, world: World) -> None:
+    """Refuse more processes than a step has work for.
+
+    Raises:
+        ConfigError
+    """
+    if config.train.accumulation < world.size:
+        raise ConfigError(
+            f"train.accumulation: expected at least a micro-batch for each of the {world.size} processes, "
+            f"got {config.train.accumulation}"
+        )
+
+
+def spread(model: Decoder, config: Config, world: World) -> Copies:
+    """The model as the processes hold it; see ``train.parallel``."""
+    if world.size > 1 and config.train.parallel == "fsdp":
+        from fastsft.train.shards import Shards  # here: importing it takes a second
+
+        return Shards(model, world)
+    return Copies(model, world)
 
 
 def fingerprint(model: Decoder) -> str:

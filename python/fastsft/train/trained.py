@@ -38,12 +38,23 @@ class Trained:
         if self._taken is None:
             self._taken = gradient
         else:
-            if self._sum is None:
-                self._sum = torch.empty_like(gradient, dtype=torch.float32)
-            if self._taken is not self._sum:
-                self._sum.copy_(self._taken)
-            self._taken = self._sum.add_(gradient)
+            self.float_gradient().add_(gradient)
         self.parameter.grad = None
+
+    def float_gradient(self) -> torch.Tensor:
+        """The gradient itself in float32, to be added to; zeros before the first micro-batch."""
+        if self.is_own_master:
+            if self.parameter.grad is None:
+                self.parameter.grad = torch.zeros_like(self.parameter)
+            return self.parameter.grad
+        if self._sum is None:
+            self._sum = torch.empty_like(self.master, requires_grad=False)
+        if self._taken is None:
+            self._sum.zero_()
+        elif self._taken is not self._sum:
+            self._sum.copy_(self._taken)
+        self._taken = self._sum
+        return self._sum
 
     def drop_gradient(self) -> None:
         self.parameter.grad = self._taken = None

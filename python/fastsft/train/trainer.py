@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +35,15 @@ from fastsft.progress import bars
 from fastsft.train import checkpoint, light, resume, schedule, start
 from fastsft.train.about import write_about
 from fastsft.train.curriculum import CurriculumStage
+from fastsft.train.distributed import World
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
 from fastsft.train.live import Live
 from fastsft.train.losses import SEGMENTS, by_origin, by_segment, means
-from fastsft.train.metrics import Display, MetricsLog, read_metrics
+from fastsft.train.metrics import Display, MetricsLog, NoLog, read_metrics
 from fastsft.train.objective import Objective, check_objective, describe
 from fastsft.train.optim import make_optimizer
+from fastsft.train.parallel import Copies, is_sharded
 from fastsft.train.reference import Reference, cache_name, reference_logprobs
 from fastsft.train.selfcheck import check_packing
 from fastsft.train.signals import Signals
@@ -84,10 +87,11 @@ class Progress:
 
 
 class Trainer:
-    """One run of one configuration in one process.
+    """One run of one configuration.
 
     Args:
         model, prepared: given by a caller that already has them; otherwise built from the configuration.
+        world: the processes that share the run, each with a trainer of its own; see ``distributed.joined``.
 
     Raises:
         ConfigError, DataError: input that cannot be used.
@@ -100,16 +104,19 @@ class Trainer:
         model: Decoder | None = None,
         prepared: Prepared | None = None,
         progress: bool = True,
+        world: World | None = None,
     ) -> None:
         self.config = config = load_config(config)
         self.output = Path(config.output)
-        self._progress = progress
+        self.world = world or World()
+        start.check_processes(config, self.world)
+        self._progress = progress = progress and self.world.is_main
         check_objective(config.objective)
         check_trackers(config.log)
         self._live = Live(config)
         start.check_fits(config, model.config if model else start.architecture(config))
         with bars(progress) as tell:
-            self.prepared = prepared or prepare(config, progress=tell)
+            self.prepared = prepared or self.world.main_first(lambda: prepare(config, progress=tell))
         self.model = model or start.build_model(config, vocab_size=self.prepared.tokenizer.vocab_size)
         self._origin = start.fingerprint(self.model)
         for store in (self.prepared.train, self.prepared.eval):
@@ -121,7 +128,12 @@ class Trainer:
         if config.lora.rank:
             start.adapt(self.model, config)
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self.optimizer = make_optimizer(self.model, config.optim)
+        # Copied while it is what the run found, and in one piece.
+        self._needs = OBJECTIVES[config.objective.name].needs
+        own = self._needs == "reference" and config.objective.reference is None
+        self._policy = _copy(self.model) if own else None
+        self.parallel = start.spread(self.model, config, self.world)
+        self.optimizer = make_optimizer(self.parallel.parameters, config.optim)
         self.average = Ema(self.optimizer, config.optim.ema) if config.optim.ema else None
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
         self.stages = [
@@ -144,19 +156,17 @@ class Trainer:
             NonFiniteError: a NaN or infinite loss or gradient.
             SystemExit: SIGINT or SIGTERM came; the step it came in is finished and saved.
         """
-        with hold(self.output):
+        with contextlib.ExitStack() as held:
+            self.world.from_main(lambda: held.enter_context(hold(self.output)))
             return self._run()
 
     def _run(self) -> TrainResult:
         warnings: list[str] = []
-        found = checkpoint.latest(self.output / "checkpoints", warnings.append)
-        if found:  # before any file is written
-            resume.refuse_changes(
-                found, to_dict(self.config), data=self.prepared.report.get("key"), origin=self._origin
-            )
-        checkpoint.write_file(self.output / "config.json", to_json(self.config))
+        found = self.world.from_main(lambda: self._open(warnings.append))
         objective = Objective(self.config.objective, self._reference())
-        self._update = Update(self.model, self.optimizer, objective, seed=self.config.seed)
+        self._update = Update(
+            self.model, self.optimizer, objective, seed=self.config.seed, parallel=self.parallel
+        )  # fmt: skip
         progress = self._restore(found) if found else Progress()
         display = Display(self.total_steps, progress.step, enabled=self._progress)
         for warning in warnings:
@@ -164,13 +174,16 @@ class Trainer:
         for line in notices(self.prepared.report):
             display.note(line)
         display.note(self._plan())
-        trackers = Trackers(self.config.log, self.output, to_dict(self.config), resumed_step=progress.step)
-        log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step, trackers=trackers)
-        watch = Watch(read_metrics(log.path))
+        log: MetricsLog = NoLog()
+        if self.world.is_main:
+            trackers = Trackers(self.config.log, self.output, to_dict(self.config), resumed_step=progress.step)
+            log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step, trackers=trackers)
+        watch = Watch(self.world.from_main(lambda: read_metrics(self.output / "metrics.jsonl")))
         options = self.config.train
         self._checkpoints = checkpoint.Writer(
-            self.output / "checkpoints", keep=options.keep, background=options.async_save
-        )
+            self.output / "checkpoints", keep=options.keep, background=options.async_save,
+            world=self.world if self.parallel.sharded else World(),
+        )  # fmt: skip
         try:
             with Signals(announce=self._progress) as signals:
                 if found:
@@ -179,8 +192,8 @@ class Trainer:
                     self._self_check()
                     progress.before = self._evaluate(0, log, display)
                     self._show(0, log, display, last=False)
-                self._rate = matmul_rate(next(self.model.parameters()).dtype)
-                self._about()
+                self._rate = sum(self.world.gather(matmul_rate(self.parallel.dtype)))
+                self.world.from_main(self._about)
                 return self._steps(progress, signals, log, display, watch)
         finally:
             gc.unfreeze()
@@ -188,16 +201,27 @@ class Trainer:
             display.close()
             log.close()
 
+    def _open(self, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+        """The checkpoint that the run goes on from."""
+        found = checkpoint.latest(self.output / "checkpoints", warn)
+        if found:  # before any file is written
+            resume.refuse_changes(
+                found, to_dict(self.config), data=self.prepared.report.get("key"), origin=self._origin
+            )
+        checkpoint.write_file(self.output / "config.json", to_json(self.config))
+        return found
+
     def _plan(self) -> str:
         batches = next(stage for stage in self.stages if stage.steps).batches(0)
         batch = self.config.train.tokens_per_batch * self.config.train.accumulation
         parameters = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for _, p in self.parallel.named())
+        spread = "" if self.world.size == 1 else f"{self.world.size} processes ({self.config.train.parallel}), "
         part = "" if trained == parameters else f" ({trained / 1e6:,.2f} M trained)"
         return (
             f"{parameters / 1e6:,.1f} M parameters{part}, {self.config.model.dtype}, "
-            f"{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, {self.total_steps:,} steps of "
-            f"up to {batch:,} tokens; {self._update.objective.describe(batches)}"
+            f"{spread}{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, "
+            f"{self.total_steps:,} steps of up to {batch:,} tokens; {self._update.objective.describe(batches)}"
         )
 
     def _about(self) -> None:
@@ -254,14 +278,15 @@ class Trainer:
             last = within + 1 == stage.steps  # of its stage
             if (options.eval_every and progress.step % options.eval_every == 0) or last:
                 after = self._evaluate(progress.step, log, display)
-            if signals.number is None:  # otherwise what matters is to save at once
+            signal = next(filter(None, self.world.gather(signals.number)), None)  # all stop at the same step
+            if signal is None:  # otherwise what matters is to save at once
                 self._show(progress.step, log, display, last=progress.step == self.total_steps)
-            if (options.save_every and progress.step % options.save_every == 0) or last or signals.number is not None:
+            if (options.save_every and progress.step % options.save_every == 0) or last or signal is not None:
                 self._save(progress, log)
-            if signals.number is not None and progress.step < self.total_steps:
+            if signal is not None and progress.step < self.total_steps:
                 self._checkpoints.wait()
-                display.note(f"signal {signals.number}: saved step {progress.step} in {self.output / 'checkpoints'}")
-                raise SystemExit(128 + signals.number)
+                display.note(f"signal {signal}: saved step {progress.step} in {self.output / 'checkpoints'}")
+                raise SystemExit(128 + signal)
         if first == self.total_steps:  # resumed from the last step: the log has its evaluation, the export is missing
             after = self._evaluate(self.total_steps, None, display)
         self._checkpoints.wait()
@@ -307,7 +332,7 @@ class Trainer:
         else:
             capacity = self.config.train.tokens_per_batch
             kept = light.choose(
-                path, self.model, store, share=options.drop_easy, capacity=capacity, among=stage.samples()
+                path, self.parallel, store, share=options.drop_easy, capacity=capacity, among=stage.samples()
             )
         return Stage(self.config, stage.number, store, kept)
 
@@ -317,7 +342,7 @@ class Trainer:
             result = evaluate_loss(
                 self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch,
                 # Rows of files of their own are of no source.
-                sources=() if self.config.data.eval else self._sources,
+                sources=() if self.config.data.eval else self._sources, parallel=self.parallel,
             )  # fmt: skip
         if result is not None:
             if log is not None:
@@ -327,8 +352,12 @@ class Trainer:
 
     def _show(self, step: int, log: MetricsLog, display: Display, *, last: bool) -> None:
         """Samples and solved tasks, if they are due."""
+        if not self._live.is_due(step, last=last):
+            return
         with self._averaged():
-            self._live(self.model, self.prepared.tokenizer, step, last=last, write=log.write, note=display.note)
+            model = self.parallel.whole()
+            draw = functools.partial(self._live, model, self.prepared.tokenizer, step, last=last)
+            self.world.from_main(lambda: draw(write=log.write, note=display.note))
 
     def _averaged(self) -> AbstractContextManager[None]:
         """What is evaluated and exported: the averaged weights, where there are any."""
@@ -336,12 +365,13 @@ class Trainer:
 
     def _reference(self) -> Reference | None:
         """What the objective compares with; called while the model is still what the run found."""
-        options, needs = self.config.objective, OBJECTIVES[self.config.objective.name].needs
+        options, needs = self.config.objective, self._needs
         if not needs:
             return None
-        model, fingerprint = self.model, self._origin
+        model, fingerprint, parallel = self.model, self._origin, self.parallel
         if options.reference is not None:
-            model = load_model(options.reference, dtype=next(self.model.parameters()).dtype)
+            model = load_model(options.reference, dtype=self.parallel.dtype)
+            parallel = Copies(model, self.world)
             fingerprint = start.fingerprint(model)
             if model.config.vocab_size != self.model.config.vocab_size:
                 raise ConfigError(
@@ -349,21 +379,21 @@ class Trainer:
                     f"got {model.config.vocab_size}"
                 )
         if needs == "reference":
-            return Reference(model=_copy(model) if model is self.model else model)
+            return Reference(model=self._policy or model)
         capacity = self.config.train.tokens_per_batch
         name = cache_name(self.prepared.report["key"], fingerprint, capacity)
         with bars(self._progress) as tell:
             return Reference(
                 logprobs=reference_logprobs(
                     self.prepared.train, model, self.output / "data" / name, capacity=capacity,
-                    progress=functools.partial(tell, "reference log-probabilities"),
+                    progress=functools.partial(tell, "reference log-probabilities"), parallel=parallel,
                 )
             )  # fmt: skip
 
     def _self_check(self) -> None:
         """On samples of the first batch: documents that share a batch do not see each other."""
         stage = next(stage for stage in self.stages if stage.steps)
-        check_packing(self.model, self._update.objective, self.prepared.train, stage.members(0)[0])
+        check_packing(self.model, self._update.objective, self.prepared.train, stage.members(0)[0], self.parallel)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -381,28 +411,44 @@ class Trainer:
             "eval_before": None if progress.before is None else dataclasses.asdict(progress.before),
         }
 
-        model, tensors = self.model, self.optimizer.state() | (self.average.state() if self.average else {})
+        if not (self.world.is_main or self.parallel.sharded):
+            return
+        model, tensors = self.model, self._tensors()
         if self.config.train.async_save:  # the next step changes both in place
             model, tensors = _copy(model), {name: tensor.clone() for name, tensor in tensors.items()}
 
-        def fill(folder: Path) -> None:
+        def fill(folder: Path) -> dict[str, str]:
+            if self.parallel.sharded:
+                return self.parallel.save(folder, self._masters() | tensors)
             if self.config.lora.rank:
                 save_adapter(model, folder / "adapter", base=self.config.model.path)
             else:
                 self._write_model(model, folder / "model")
             safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
+            return {}
 
         self._checkpoints.write(progress.step, state, fill)
         log.write("save", progress.step, seconds=time.perf_counter() - began)
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state and the averaged weights, by name."""
+        return self.optimizer.state() | (self.average.state() if self.average else {})
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        """The float32 weights of what is trained, by name."""
+        return {f"master/{name}": master.detach() for name, master in self.optimizer.masters.items()}
+
     def _restore(self, found: checkpoint.Checkpoint) -> Progress:
         """Put the checkpoint's model and optimizer in place."""
-        if self.config.lora.rank:
-            load_adapter(self.model, found.path / "adapter")
+        if self.parallel.sharded or is_sharded(found.path):
+            tensors = self.parallel.load(found.path, self._masters() | self._tensors())
         else:
-            saved = load_model(found.path / "model", dtype=next(self.model.parameters()).dtype)
-            self.model.load_state_dict(saved.state_dict())
-        tensors = safetensors.torch.load_file(found.path / "optimizer.safetensors")
+            if self.config.lora.rank:
+                load_adapter(self.model, found.path / "adapter")
+            else:
+                saved = load_model(found.path / "model", dtype=self.parallel.dtype)
+                self.model.load_state_dict(saved.state_dict())
+            tensors = safetensors.torch.load_file(found.path / "optimizer.safetensors")
         self.optimizer.load_state(tensors)
         if self.average:
             self.average.load_state(tensors)
@@ -417,15 +463,19 @@ class Trainer:
 
     def _export(self) -> Path:
         """The tuned model; of adapters both themselves and the model that they are folded into."""
+        with self._averaged():
+            model = self.parallel.whole()
+            return self.world.from_main(lambda: self._write_result(model))
+
+    def _write_result(self, model: Decoder) -> Path:
         target = self.output / "model"
         stage = self.output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()  # so that everything temporary lies inside it
-        with self._averaged():
-            if self.config.lora.rank:
-                save_adapter(self.model, self.output / "adapter", base=self.config.model.path)
-                merge_lora(self.model)
-            self._write_model(self.model, stage)
+        if self.config.lora.rank:
+            save_adapter(model, self.output / "adapter", base=self.config.model.path)
+            merge_lora(model)
+        self._write_model(model, stage)
         checkpoint.replace_folder(stage, target)
         return target
 

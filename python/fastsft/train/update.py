@@ -12,9 +12,10 @@ import torch
 
 from fastsft.data.batch import VarlenBatch
 from fastsft.models.decoder import Decoder
-from fastsft.train.losses import Sums, by_group
+from fastsft.train.losses import Sums, added, by_group
 from fastsft.train.objective import Objective
 from fastsft.train.optim import MasterOptimizer
+from fastsft.train.parallel import Copies, idle
 
 
 class NonFiniteError(FloatingPointError):
@@ -24,7 +25,7 @@ class NonFiniteError(FloatingPointError):
 @dataclass(frozen=True)
 class StepResult:
     """``groups``: by source and segment, the weighted sum of negative log-likelihood and of weights.
-    ``optimizer_seconds``: of the gradient norm and the update."""
+    ``optimizer_seconds``: of the sum over processes, the norm and the update."""
 
     loss: float
     grad_norm: float
@@ -35,37 +36,56 @@ class StepResult:
 class Update:
     """Forward and backward over a step's micro-batches, then the optimizer.
 
-    The loss is divided by what all the micro-batches give together, so any split of a step gives the same gradient.
+    The loss is divided by what all the micro-batches give together, so any split of a step, over micro-batches and over
+    processes, gives the same gradient.
     """
 
-    def __init__(self, model: Decoder, optimizer: MasterOptimizer, objective: Objective, *, seed: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: MasterOptimizer,
+        objective: Objective,
+        *,
+        seed: int,
+        parallel: Copies | None = None,
+    ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
+        self._parallel = parallel or Copies(model)
         self._seed = seed
 
     def __call__(self, step: int, batches: Sequence[VarlenBatch], rate: float) -> StepResult:
         """Step number ``step``, counted from 0, with the learning rate ``rate``.
 
+        Args:
+            batches: all of the step, in every process; each runs its share.
+
         Raises:
-            NonFiniteError: before anything was changed.
+            NonFiniteError: before anything was changed, in all processes.
         """
         divisor = self.objective.divisor(batches)
-        total, seen = 0.0, []
-        for index, batch in enumerate(batches):
+        total, seen, fault = 0.0, [], None
+        for index, counts in self._parallel.turns(len(batches)):
+            batch = batches[index] if counts else idle(batches[index])
             noise = self._noise(step, index, batch)
             loss, aux = self.objective(self.model, batch, divisor=divisor, noise=noise)
             value = float(loss.detach())
-            if not math.isfinite(value):
-                self._stop(step, [batch], f"loss is {value}")
+            if not math.isfinite(value) and fault is None:
+                fault = _fault(step, [batch], f"loss is {value}")
+                if self._parallel.world.size == 1:
+                    break
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.collect()
             total += value
             seen.append((batch, aux))
+        losses, groups, faults = zip(*self._parallel.world.gather((total, by_group(seen), fault)), strict=True)
+        self._stop_at(next(filter(None, faults), None))
         began = time.perf_counter()
-        norm = self.optimizer.grad_norm()
+        self._parallel.sum_gradients(self.optimizer)
+        norm = self._parallel.grad_norm(self.optimizer)
         if not math.isfinite(float(norm)):
-            self._stop(step, batches, f"gradient norm is {float(norm)}")
+            self._stop_at(_fault(step, batches, f"gradient norm is {float(norm)}"))
         self.optimizer.step(rate, norm)
-        return StepResult(total, float(norm), by_group(seen), time.perf_counter() - began)
+        return StepResult(sum(losses), float(norm), added(groups), time.perf_counter() - began)
 
     def _noise(self, step: int, index: int, batch: VarlenBatch) -> torch.Tensor | None:
         """NEFTune's, a function of (seed, step, number of the micro-batch)."""
@@ -79,11 +99,16 @@ class Update:
         bound = alpha / torch.sqrt(torch.repeat_interleave(lengths, lengths).float() * size)
         return noise.mul_(bound[:, None]).to(self.model.embed_tokens.weight.dtype)
 
-    def _stop(self, step: int, batches: Sequence[VarlenBatch], what: str) -> None:
-        self.optimizer.zero_grad()
-        sources = [s for b in batches for s in b.sources]
-        shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
-        raise NonFiniteError(f"step {step + 1}: {what}; stopped before the update. Samples of the batch: {shown}")
+    def _stop_at(self, fault: str | None) -> None:
+        if fault is not None:
+            self.optimizer.zero_grad()
+            raise NonFiniteError(fault)
+
+
+def _fault(step: int, batches: Sequence[VarlenBatch], what: str) -> str:
+    sources = [s for b in batches for s in b.sources]
+    shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
+    return f"step {step + 1}: {what}; stopped before the update. Samples of the batch: {shown}"
 
 
 def _mixed(*numbers: int) -> int:

@@ -24,8 +24,12 @@ def train(config: Config, *, dry_run: bool = False, json: bool = False) -> None:
         show_plan(config, json=json)
         return
     import fastsft
+    from fastsft.train.distributed import joined
 
-    result = fastsft.train(config)
+    with joined() as world:
+        result = fastsft.train(config)
+    if not world.is_main:
+        return
     if json:
         print_json({**dataclasses.asdict(result), "model_path": str(result.model_path)})
         return

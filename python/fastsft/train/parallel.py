@@ -1,0 +1,100 @@
+"""How the processes of a run hold its model: here each has a copy; ``shards`` is the other way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastsft.data.batch import VarlenBatch
+from fastsft.models.decoder import Decoder
+from fastsft.train.distributed import World
+from fastsft.train.optim import MasterOptimizer
+
+STATE = "state"  # of a checkpoint in parts, the folder that torch.distributed.checkpoint writes
+
+
+class Copies:
+    """Every process has the whole model and the optimizer's whole state; gradients are summed over them.
+
+    They are summed in float32 and once for each step, after its last micro-batch: the result is then that of one
+    process but for the order of additions, the same bits in every process, and processes with fewer micro-batches
+    than others, or none, do not matter. torch's DistributedDataParallel would average, round to the parameters' type,
+    and want a backward pass of everyone.
+    """
+
+    sharded = False
+
+    def __init__(self, model: Decoder, world: World | None = None) -> None:
+        self.model = model
+        self.world = world or World()
+        self.dtype = model.embed_tokens.weight.dtype
+        """Of the arithmetic."""
+
+    @property
+    def parameters(self) -> nn.Module:
+        """What an optimizer of this process is built on."""
+        return self.model
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are trained, in their full sizes."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def turns(self, count: int) -> list[tuple[int, bool]]:
+        """Which of ``count`` batches this process has to run, and for each whether its result counts."""
+        return [(number, True) for number in range(self.world.rank, count, self.world.size)]
+
+    def inference(self) -> AbstractContextManager[object]:
+        """For forward passes that nothing is differentiated through."""
+        return torch.inference_mode()
+
+    def differentiate(self, loss: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
+        """Gradients of some parameters, left nowhere else; in several processes perhaps summed over them."""
+        parameters = dict(self.named())
+        found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True, materialize_grads=True)
+        return list(found)
+
+    def sum_gradients(self, optimizer: MasterOptimizer) -> None:
+        """Over all processes, after a step's last micro-batch."""
+        if self.world.size > 1:
+            self.world.sum_([one.float_gradient() for one in optimizer.trained])
+
+    def grad_norm(self, optimizer: MasterOptimizer) -> torch.Tensor:
+        """Of the summed gradient: the same number everywhere."""
+        return optimizer.grad_norm()
+
+    def whole(self) -> Decoder:
+        """The model in one piece and in its own type; in the first process. Every process has to call this."""
+        return self.model
+
+    # --- checkpoints in parts --------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Write this process's parts of tensors called kind/parameter.
+
+        Returns:
+            Of each file written, its name and SHA-256.
+        """
+        raise NotImplementedError("a copy has no parts; its checkpoints are model folders")
+
+    def load(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Read what any number of processes wrote into this process's parts of the tensors, and return these."""
+        # imported here: it takes a second
+        from torch.distributed.checkpoint import state_dict_loader
+
+        state_dict_loader.load(dict(tensors), checkpoint_id=folder / STATE, no_dist=True)
+        return tensors
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a checkpoint was written by several processes together."""
+    return (folder / STATE).is_dir()
+
+
+def idle(batch: VarlenBatch) -> VarlenBatch:
+    """A batch that gives no loss and gradients of zero."""
+    return dataclasses.replace(batch, weights=torch.zeros_like(batch.weights))

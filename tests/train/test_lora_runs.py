@@ -44,11 +44,10 @@ def test_copies_share_what_is_frozen(texts: Path, tmp_path: Path) -> None:
     """Those of checkpoints written beside the steps, and of asft's reference; and they see no step."""
     config = adapted(texts, tmp_path / "run") | {"objective": {"name": "asft"}}
     config["train"]["async_save"] = True
-    trainer = Trainer(load_config(config), progress=False)
     copies: list[Decoder] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "_copy", lambda model: copies.append(copy_of(model)) or copies[-1])
-        trainer.run()
+        train(config)
     assert len(copies) == 1 + 5
     adapters = []
     for made in copies:

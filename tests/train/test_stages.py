@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from kill_resume import run_config, weights, write_texts
 from resume_cases import train
 from train_cases import model_of, random_samples
@@ -151,7 +152,7 @@ def test_the_share_is_that_of_the_stages_samples(tmp_path: Path) -> None:
 
     def loss_by_source(model: Decoder, batch: VarlenBatch) -> Any:
         judged.extend(batch.origins)
-        return losses(model, batch) + 100 * np.array(batch.origins)
+        return losses(model, batch) + 100 * torch.tensor(batch.origins)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(light, "_mean_losses", loss_by_source)

@@ -69,8 +69,10 @@ def check_ranges(config: Config, where: str) -> None:
     check(o.clip_norm >= 0, "optim.clip_norm", "at least 0", o.clip_norm)
     check(0 <= o.momentum < 1, "optim.momentum", "a value in [0, 1)", o.momentum)
     check(0 <= o.ema < 1, "optim.ema", "a value in [0, 1)", o.ema)
-    check(s.warmup >= 0, "schedule.warmup", "at least 0", s.warmup)
-    check(s.decay >= 0, "schedule.decay", "at least 0", s.decay)
+    for name in ("warmup", "decay"):
+        value = getattr(s, name)
+        whole = 0 <= value < 1 or value == int(value) > 0
+        check(whole, f"schedule.{name}", "a fraction below 1, or a whole number of steps", value)
     check(0 <= s.final <= 1, "schedule.final", "a fraction in [0, 1]", s.final)
     check(t.tokens_per_batch >= d.max_length, "train.tokens_per_batch", f"at least data.max_length = {d.max_length}",
           t.tokens_per_batch)  # fmt: skip

@@ -34,7 +34,7 @@ from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-_VERSION = 13  # raise when the same inputs would give other samples
+_VERSION = 14  # raise when the same inputs would give other samples
 
 
 @dataclass(frozen=True)

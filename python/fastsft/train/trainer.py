@@ -184,6 +184,7 @@ class Trainer:
             self.output / "checkpoints", keep=options.keep, background=options.async_save,
             world=self.world if self.parallel.sharded else World(),
         )  # fmt: skip
+        freezes = gc.get_freeze_count() == 0  # what a caller has frozen stays so
         try:
             with Signals(announce=self._progress) as signals:
                 if found:
@@ -196,7 +197,8 @@ class Trainer:
                 self.world.from_main(self._about)
                 return self._steps(progress, signals, log, display, watch)
         finally:
-            gc.unfreeze()
+            if freezes:
+                gc.unfreeze()
             self._checkpoints.close()
             display.close()
             log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -163,7 +164,7 @@ def test_killed_at_any_instant(whole: dict[str, str], tmp_path: Path) -> None:
     for wanted in (1, 9, 25, 10_000):
         process = subprocess.Popen([sys.executable, "-c", CHILD, str(settings)])
         while process.poll() is None:
-            if len(list(parts.glob("*/*.parts/*"))) >= wanted:
+            if len(glob.glob(f"{parts}/*/*.parts/*")) >= wanted:  # pathlib raises where a folder goes away
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break

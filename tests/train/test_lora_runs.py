@@ -16,11 +16,11 @@ from fastsft.models.adapter import load_adapter
 from fastsft.models.decoder import Decoder
 from fastsft.models.lora import merge_lora
 from fastsft.models.weights import load_model
-from fastsft.train import start
+from fastsft.train import start, state
 from fastsft.train import trainer as trainer_module
 from fastsft.train.trainer import Trainer
 
-copy_of = trainer_module._copy
+copy_of = state.copied
 
 
 def adapted(texts: Path, output: Path, dtype: str = "float32", **lora: Any) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def test_copies_share_what_is_frozen(texts: Path, tmp_path: Path) -> None:
     config["train"]["async_save"] = True
     copies: list[Decoder] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "_copy", lambda model: copies.append(copy_of(model)) or copies[-1])
+        for module in (trainer_module, state):
+            patch.setattr(module, "copied", lambda model: copies.append(copy_of(model)) or copies[-1])
         train(config)
     assert len(copies) == 1 + 5
     adapters = []

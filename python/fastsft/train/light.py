@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fastsft import ops
+from fastsft.config import ConfigError
 from fastsft.data.batch import VarlenBatch, documents
 from fastsft.data.store import SampleStore
 from fastsft.files import sync
@@ -50,6 +51,22 @@ def choose(
     kept = np.zeros(len(store), bool)
     kept[among[np.argsort(losses.numpy(), kind="stable")[int(share * len(among)) :]]] = True
     parallel.world.from_main(lambda: _write(path, kept))
+    return kept
+
+
+def chosen(path: Path, stage: str) -> npt.NDArray[np.bool_]:
+    """What :func:`choose` wrote when the stage began.
+
+    Raises:
+        ConfigError: it is lost.
+    """
+    try:
+        kept: npt.NDArray[np.bool_] = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(
+            f"{path}: expected the samples that the stage {stage!r} began with, got: {error}. "
+            "Remove the checkpoints of this stage, so that it is begun anew"
+        ) from None
     return kept
 
 

@@ -19,12 +19,16 @@ import numpy.typing as npt
 import torch
 
 from fastsft import ops
+from fastsft.config import Config, ConfigError
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
 from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.models.weights import load_model
+from fastsft.ops.objectives import OBJECTIVES
 from fastsft.train.parallel import Copies
+from fastsft.train.start import fingerprint
 
 
 class Reference:
@@ -48,6 +52,45 @@ class Reference:
         if self._logprobs is None or batch.tokens is None:
             raise ValueError("batch: expected one that was taken from the store of the reference's log-probabilities")
         return {"ref_logprobs": torch.from_numpy(self._logprobs[batch.tokens])}
+
+
+def open_reference(
+    config: Config,
+    parallel: Copies,
+    store: SampleStore,
+    *,
+    folder: Path,
+    origin: str,
+    data: str,
+    progress: Callable[[int, int], None],
+) -> Reference:
+    """What the configuration's objective compares with, where it needs anything but a copy of the model.
+
+    Args:
+        parallel: of the model that is trained, which is still what the run found: the reference, if none is named.
+        folder: where log-probabilities are kept.
+        origin, data: digest of that model, and key of the store's content.
+
+    Raises:
+        ConfigError: a reference of another vocabulary.
+    """
+    path = config.objective.reference
+    if path is not None:
+        vocabulary = parallel.model.config.vocab_size
+        model = load_model(path, dtype=parallel.dtype)
+        if model.config.vocab_size != vocabulary:
+            raise ConfigError(
+                f"objective.reference: expected the model's vocab_size {vocabulary}, got {model.config.vocab_size}"
+            )
+        if OBJECTIVES[config.objective.name].needs == "reference":
+            return Reference(model=model)
+        parallel, origin = Copies(model, parallel.world), fingerprint(model)
+    capacity = config.train.tokens_per_batch
+    name = cache_name(data, origin, capacity)
+    found = reference_logprobs(
+        store, parallel.model, folder / name, capacity=capacity, progress=progress, parallel=parallel
+    )
+    return Reference(logprobs=found)
 
 
 def reference_logprobs(

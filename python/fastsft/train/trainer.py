@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import gc
-import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 
 from fastsft.config import Config, ConfigError, load_config, to_dict, to_json
@@ -26,10 +17,7 @@ from fastsft.data.lock import hold
 from fastsft.data.mixture import sources_of
 from fastsft.data.notices import notices
 from fastsft.data.prepare import Prepared, prepare
-from fastsft.models.adapter import load_adapter, save_adapter
 from fastsft.models.decoder import Decoder
-from fastsft.models.lora import merge_lora
-from fastsft.models.weights import load_model, save_model
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
 from fastsft.train import checkpoint, light, resume, schedule, start
@@ -43,47 +31,18 @@ from fastsft.train.losses import SEGMENTS, by_origin, by_segment, means
 from fastsft.train.metrics import Display, MetricsLog, NoLog, read_metrics
 from fastsft.train.objective import Objective, check_objective, describe
 from fastsft.train.optim import make_optimizer
-from fastsft.train.parallel import Copies, is_sharded
-from fastsft.train.reference import Reference, cache_name, reference_logprobs
+from fastsft.train.reference import Reference, open_reference
+from fastsft.train.result import Progress, TrainResult
 from fastsft.train.selfcheck import check_packing
 from fastsft.train.signals import Signals
 from fastsft.train.stages import Stage, stages_of
+from fastsft.train.state import TrainingState, copied
 from fastsft.train.throughput import Arithmetic, matmul_rate
 from fastsft.train.trackers import Trackers, check_trackers
 from fastsft.train.update import NonFiniteError, Update
-from fastsft.train.watch import Early, Watch
+from fastsft.train.watch import Watch
 
 __all__ = ["NonFiniteError", "TrainResult", "Trainer"]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did."""
-
-    steps: int
-    model_path: Path
-    train_loss: float
-    """Of the last step, also where a process before this one made it."""
-    eval_before: EvalResult | None
-    eval_after: EvalResult | None
-    tokens_per_second: float | None
-    """All tokens of the steps of this process (padding does not exist) over their time; None if it made no step."""
-    resumed_from: int
-    data: dict[str, Any]
-    """The report on the data: what was read, what was left out and why."""
-    early: Early | None
-    """Loss and gradient norm of the first steps, which foretell which of several runs will be the better one."""
-
-
-@dataclass
-class Progress:
-    """How far a run is. ``begun``: the steps of each stage that was begun; ``stage``: the state of the last of them."""
-
-    step: int = 0
-    loss: float = math.nan
-    before: EvalResult | None = None
-    begun: list[int] = field(default_factory=list)
-    stage: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -131,10 +90,14 @@ class Trainer:
         # Copied while it is what the run found, and in one piece.
         self._needs = OBJECTIVES[config.objective.name].needs
         own = self._needs == "reference" and config.objective.reference is None
-        self._policy = _copy(self.model) if own else None
+        self._policy = copied(self.model) if own else None
         self.parallel = start.spread(self.model, config, self.world)
         self.optimizer = make_optimizer(self.parallel.parameters, config.optim)
         self.average = Ema(self.optimizer, config.optim.ema) if config.optim.ema else None
+        self._state = TrainingState(
+            self.model, self.parallel, self.optimizer, self.average, tokenizer=self.prepared.tokenizer,
+            base=config.model.path,
+        )  # fmt: skip
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
         self.stages = [
             (Stage if options.curriculum == "none" else CurriculumStage)(config, i, self.prepared.train)
@@ -194,7 +157,11 @@ class Trainer:
                     progress.before = self._evaluate(0, log, display)
                     self._show(0, log, display, last=False)
                 self._rate = sum(self.world.gather(matmul_rate(self.parallel.dtype)))
-                self.world.from_main(self._about)
+                about = functools.partial(
+                    write_about, self.output / "about.json", model=self.model, total_steps=self.total_steps,
+                    plan=self._plan(), rate=self._rate, data=self.prepared.report,
+                )  # fmt: skip
+                self.world.from_main(about)
                 return self._steps(progress, signals, log, display, watch)
         finally:
             if freezes:
@@ -225,12 +192,6 @@ class Trainer:
             f"{spread}{torch.get_num_threads()} threads; {len(self.prepared.train):,} samples, "
             f"{self.total_steps:,} steps of up to {batch:,} tokens; {self._update.objective.describe(batches)}"
         )
-
-    def _about(self) -> None:
-        write_about(
-            self.output / "about.json", model=self.model, total_steps=self.total_steps, plan=self._plan(),
-            rate=self._rate, data=self.prepared.report,
-        )  # fmt: skip
 
     def _steps(
         self, progress: Progress, signals: Signals, log: MetricsLog, display: Display, watch: Watch
@@ -294,7 +255,7 @@ class Trainer:
         self._checkpoints.wait()
         speed = tokens / seconds if seconds else None
         return TrainResult(
-            self.total_steps, self._export(), progress.loss, progress.before, after, speed, first,
+            self.total_steps, self._state.export(self.output), progress.loss, progress.before, after, speed, first,
             dict(self.prepared.report), watch.early(self.total_steps),
         )  # fmt: skip
 
@@ -321,26 +282,19 @@ class Trainer:
 
     def _choose(self, stage: Stage, *, inside: bool) -> Stage:
         """The stage without the samples that are easy for the model; ``inside``: as it was when the stage began."""
-        path = self.output / "stages" / f"{stage.number}.npy"
-        store, options = self.prepared.train, stage.options
+        path, store = self.output / "stages" / f"{stage.number}.npy", self.prepared.train
         if inside:
-            try:
-                kept = np.load(path)
-            except (OSError, ValueError, EOFError) as error:
-                raise ConfigError(
-                    f"{path}: expected the samples that the stage {options.name!r} began with, got: {error}. "
-                    "Remove the checkpoints of this stage, so that it is begun anew"
-                ) from None
+            kept = light.chosen(path, stage.options.name)
         else:
-            capacity = self.config.train.tokens_per_batch
             kept = light.choose(
-                path, self.parallel, store, share=options.drop_easy, capacity=capacity, among=stage.samples()
-            )
+                path, self.parallel, store, share=stage.options.drop_easy,
+                capacity=self.config.train.tokens_per_batch, among=stage.samples(),
+            )  # fmt: skip
         return Stage(self.config, stage.number, store, kept)
 
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
         began = time.perf_counter()
-        with self._averaged():
+        with self._state.averaged():
             result = evaluate_loss(
                 self.model, self.prepared.eval, capacity=self.config.train.tokens_per_batch,
                 # Rows of files of their own are of no source.
@@ -356,40 +310,21 @@ class Trainer:
         """Samples and solved tasks, if they are due."""
         if not self._live.is_due(step, last=last):
             return
-        with self._averaged():
+        with self._state.averaged():
             model = self.parallel.whole()
             draw = functools.partial(self._live, model, self.prepared.tokenizer, step, last=last)
             self.world.from_main(lambda: draw(write=log.write, note=display.note))
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        """What is evaluated and exported: the averaged weights, where there are any."""
-        return self.average.applied() if self.average else nullcontext()
-
     def _reference(self) -> Reference | None:
         """What the objective compares with; called while the model is still what the run found."""
-        options, needs = self.config.objective, self._needs
-        if not needs:
+        if self._policy is not None:
+            return Reference(model=self._policy)
+        if not self._needs:
             return None
-        model, fingerprint, parallel = self.model, self._origin, self.parallel
-        if options.reference is not None:
-            model = load_model(options.reference, dtype=self.parallel.dtype)
-            parallel = Copies(model, self.world)
-            fingerprint = start.fingerprint(model)
-            if model.config.vocab_size != self.model.config.vocab_size:
-                raise ConfigError(
-                    f"objective.reference: expected the model's vocab_size {self.model.config.vocab_size}, "
-                    f"got {model.config.vocab_size}"
-                )
-        if needs == "reference":
-            return Reference(model=self._policy or model)
-        capacity = self.config.train.tokens_per_batch
-        name = cache_name(self.prepared.report["key"], fingerprint, capacity)
         with bars(self._progress) as tell:
-            return Reference(
-                logprobs=reference_logprobs(
-                    self.prepared.train, model, self.output / "data" / name, capacity=capacity,
-                    progress=functools.partial(tell, "reference log-probabilities"), parallel=parallel,
-                )
+            return open_reference(
+                self.config, self.parallel, self.prepared.train, folder=self.output / "data", origin=self._origin,
+                data=self.prepared.report["key"], progress=functools.partial(tell, "reference log-probabilities"),
             )  # fmt: skip
 
     def _self_check(self) -> None:
@@ -401,91 +336,18 @@ class Trainer:
 
     def _save(self, progress: Progress, log: MetricsLog) -> None:
         began = time.perf_counter()
-        state = {
-            "step": progress.step,
-            "stages": progress.begun,
-            "stage": self.stages[len(progress.begun) - 1].state(),
+        progress.stage = self.stages[len(progress.begun) - 1].state()
+        state = progress.state() | {
             "config": to_dict(self.config),
             "origin": self._origin,
             "data": self.prepared.report.get("key"),
             "reduction": describe(self.config.objective),
-            "train_loss": progress.loss,
-            "eval_before": None if progress.before is None else dataclasses.asdict(progress.before),
         }
-
-        if not (self.world.is_main or self.parallel.sharded):
-            return
-        model, tensors = self.model, self._tensors()
-        if self.config.train.async_save:  # the next step changes both in place
-            model, tensors = _copy(model), {name: tensor.clone() for name, tensor in tensors.items()}
-
-        def fill(folder: Path) -> dict[str, str]:
-            if self.parallel.sharded:
-                return self.parallel.save(folder, self._masters() | tensors)
-            if self.config.lora.rank:
-                save_adapter(model, folder / "adapter", base=self.config.model.path)
-            else:
-                self._write_model(model, folder / "model")
-            safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
-            return {}
-
-        self._checkpoints.write(progress.step, state, fill)
-        log.write("save", progress.step, seconds=time.perf_counter() - began)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state and the averaged weights, by name."""
-        return self.optimizer.state() | (self.average.state() if self.average else {})
-
-    def _masters(self) -> dict[str, torch.Tensor]:
-        """The float32 weights of what is trained, by name."""
-        return {f"master/{name}": master.detach() for name, master in self.optimizer.masters.items()}
+        if self.world.is_main or self.parallel.sharded:
+            self._checkpoints.write(progress.step, state, self._state.writer(background=self.config.train.async_save))
+            log.write("save", progress.step, seconds=time.perf_counter() - began)
 
     def _restore(self, found: checkpoint.Checkpoint) -> Progress:
         """Put the checkpoint's model and optimizer in place."""
-        if self.parallel.sharded or is_sharded(found.path):
-            tensors = self.parallel.load(found.path, self._masters() | self._tensors())
-        else:
-            if self.config.lora.rank:
-                load_adapter(self.model, found.path / "adapter")
-            else:
-                saved = load_model(found.path / "model", dtype=self.parallel.dtype)
-                self.model.load_state_dict(saved.state_dict())
-            tensors = safetensors.torch.load_file(found.path / "optimizer.safetensors")
-        self.optimizer.load_state(tensors)
-        if self.average:
-            self.average.load_state(tensors)
-        before = found.state["eval_before"]
-        return Progress(
-            found.step,
-            found.state["train_loss"],
-            EvalResult(**before) if before else None,
-            found.state["stages"],
-            found.state["stage"],
-        )
-
-    def _export(self) -> Path:
-        """The tuned model; of adapters both themselves and the model that they are folded into."""
-        with self._averaged():
-            model = self.parallel.whole()
-            return self.world.from_main(lambda: self._write_result(model))
-
-    def _write_result(self, model: Decoder) -> Path:
-        target = self.output / "model"
-        stage = self.output / f".model.tmp-{os.getpid()}"
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir()  # so that everything temporary lies inside it
-        if self.config.lora.rank:
-            save_adapter(model, self.output / "adapter", base=self.config.model.path)
-            merge_lora(model)
-        self._write_model(model, stage)
-        checkpoint.replace_folder(stage, target)
-        return target
-
-    def _write_model(self, model: Decoder, folder: Path) -> None:
-        save_model(model, folder)
-        self.prepared.tokenizer.save(folder)
-
-
-def _copy(model: Decoder) -> Decoder:
-    """One that training does not change: what is frozen is shared."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+        self._state.restore(found.path)
+        return Progress.of(found)

@@ -133,3 +133,9 @@ def test_inline_ptx_only_in_primitives() -> None:
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in {".cu", ".cuh", ".h", ".cpp"} and not path.name.startswith("primitives"):
             assert not re.search(r"\basm\b\s*(volatile)?\s*\(", path.read_text()), f"{path}: inline assembly"
+
+
+def test_names_of_tests_differ() -> None:
+    """pytest imports test modules by their names alone: of two with one name it can collect only the first."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name not in ("conftest.py", "__init__.py")]
+    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})

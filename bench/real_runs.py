@@ -198,8 +198,10 @@ standard deviation over {seeds} seeds (the order of the rows).
 
 {table}
 
-The reference of `pear_token` and `asft` is the model before tuning, so `pear_token` begins as `nll` does. What such a
-small model can show is the effect on the loss; GSM8K is far beyond it.
+The reference of `pear_token` and `asft` is the model before tuning, so `pear_token` begins as `nll` does. `dft` and
+`asft` weigh each token by its probability: from a model that knows little they sharpen what it knows and let the rest
+go, so their held-out loss rises; they are meant for strong models and small steps. What such a small model can show
+is the effect on the loss; the tasks are far beyond it.
 
 ![Held-out loss](real-runs.svg)
 """

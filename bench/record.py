@@ -134,7 +134,7 @@ def main() -> None:
     rows = [{**row, "date": today, "commit": commit()} for row in summarise(run(extra))]
     folder = ROOT / "bench" / "results" / options.name
     folder.mkdir(parents=True, exist_ok=True)
-    if "-k" in extra and (older := sorted(folder.glob("*.json"))):
+    if "-k" in extra and (older := sorted(folder.glob("[0-9]*.json"))):
         rows = merged(json.loads(older[-1].read_text()), rows)
     compare(rows)
     result = {"date": today, "machine": machine(), "rows": rows}

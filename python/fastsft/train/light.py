@@ -14,11 +14,12 @@ import torch
 
 from fastsft import ops
 from fastsft.config import ConfigError
-from fastsft.data.batch import VarlenBatch, documents
+from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
 from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.train.losses import document_sums
 from fastsft.train.parallel import Copies
 
 
@@ -84,8 +85,5 @@ def _mean_losses(model: Decoder, batch: VarlenBatch) -> torch.Tensor:
     """float64, of each document [B]: its weighted mean negative log-likelihood; infinite without a trained token."""
     hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
     logprobs = ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets)
-    member = documents(batch)
-    total, weight = torch.zeros(2, len(batch.cu_seqlens) - 1, dtype=torch.float64)
-    total.index_add_(0, member, -logprobs.double() * batch.weights)  # type: ignore[union-attr]
-    weight.index_add_(0, member, batch.weights.double())
+    total, weight = document_sums(batch, logprobs).sum(1).unbind(1)  # type: ignore[arg-type]
     return torch.where(weight > 0, total / weight, torch.inf)

@@ -127,10 +127,11 @@ class Trainer:
         warnings: list[str] = []
         found = self.world.from_main(lambda: self._open(warnings.append))
         objective = Objective(self.config.objective, self._reference())
-        self._update = Update(
-            self.model, self.optimizer, objective, seed=self.config.seed, parallel=self.parallel
-        )  # fmt: skip
-        progress = self._restore(found) if found else Progress()
+        self._update = Update(self.model, self.optimizer, objective, seed=self.config.seed, parallel=self.parallel)
+        progress = Progress()
+        if found:
+            self._state.restore(found.path)
+            progress = Progress.of(found)
         display = Display(self.total_steps, progress.step, enabled=self._progress)
         for warning in warnings:
             display.note(f"warning: {warning}")
@@ -346,8 +347,3 @@ class Trainer:
         if self.world.is_main or self.parallel.sharded:
             self._checkpoints.write(progress.step, state, self._state.writer(background=self.config.train.async_save))
             log.write("save", progress.step, seconds=time.perf_counter() - began)
-
-    def _restore(self, found: checkpoint.Checkpoint) -> Progress:
-        """Put the checkpoint's model and optimizer in place."""
-        self._state.restore(found.path)
-        return Progress.of(found)

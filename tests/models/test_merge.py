@@ -97,6 +97,16 @@ def test_a_tied_head_may_stand_for_the_embedding(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path / "soup").embed_tokens.weight, expected.float())
 
 
+def test_a_head_that_differs_from_its_embedding_is_refused(tmp_path: Path) -> None:
+    """As when such a folder is loaded: the mean would hold a head that nothing reads."""
+    a, b = folders(tmp_path, 2, TIED)
+    edited(b, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    for make in (lambda: soup([a, b], tmp_path / "out"), lambda: restore_layers(a, b, [0], tmp_path / "out")):
+        with pytest.raises(ValueError, match=rf"{b}/model.safetensors: lm_head.weight differs from .* ties them"):
+            make()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", ["llama untied GQA", "qwen3 tied GQA"])
 def test_restored_layers_are_the_bases(case: str, tmp_path: Path) -> None:
     tuned, base = folders(tmp_path, 2, CASES[case])

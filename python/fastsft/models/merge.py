@@ -22,7 +22,7 @@ import torch
 from fastsft.files import sync, sync_tree
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
-from fastsft.models.stored import EMBEDDING, HEAD, IGNORED, INDEX, Stored, hf_name, match, open_tensors
+from fastsft.models.stored import EMBEDDING, HEAD, IGNORED, INDEX, Stored, check_tied, hf_name, match, open_tensors
 from fastsft.models.tokenizer import FILES, Tokenizer
 
 _PIECE = 1 << 22  # elements combined at once: 32 MiB in float64
@@ -204,6 +204,7 @@ def open_members(models: Sequence[str | os.PathLike[str]]) -> Iterator[Members]:
         stored = [open_tensors(folder, stack) for folder in folders]
         for folder, tensors in zip(folders, stored, strict=True):
             match(model, tensors, folder)
+            check_tied(configs[0], tensors)
         yield Members(folders, configs[0], stored)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 
 SINGLE = "model.safetensors"
@@ -111,9 +112,13 @@ def match(model: Decoder, stored: dict[str, Stored], folder: Path) -> dict[str, 
     return wanted
 
 
-def check_tied(head: Stored, embedding: Stored) -> None:
-    """Both are stored: they must agree. transformers quietly unties such a model; its owner should decide."""
-    if not torch.equal(head.read(), embedding.read()):
+def check_tied(config: ModelConfig, stored: dict[str, Stored]) -> None:
+    """A tied head that is stored beside its embedding has to equal it. transformers quietly unties such a model; its
+    owner should decide."""
+    if not (config.tie_word_embeddings and HEAD in stored and EMBEDDING in stored):
+        return
+    head = stored[HEAD]
+    if not torch.equal(head.read(), stored[EMBEDDING].read()):
         raise ValueError(
             f"{head.file}: {HEAD} differs from {EMBEDDING} although config.json ties them; "
             "set tie_word_embeddings to false or remove one of the tensors"

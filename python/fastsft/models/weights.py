@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fastsft.files import sync
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
-from fastsft.models.stored import EMBEDDING, HEAD, INDEX, SINGLE, check_tied, hf_name, match, open_tensors
+from fastsft.models.stored import INDEX, SINGLE, check_tied, hf_name, match, open_tensors
 from fastsft.models.tokenizer import FILES
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -76,8 +76,7 @@ def load_model(
         with torch.no_grad():
             for name, parameter in targets.items():
                 parameter.copy_(stored[name].read())
-        if config.tie_word_embeddings and HEAD in stored and EMBEDDING in stored:
-            check_tied(stored[HEAD], stored[EMBEDDING])
+        check_tied(config, stored)
     return model
 
 

@@ -109,7 +109,7 @@ class Display:
 
     def note(self, text: str) -> None:
         if self._live:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)  # a sample may be "[/b]"
         elif self._lines:
             self._say(text)
 

@@ -86,6 +86,24 @@ def test_several_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "other held-out from" in page
 
 
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "again" / "run"))
+    results = result_of(capsys, "report", run, other, "-o", tmp_path / "both.html")
+    assert [r["run"] for r in results] == [str(run), str(other)]
+    assert "expected different runs" in refusal(capsys, "report", run, run / ".." / "run")
+
+
+def test_losses_that_were_not_finite(run: Path) -> None:
+    """JSON has them as null: gaps of the curves, and no best loss."""
+    with open(run / "metrics.jsonl", "ab") as stream:
+        stream.write(b'{"kind":"eval","step":2,"loss":null,"seconds":1.0}\n')
+        step = next(m for m in read_metrics(run / "metrics.jsonl") if m["kind"] == "step")
+        stream.write(orjson.dumps({**step, "segments": dict.fromkeys(step["segments"])}) + b"\n")
+    finite = [m["loss"] for m in read_metrics(run / "metrics.jsonl") if m["kind"] == "eval" and m["loss"] is not None]
+    assert Run.read(run).summary()["best held-out loss"] == min(finite)
+    page_of(run)
+
+
 def test_a_killed_run(run: Path) -> None:
     shutil.rmtree(run / "model")
     lines = (run / "metrics.jsonl").read_bytes()

@@ -32,7 +32,7 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> s
 
 def bars(title: str, y_label: str, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> str:
     figure, axes = _axes(title, "", y_label)
-    drawn = axes.bar(list(names), list(values), width=0.55, color=["#9aa5b1", "#2f6db3"] * len(names))
+    drawn = axes.bar(list(names), list(values), width=0.55, color="#2f6db3")
     labels = [form.format(v) for v in values]
     axes.bar_label(drawn, labels=labels, padding=2)
     axes.set_ylim(0, max([*values, 1e-9]) * 1.15)

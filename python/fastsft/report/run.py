@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,30 @@ class Run:
             raise ConfigError(f"{folder}: expected a run's folder, found no config.json in it{hint}")
         about = folder / "about.json"
         return cls(
-            folder.name or str(folder),
+            folder.resolve().name,
             read_metrics(folder / "metrics.jsonl"),
             json.loads((folder / "config.json").read_text(encoding="utf-8")),
             json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
             (folder / "model").is_dir(),
         )
+
+    @classmethod
+    def read_all(cls, folders: Sequence[Path]) -> list[Run]:
+        """Of several runs, each under a name of its own: its folder's, or the whole path where two of them are equal.
+
+        Raises:
+            ConfigError: as :meth:`read`; or a folder that is given twice.
+        """
+        found = [cls.read(folder) for folder in folders]
+        paths = [folder.resolve() for folder in folders]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigError(f"{path}: expected different runs, got this one twice")
+        names = [run.name for run in found]
+        return [
+            run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(folder))
+            for run, folder in zip(found, folders, strict=True)
+        ]
 
     def of(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -55,6 +74,8 @@ class Run:
         points: dict[str, list[tuple[float, float]]] = {}
         for row in self.of("step"):
             for name, loss in row.get(key, {}).items():
+                if loss is None:  # how JSON has a NaN
+                    continue
                 points.setdefault(name, []).append((row["step"], loss))
         return {name: thinned(found) for name, found in sorted(points.items())}
 
@@ -86,7 +107,7 @@ class Run:
             "training loss": steps[-1]["loss"] if steps else None,
             "held-out loss before": evals[0]["loss"] if evals and evals[0]["step"] == 0 else None,
             "held-out loss": evals[-1]["loss"] if evals else None,
-            "best held-out loss": min((r["loss"] for r in evals), default=None),
+            "best held-out loss": min((r["loss"] for r in evals if r["loss"] is not None), default=None),
             "pass@k": passed[-1]["pass_at"] if passed else None,
             "early steps": early.steps if early else None,
             "early loss": early.loss if early else None,

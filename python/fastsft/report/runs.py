@@ -41,10 +41,10 @@ low gradient norms with higher losses early foretell the better of several runs 
 <td>pass@{{ k }} {{ "%.3f" | format(value) }}</td>{% endfor %}
 <td>{% for status, n in p.statuses.items() %}{{ n }} {{ status }} {% endfor %}</td></tr>{% endfor %}</table>{% endif %}
 {% if run.data %}<h2>Data</h2>
-<p>{{ run.data.rows }} rows read.</p>
+<p>{{ run.data.rows | figure }} rows read.</p>
 <table><tr><th></th><th>samples</th><th>tokens</th><th>trained</th></tr>
-{% for p in run.parts %}<tr><td>{{ p.name }}</td><td class="n">{{ p.samples }}</td>
-<td class="n">{{ p.tokens }}</td><td class="n">{{ p.trained_tokens }}</td></tr>{% endfor %}</table>
+{% for p in run.parts %}<tr><td>{{ p.name }}</td><td class="n">{{ p.samples | figure }}</td>
+<td class="n">{{ p.tokens | figure }}</td><td class="n">{{ p.trained_tokens | figure }}</td></tr>{% endfor %}</table>
 {% for line in run.notices %}<p class="note">{{ line }}</p>{% endfor %}{% endif %}
 <h2>Settings</h2><p class="note">Those that are not the default.</p>
 <table>{% for name, value in run.settings %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
@@ -58,7 +58,11 @@ low gradient norms with higher losses early foretell the better of several runs 
 def runs_page(runs: list[Run]) -> str:
     """All text is escaped, nothing is loaded from elsewhere."""
     summaries = [run.summary() for run in runs]
-    names = [name for name in summaries[0] if name != "run" and any(s[name] is not None for s in summaries)]
+    for run, summary in zip(runs, summaries, strict=True):
+        summary["time"] = datetime.timedelta(seconds=round(sum(run.seconds().values())))
+    names = [
+        name for name in summaries[0] if name not in ("run", "hours") and any(s[name] is not None for s in summaries)
+    ]
     values = {
         "runs": [_details(run) for run in runs],
         "results": [(name, [_FORMS.get(name, figure)(s[name]) for s in summaries]) for name in names],
@@ -69,15 +73,11 @@ def runs_page(runs: list[Run]) -> str:
     return render(title, _BODY, values, filters={"figure": figure})
 
 
-def _time(hours: float) -> str:
-    return str(datetime.timedelta(seconds=round(3600 * hours)))
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-_FORMS: dict[str, Callable[[Any], str]] = {"hours": _time, "MFU": _share}
+_FORMS: dict[str, Callable[[Any], str]] = {"MFU": _share}
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -107,9 +107,13 @@ def _environment(about: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     if "environment" in about:
         yield "torch threads", about["torch_threads"]
         yield "matrix product", f"{about['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        for name, value in leaves(about["environment"]):
-            if value is not None and not name.endswith(".reason"):
+        found = about["environment"]
+        for name, value in leaves({k: v for k, v in found.items() if k != "ops"}):
+            if value is not None and value != []:
                 yield name, value
+        kinds = {op: served["cpu"]["kind"] for op, served in found["ops"].items()}  # where runs train
+        for kind in sorted(set(kinds.values()) - {"none"}):
+            yield f"ops: {kind}", ", ".join(op for op in kinds if kinds[op] == kind)
 
 
 def _figures(runs: list[Run]) -> list[str]:

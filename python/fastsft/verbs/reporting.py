@@ -20,7 +20,7 @@ def report(runs: tuple[Path, ...], /, *, output: Path | None = None, json: bool 
 
     if not runs:
         raise UsageError("report: expected at least one run's folder")
-    found = [Run.read(folder) for folder in runs]
+    found = Run.read_all(runs)
     target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     if not target.parent.is_dir():
         raise UsageError(f"report: --output: no folder {target.parent}")

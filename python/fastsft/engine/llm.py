@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fastsft.engine.blocks import BlockAllocator, KVCache
-from fastsft.engine.decode import decode, draw
+from fastsft.engine.decode import decode
 from fastsft.engine.prefill import prefill
 from fastsft.engine.request import (
     Detokenizer,
@@ -24,6 +24,7 @@ from fastsft.engine.request import (
     draw_seed,
     text_problem,
 )
+from fastsft.engine.sampling import draw
 from fastsft.engine.scheduler import Scheduler
 from fastsft.models.decoder import Decoder
 from fastsft.models.fim import Fim

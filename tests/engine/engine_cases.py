@@ -88,6 +88,7 @@ class Reference:
 
 def assert_nothing_held(llm: LLM) -> None:
     """After a call the cache is as empty as before it."""
-    assert llm._allocator.num_free == llm._allocator.num_blocks
-    assert not any(llm._allocator._references)
-    assert not llm._scheduler.busy
+    stats = llm.core.stats()
+    assert stats.free_blocks == stats.blocks
+    assert not any(llm.core._allocator._references)
+    assert not llm.core.busy

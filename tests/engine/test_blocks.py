@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
-from fastsft.engine.request import SamplingParams, Sequence
+from fastsft.engine.request import SamplingParams
 from fastsft.engine.scheduler import Scheduler
+from fastsft.engine.sequence import Sequence
 
 
 class NoText:
@@ -27,7 +28,7 @@ class NoText:
 
 def sequence(number: int, prompt: int, generate: int, index: int = 0) -> Sequence:
     params = SamplingParams(max_tokens=generate)
-    return Sequence(number, index, [1] * prompt, prompt, prompt + generate, params, NoText(), 0)  # type: ignore[arg-type]
+    return Sequence(str(number), index, [1] * prompt, prompt, prompt + generate, params, NoText(), 0)  # type: ignore[arg-type]
 
 
 @settings(max_examples=200, deadline=None)
@@ -157,7 +158,7 @@ def test_preemption_takes_the_newest_and_keeps_its_tokens() -> None:
         s.computed += count
         s.append(5, ())
     step = scheduler.schedule()
-    assert [s.request for s, _ in step.work] == [0]
+    assert [s.request_id for s, _ in step.work] == ["0"]
     assert scheduler.preemptions == 1
     assert list(scheduler.waiting) == [new]
     assert (new.computed, new.generated, new.blocks) == (0, 1, [])
@@ -168,4 +169,4 @@ def test_requests_are_admitted_in_order() -> None:
     scheduler = Scheduler(BlockAllocator(6), block_size=1, max_num_seqs=4, max_batched_tokens=100)
     for number, prompt in enumerate((3, 5, 1)):
         scheduler.add(sequence(number, prompt, 1))
-    assert [s.request for s, _ in scheduler.schedule().work] == [0]
+    assert [s.request_id for s, _ in scheduler.schedule().work] == ["0"]

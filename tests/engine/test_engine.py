@@ -22,8 +22,9 @@ from engine_cases import (
 from fastsft.data.fim import draft_fim
 from fastsft.data.segments import join
 from fastsft.data.tokenise import encode
+from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.llm import LLM
-from fastsft.engine.request import Detokenizer, SamplingParams
+from fastsft.engine.request import SamplingParams
 from fastsft.models.fim import Fim
 from fastsft.models.weights import load_model
 
@@ -82,7 +83,7 @@ def test_greedy_equals_transformers(
     assert tokens(outputs) == expected[family]
     assert [list(o.prompt_token_ids) for o in outputs] == prompts_of(LENGTHS)
     assert {o.outputs[0].finish_reason for o in outputs} == {"length"}
-    assert (llm._scheduler.preemptions > 0) == ("preemption" in schedule)
+    assert (llm.core.stats().preemptions > 0) == ("preemption" in schedule)
     assert seen[-1] == (5, 5)
     assert_nothing_held(llm)
 
@@ -125,7 +126,7 @@ def test_shared_blocks_are_used_and_never_written_by_two(folders: dict[str, Path
     llm = engine(folders["llama"], block_size=4, num_blocks=11)
     params = SamplingParams(n=3, temperature=1.0, max_tokens=6, seed=1, ignore_eos=True)
     (out,) = llm.generate(as_prompts(prompts_of([10])), params)
-    assert llm._scheduler.preemptions == 0
+    assert llm.core.stats().preemptions == 0
     wide = engine(folders["llama"]).generate(as_prompts(prompts_of([10])), params)
     assert tokens([out]) == tokens(wide)
 
@@ -288,6 +289,6 @@ def test_infill_asks_as_training_lays_out(order: Any, folders: dict[str, Path]) 
 
 def test_loaded_model_and_bfloat16(folders: dict[str, Path]) -> None:
     llm = LLM(load_model(folders["llama"], dtype=torch.bfloat16), tokenizer(), num_blocks=20)
-    assert {t.dtype for t in llm._cache.keys} == {torch.bfloat16}
+    assert {t.dtype for t in llm.core._runner._cache.keys} == {torch.bfloat16}
     a = tokens(llm.generate(as_prompts(prompts_of(LENGTHS)), GREEDY))
     assert a == tokens(engine(folders["llama"], dtype=torch.bfloat16).generate(as_prompts(prompts_of(LENGTHS)), GREEDY))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from engine_cases import VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 
+from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.llm import LLM
-from fastsft.engine.request import Detokenizer, SamplingParams, Sequence
+from fastsft.engine.request import SamplingParams
+from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model
 
@@ -22,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sequence(**params: Any) -> Sequence:
     settings = SamplingParams(**({"max_tokens": 200} | params))
-    return Sequence(0, 0, [9], 1, 201, settings, Detokenizer(tokenizer(), settings.skip_special_tokens), 0)
+    return Sequence("0", 0, [9], 1, 201, settings, Detokenizer(tokenizer(), settings.skip_special_tokens), 0)
 
 
 def feed(text: str, ends: tuple[int, ...] = (), **params: Any) -> Sequence:
@@ -51,7 +53,7 @@ def test_stop_string_across_tokens(stop: Any, text: str, reason: str) -> None:
     s = feed("some END then über\n\nmore", stop=stop)
     assert s.finish_reason == "stop"
     assert s.stop_reason == reason
-    assert s.output().text == text
+    assert s.detokenizer.text == text
     fed = s.tokens[1:]
     assert tokenizer().decode(fed).endswith(reason), "the tokens stay, only the text is cut"
 
@@ -62,7 +64,7 @@ def test_stop_string_that_ends_inside_a_token(folder: Path) -> None:
     assert len(text) >= 3
     s = sequence(stop=text[1])
     s.append(token, ())
-    assert s.output().text == text[:1]
+    assert s.detokenizer.text == text[:1]
 
 
 def token_of(text: str) -> int:
@@ -76,13 +78,13 @@ def test_several_stop_strings_in_one_token(stops: list[str]) -> None:
     """The token "the" completes them all; the text is cut as if it had come letter by letter."""
     s = sequence(stop=stops)
     s.append(token_of("the"), ())
-    assert (s.output().text, s.stop_reason) == ("t", "h")
+    assert (s.detokenizer.text, s.stop_reason) == ("t", "h")
 
 
 def test_of_stop_strings_completed_together_the_longest_wins() -> None:
     s = sequence(stop=["e", "he", "the"])
     s.append(token_of("the"), ())
-    assert (s.output().text, s.stop_reason) == ("", "the")
+    assert (s.detokenizer.text, s.stop_reason) == ("", "the")
 
 
 class HalfToken:
@@ -98,11 +100,11 @@ class HalfToken:
 )
 def test_stop_string_in_text_that_was_held_back(tokens: list[int], limit: int) -> None:
     """The detokenizer holds back a token with half a character; a stop string in it still counts at the end."""
-    s = Sequence(0, 0, [9], 1, limit, SamplingParams(stop="END"), Detokenizer(HalfToken(), True), 0)  # type: ignore[arg-type]
+    s = Sequence("0", 0, [9], 1, limit, SamplingParams(stop="END"), Detokenizer(HalfToken(), True), 0)  # type: ignore[arg-type]
     for token in tokens:
         assert s.finish_reason is None
         s.append(token, (3,))
-    assert (s.output().text, s.finish_reason, s.stop_reason) == ("a", "stop", "END")
+    assert (s.detokenizer.text, s.finish_reason, s.stop_reason) == ("a", "stop", "END")
 
 
 def test_the_token_that_ends_a_text_is_not_in_it() -> None:
@@ -110,11 +112,11 @@ def test_the_token_that_ends_a_text_is_not_in_it() -> None:
     s = sequence(stop_token_ids=[the])
     for token in [*tokenizer().encode("cat"), the]:
         s.append(token, ())
-    assert (s.output().text, s.stop_reason, s.tokens[-1]) == ("cat", the, the)
+    assert (s.detokenizer.text, s.stop_reason, s.tokens[-1]) == ("cat", the, the)
     s = sequence(skip_special_tokens=False)
     for token in [*tokenizer().encode("cat"), turn]:
         s.append(token, (turn,))
-    assert s.output().text == "cat"
+    assert s.detokenizer.text == "cat"
 
 
 def test_stop_string_that_never_comes() -> None:
@@ -123,15 +125,15 @@ def test_stop_string_that_never_comes() -> None:
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
-    assert feed("abcabc", stop="bc", min_tokens=5).output().text == "abca"
-    assert feed("abcabc", stop="bc").output().text == "a"
+    assert feed("abcabc", stop="bc", min_tokens=5).detokenizer.text == "abca"
+    assert feed("abcabc", stop="bc").detokenizer.text == "a"
 
 
 def test_end_tokens() -> None:
     end, turn = tokenizer().eos_ids
     s = sequence()
     s.append(turn, (end, turn))
-    assert (s.finish_reason, s.stop_reason, s.output().token_ids) == ("stop", turn, (turn,))
+    assert (s.finish_reason, s.stop_reason, tuple(s.tokens[1:])) == ("stop", turn, (turn,))
     s = sequence(ignore_eos=True)
     s.append(turn, (end, turn))
     assert s.finish_reason is None
@@ -148,7 +150,7 @@ def test_text_before_an_end_token_is_complete() -> None:
     for token in [*tokenizer().encode("x"), *partial, end]:
         s.append(token, (end,))
     assert s.finish_reason == "stop"
-    assert s.output().text == tokenizer().decode(s.tokens[1:]) == "x\ufffd"
+    assert s.detokenizer.text == tokenizer().decode(s.tokens[1:]) == "x\ufffd"
 
 
 def test_stop_in_generation_equals_cutting_the_free_text(folder: Path) -> None:
@@ -252,6 +254,7 @@ def test_contradicting_arguments(folder: Path) -> None:
 
 def test_cache_size_from_bytes(folder: Path) -> None:
     llm = LLM(folder, kv_cache_bytes=1 << 20, block_size=8)
-    held = sum(t.nbytes for t in [*llm._cache.keys, *llm._cache.values])
-    assert (1 << 20) - held < held // llm._allocator.num_blocks
+    cache = llm.core._runner._cache
+    held = sum(t.nbytes for t in [*cache.keys, *cache.values])
+    assert (1 << 20) - held < held // llm.core.stats().blocks
     assert held <= 1 << 20

@@ -1,16 +1,11 @@
-"""What a caller asks for and gets back, and a sequence's state in between."""
+"""What a caller asks for and gets back."""
 
 from __future__ import annotations
 
 import math
-import operator
-import os
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
-
-from fastsft.models.control import RESERVED
-from fastsft.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,8 @@ class CompletionOutput:
     finish_reason: str  # "stop" or "length"
     stop_reason: str | int | None  # the stop string or end token, if one ended it
     logprobs: tuple[dict[int, float], ...] | None = None
+    weight_versions: tuple[int, ...] = (0,)
+    """Of the weights that its tokens were drawn under, in order: several where they were replaced meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -109,121 +106,40 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
 
 
-class Detokenizer:
-    """Turns tokens into text one by one; a character whose bytes are spread over tokens appears when it is complete."""
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue. ``priority``: lower ones go first, and those of one priority in order of arrival."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
-        self._start = self._read = 0  # decoded so far: [0, read); decoding begins at start, for context
-        self.text = ""
-
-    def push(self, token: int) -> None:
-        self._ids.append(token)
-        new = self._decode(len(self._ids))
-        if not new.endswith("\ufffd"):
-            self._accept(new)
-
-    def flush(self) -> None:
-        """Accept an incomplete character as it stands."""
-        self._accept(self._decode(len(self._ids)))
-
-    def _accept(self, new: str) -> None:
-        self.text += new[len(self._decode(self._read)) :]
-        self._start, self._read = self._read, len(self._ids)
-
-    def _decode(self, end: int) -> str:
-        return self._tokenizer.decode(self._ids[self._start : end], self._skip)
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
 
 
-@dataclass
-class Sequence:
-    """One continuation in progress. ``computed`` tokens have their keys and values in the cache."""
+@dataclass(frozen=True)
+class Update:
+    """What one step added to a continuation.
 
-    request: int
+    ``text`` is final: what a stop string could still take back comes later, at the latest with ``finish_reason``. So
+    the texts of a continuation's updates, put together, are its text. ``logprobs`` are those of ``token_ids``.
+    """
+
+    request_id: str
     index: int
-    tokens: list[int]
-    prompt_len: int
-    limit: int  # tokens it may reach, prompt included
-    params: SamplingParams
-    detokenizer: Detokenizer
-    seed: int
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0
-    siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
-    logprobs: list[dict[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
-
-    def append(self, token: int, end_ids: tuple[int, ...]) -> None:
-        """Take the next token and decide whether the sequence ends with it."""
-        params = self.params
-        self.tokens.append(token)
-        may_stop = self.generated >= params.min_tokens
-        ends = may_stop and (token in params.stop_token_ids or (token in end_ids and not params.ignore_eos))
-        full = len(self.tokens) >= self.limit
-        searched = len(self.detokenizer.text)
-        if not ends:
-            self.detokenizer.push(token)
-        if ends or full:
-            self.detokenizer.flush()  # before the search: what is held back may complete a stop string
-        if may_stop and (stop := self._cut_at_stop(searched)):
-            self.finish_reason, self.stop_reason = "stop", stop
-        elif ends:
-            self.finish_reason, self.stop_reason = "stop", token
-        elif full:
-            self.finish_reason = "length"
-
-    def _cut_at_stop(self, searched: int) -> str | None:
-        """Cut the text where a stop string was completed after ``searched`` characters.
-
-        Of several, the one completed first wins and, of those, the longest: as if the text had come character by
-        character, so that the result does not depend on how the tokenizer splits it.
-        """
-        text, found = self.detokenizer.text, []
-        for stop in self.params.stop:
-            at = text.find(stop, max(0, searched - len(stop) + 1))
-            if at >= 0:
-                found.append((at + len(stop), at, stop))
-        if not found:
-            return None
-        _, at, stop = min(found)
-        self.detokenizer.text = text[:at]
-        return stop
-
-    def output(self) -> CompletionOutput:
-        return CompletionOutput(
-            self.index,
-            self.detokenizer.text,
-            tuple(self.tokens[self.prompt_len :]),
-            self.finish_reason or "length",
-            self.stop_reason,
-            None if self.params.logprobs is None else tuple(self.logprobs),
-        )
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[dict[int, float], ...] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    weight_version: int
 
 
-def draw_seed() -> int:
-    return int.from_bytes(os.urandom(7), "little")
+class RequestError(ValueError):
+    """A request that can never be served."""
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def as_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
-    """(text, None) or (None, token ids) from a prompt in one of its accepted forms."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
-        try:
-            return None, [operator.index(t) for t in prompt["prompt_token_ids"]]
-        except TypeError:
-            pass  # not integers: the message below says so
-    raise ValueError(f"prompt: expected a string or {{'prompt_token_ids': [integers]}}, got {prompt!r:.200}")
+class QueueFull(RuntimeError):
+    """Too much is waiting; the same request may be accepted later."""
 
 
 class PromptError(ValueError):
@@ -239,12 +155,5 @@ class PromptError(ValueError):
         self.number, self.problem = number, problem
 
 
-def text_problem(text: str) -> str | None:
-    """Why no tokenizer can encode this, or ours would take it for the mark of a control token."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"expected text, got a lone surrogate at character {error.start}"
-    if (found := RESERVED.search(text)) is not None:
-        return f"expected text, got a noncharacter (U+FDD0 to U+FDD3) at character {found.start()}"
-    return None
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

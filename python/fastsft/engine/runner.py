@@ -1,17 +1,18 @@
-"""Runs the decoder over the paged cache. Prefill and decode differ in what they ask for; this is what they share.
+"""Runs the decoder over the paged cache.
 
 Shape suffixes: T tokens of the step, B sequences, D hidden size, V vocabulary, G key heads, K head size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from fastsft import ops
-from fastsft.engine.blocks import KVCache
-from fastsft.engine.request import Sequence
+from fastsft.engine.cache import KVCache
+from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
 
 
@@ -73,12 +74,52 @@ class PagedAttend:
         return out
 
 
-def hidden_states(model: Decoder, cache: KVCache, inputs: Inputs) -> torch.Tensor:
-    """[T, D] after the final norm."""
-    hidden_TD: torch.Tensor = model(inputs.ids_T, inputs.positions_T, PagedAttend(cache, inputs))
-    return hidden_TD
+class Runner:
+    """A model and its cache: what a step computes with.
+
+    The keys and values of all the step's tokens are written, layer by layer, before any of its rows attends: a sequence
+    may read blocks that another one fills in the same step.
+
+    Raises:
+        ValueError: a model that is not on the CPU, or a cache too small for one block.
+    """
+
+    def __init__(self, model: Decoder, *, block_size: int, num_blocks: int) -> None:
+        weights = model.lm_head_weight
+        if weights.device.type != "cpu":
+            raise ValueError(f"LLM: model: expected on the CPU (the engine has no other path), got {weights.device}")
+        self.model, self.block_size, self.num_blocks = model, block_size, num_blocks
+        self.vocab_size = model.config.vocab_size
+        self.max_position_embeddings = model.config.max_position_embeddings
+        self.bytes_per_block = bytes_per_block(model, block_size)
+        self._cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=weights.dtype)
+
+    def forward(self, inputs: Inputs, rows_R: torch.Tensor) -> torch.Tensor:
+        """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names."""
+        hidden_TD = self.model(inputs.ids_T, inputs.positions_T, PagedAttend(self._cache, inputs))
+        return torch.nn.functional.linear(hidden_TD[rows_R], self.model.lm_head_weight).float()
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._cache.copy_block(source, target)
+
+    def update(self, model: Decoder) -> None:
+        """Compute with other weights of the same architecture. What is in the cache belongs to the old ones.
+
+        Raises:
+            ValueError: another architecture, dtype or device.
+        """
+        ours, theirs = describe(self.model), describe(model)
+        if ours != theirs:
+            raise ValueError(f"update_weights: model: expected {ours}, got {theirs}")
+        self.model = model
 
 
-def logits(model: Decoder, hidden_BD: torch.Tensor) -> torch.Tensor:
-    """[B, V] float32."""
-    return torch.nn.functional.linear(hidden_BD, model.lm_head_weight).float()
+def bytes_per_block(model: Decoder, block_size: int) -> int:
+    return KVCache.bytes_per_block(model.config, block_size, model.lm_head_weight.dtype)
+
+
+def describe(model: Decoder) -> str:
+    """What new weights must have in common with the old ones."""
+    weights, config = model.lm_head_weight, dataclasses.asdict(model.config)
+    config.pop("source", None)
+    return f"{weights.dtype} on {weights.device} of {config}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastsft import ops
-from fastsft.engine.request import Sequence
+from fastsft.engine.sequence import Sequence
 
 
 def draw(sequences: list[Sequence], logits_BV: torch.Tensor, end_ids: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from fastsft.engine.blocks import BlockAllocator
-from fastsft.engine.request import Sequence
+from fastsft.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,22 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
+    def preempt_all(self) -> None:
+        while self.running:
+            self._preempt(self.running[-1])
+
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out and free its blocks."""
+        """Take a running sequence out and free its blocks."""
         self.running.remove(sequence)
         self.allocator.release(sequence.blocks)
         sequence.blocks = []
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is."""
+        if sequence in self.running:
+            self.finish(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
         """Start ``child`` on the computed prompt of ``parent``: full blocks are shared, a partly filled one is new.

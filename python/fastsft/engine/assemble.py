@@ -1,0 +1,55 @@
+"""Puts the updates of a request together, for who wants the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastsft.engine.request import CompletionOutput, Request, RequestOutput, Update
+
+
+@dataclass
+class _Continuation:
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Assembly:
+    """One request's continuations, as far as they have come."""
+
+    def __init__(self, request: Request, prompt: str | None = None) -> None:
+        self.request, self._prompt = request, prompt
+        self._all = [_Continuation() for _ in range(request.params.n)]
+
+    @property
+    def finished(self) -> int:
+        """Continuations that have ended."""
+        return sum(c.finish_reason is not None for c in self._all)
+
+    @property
+    def generated(self) -> int:
+        return sum(len(c.token_ids) for c in self._all)
+
+    def take(self, update: Update) -> None:
+        one = self._all[update.index]
+        one.token_ids += update.token_ids
+        one.texts.append(update.text)
+        one.logprobs += update.logprobs or ()
+        if update.token_ids and update.weight_version not in one.weight_versions[-1:]:
+            one.weight_versions.append(update.weight_version)
+        one.finish_reason, one.stop_reason = update.finish_reason, update.stop_reason
+
+    def output(self) -> RequestOutput:
+        """Of a finished request."""
+        params = self.request.params
+        outputs = tuple(
+            CompletionOutput(
+                index, "".join(c.texts), tuple(c.token_ids), c.finish_reason or "length", c.stop_reason,
+                None if params.logprobs is None else tuple(c.logprobs), tuple(c.weight_versions),
+            )
+            for index, c in enumerate(self._all)
+        )  # fmt: skip
+        return RequestOutput(self._prompt, self.request.prompt_token_ids, outputs)

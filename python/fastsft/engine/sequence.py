@@ -1,0 +1,93 @@
+"""The state of one continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastsft.engine.detokenize import Detokenizer
+from fastsft.engine.request import SamplingParams, Update
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation in progress. ``computed`` tokens have their keys and values in the cache."""
+
+    request_id: str
+    index: int
+    tokens: list[int]
+    prompt_len: int
+    limit: int  # tokens it may reach, prompt included
+    params: SamplingParams
+    detokenizer: Detokenizer
+    seed: int
+    priority: int = 0
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    _told: tuple[int, int] = (0, 0)  # generated tokens and characters of text that updates brought
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def append(self, token: int, end_ids: tuple[int, ...]) -> None:
+        """Take the next token and decide whether the sequence ends with it."""
+        params = self.params
+        self.tokens.append(token)
+        may_stop = self.generated >= params.min_tokens
+        ends = may_stop and (token in params.stop_token_ids or (token in end_ids and not params.ignore_eos))
+        full = len(self.tokens) >= self.limit
+        searched = len(self.detokenizer.text)
+        if not ends:
+            self.detokenizer.push(token)
+        if ends or full:
+            self.detokenizer.flush()  # before the search: what is held back may complete a stop string
+        if may_stop and (stop := self._cut_at_stop(searched)):
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif ends:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif full:
+            self.finish_reason = "length"
+
+    def _cut_at_stop(self, searched: int) -> str | None:
+        """Cut the text where a stop string was completed after ``searched`` characters.
+
+        Of several, the one completed first wins and, of those, the longest: as if the text had come character by
+        character, so that the result does not depend on how the tokenizer splits it.
+        """
+        text, found = self.detokenizer.text, []
+        for stop in self.params.stop:
+            at = text.find(stop, max(0, searched - len(stop) + 1))
+            if at >= 0:
+                found.append((at + len(stop), at, stop))
+        if not found:
+            return None
+        _, at, stop = min(found)
+        self.detokenizer.text = text[:at]
+        return stop
+
+    def update(self, weight_version: int) -> Update:
+        """What came since the last call."""
+        tokens, characters = self._told
+        self._told = self.generated, self._final_characters()
+        return Update(
+            self.request_id,
+            self.index,
+            tuple(self.tokens[self.prompt_len + tokens :]),
+            self.detokenizer.text[characters : self._told[1]],
+            None if self.params.logprobs is None else tuple(self.logprobs[tokens:]),
+            self.finish_reason,
+            self.stop_reason,
+            weight_version,
+        )
+
+    def _final_characters(self) -> int:
+        """How much of the text no stop string can take back: all but the longest end that one begins with."""
+        text = self.detokenizer.text
+        if self.finish_reason is not None:
+            return len(text)
+        begun = [n for stop in self.params.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return len(text) - max(begun, default=0)

@@ -5,6 +5,8 @@ Shape suffixes: T packed tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +53,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         attend: Attend,
         noise: torch.Tensor | None = None,
+        accumulate_into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm.
 
@@ -59,6 +62,8 @@ class Decoder(nn.Module):
             position_ids: int64 [T], each token's place in its own document.
             attend: which keys each query sees and how; see ``models.attend``.
             noise: [T, D], added to the embeddings.
+            accumulate_into: float32 [V, D]: takes the gradient of the embedding, added row by row in the backward pass;
+                the parameter then gets none from here. Where the head is tied, one buffer can so take both gradients.
 
         Returns:
             [T, D] in the parameters' type.
@@ -70,7 +75,13 @@ class Decoder(nn.Module):
             if tensor.dtype != torch.int64 or tensor.shape != input_ids.shape or tensor.ndim != 1:
                 shape = list(input_ids.shape) if input_ids.ndim == 1 else ["T"]
                 raise ValueError(f"{name}: expected int64 {shape}, got {tensor.dtype} {list(tensor.shape)}")
-        x_TD = self.embed_tokens(input_ids)
+        if accumulate_into is None:
+            x_TD = self.embed_tokens(input_ids)
+        else:
+            embedding = self.embed_tokens
+            x_TD = _EmbedInto.apply(  # type: ignore[no-untyped-call]
+                input_ids, embedding.weight, embedding.padding_idx, accumulate_into
+            )
         if noise is not None:
             x_TD = x_TD + noise
         cos, sin = self._rotary(position_ids, x_TD.dtype)
@@ -83,3 +94,25 @@ class Decoder(nn.Module):
                 x_TD = layer(x_TD, cos, sin, attend)
         hidden_TD: torch.Tensor = self.norm(x_TD)
         return hidden_TD
+
+
+class _EmbedInto(torch.autograd.Function):
+    """``nn.Embedding`` without a dense [V, D] of its own for a gradient of T rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None, into: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.into = padding_idx, into
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        grad = grad.float()
+        if ctx.padding_idx is not None:
+            grad = grad.masked_fill((ids == ctx.padding_idx)[:, None], 0.0)
+        ctx.into.index_add_(0, ids, grad)
+        return None, None, None, None

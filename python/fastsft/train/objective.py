@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -81,17 +81,26 @@ class Objective:
         return _per_sequence(batch) if self.options.reduction == "sequence" else batch.weights
 
     def __call__(
-        self, model: Decoder, batch: VarlenBatch, *, divisor: float, noise: torch.Tensor | None = None
+        self,
+        model: Decoder,
+        batch: VarlenBatch,
+        *,
+        divisor: float,
+        noise: torch.Tensor | None = None,
+        accumulate_into: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, LossAux]:
         """The batch's part of a step's loss, float32 and differentiable, and the figures of its tokens.
 
         Args:
             divisor: the step's; see :meth:`divisor`.
             noise: [T, D] or None, added to the embeddings.
+            accumulate_into: float32 buffers of embedding and head, which take their gradients: the head's in this call,
+                the embedding's in the backward pass. The parameters get none from autograd.
         """
         o = self.options
         attend = VarlenAttend(batch.cu_seqlens)
-        hidden_TD = model(batch.ids, batch.position_ids, attend, noise)
+        into = accumulate_into or {}
+        hidden_TD = model(batch.ids, batch.position_ids, attend, noise, into.get(model.embed_tokens.weight))
         result = ops.linear_cross_entropy(
             hidden_TD,
             model.lm_head_weight,
@@ -104,6 +113,7 @@ class Objective:
             label_smoothing=o.label_smoothing,
             z_loss=o.z_loss,
             return_aux=True,
+            accumulate_into=into.get(model.lm_head_weight),
             max_kept=int((batch.targets >= 0).sum()),
             **(self.reference.inputs(batch) if self.reference else {}),
         )

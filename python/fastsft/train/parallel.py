@@ -58,6 +58,12 @@ class Copies:
         found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True, materialize_grads=True)
         return list(found)
 
+    def wide_gradients(self, optimizer: MasterOptimizer) -> dict[torch.Tensor, torch.Tensor]:
+        """Where a step's micro-batches add the gradients of embedding and head, which can be most of the model: float32
+        buffers that live from step to step, with no further [V, D] beside them."""
+        wide = {self.model.embed_tokens.weight, self.model.lm_head_weight}  # once, where the two are tied
+        return {one.parameter: one.float_gradient() for one in optimizer.trained if one.parameter in wide}
+
     def sum_gradients(self, optimizer: MasterOptimizer) -> None:
         """Over all processes, after a step's last micro-batch."""
         if self.world.size > 1:

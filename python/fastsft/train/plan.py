@@ -167,7 +167,8 @@ def memory_of(config: Config, model: Decoder, *, share: float) -> dict[str, int]
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in trained)
     hidden = sum(p.numel() for n, p in trained if p.ndim == 2 and n.startswith("layers."))
-    summed = 4 * count if size < 4 and config.train.accumulation > 1 else 0
+    wide = sum(p.numel() for n, p in trained if n.startswith(("embed_tokens", "lm_head")))
+    summed = 4 if size < 4 and config.train.accumulation > 1 else 0
     moments = {"adamw": 8 * count, "muon": 8 * count - 4 * hidden, "adamw8bit": 8 * count - 6 * hidden}
     tokens, width = config.train.tokens_per_batch, model.config.hidden_size
     targets = round(share * tokens)
@@ -176,7 +177,7 @@ def memory_of(config: Config, model: Decoder, *, share: float) -> dict[str, int]
     kept = width * layers + per_token if config.train.activation_checkpointing else per_token * layers
     found = {
         "weights": size * everything,
-        "gradients": size * count + summed,
+        "gradients": 4 * wide + (size + summed) * (count - wide),
         "master weights": 4 * count if size < 4 else 0,
         "optimizer moments": moments[config.optim.kind],
         "averaged weights": 4 * count if config.optim.ema else 0,

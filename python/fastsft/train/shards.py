@@ -93,6 +93,9 @@ class Shards(Copies):
             parameter.grad = None
         return found
 
+    def wide_gradients(self, optimizer: MasterOptimizer) -> dict[torch.Tensor, torch.Tensor]:
+        return {}  # FSDP sums over the processes what autograd hands it
+
     def sum_gradients(self, optimizer: MasterOptimizer) -> None:
         """FSDP has summed them; they are handed to the optimizer's parts."""
         for name, parameter in self._trained.items():

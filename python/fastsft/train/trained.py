@@ -45,15 +45,19 @@ class Trained:
         """The gradient itself in float32, to be added to; zeros before the first micro-batch."""
         if self.is_own_master:
             if self.parameter.grad is None:
-                self.parameter.grad = torch.zeros_like(self.parameter)
+                self.parameter.grad = self._buffer().zero_()
             return self.parameter.grad
+        buffer = self._buffer()
+        if self._taken is None:
+            buffer.zero_()
+        elif self._taken is not buffer:
+            buffer.copy_(self._taken)
+        self._taken = buffer
+        return buffer
+
+    def _buffer(self) -> torch.Tensor:
         if self._sum is None:
             self._sum = torch.empty_like(self.master, requires_grad=False)
-        if self._taken is None:
-            self._sum.zero_()
-        elif self._taken is not self._sum:
-            self._sum.copy_(self._taken)
-        self._taken = self._sum
         return self._sum
 
     def drop_gradient(self) -> None:

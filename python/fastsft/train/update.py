@@ -64,10 +64,11 @@ class Update:
         """
         divisor = self.objective.divisor(batches)
         total, seen, fault = 0.0, [], None
+        into = self._parallel.wide_gradients(self.optimizer)
         for index, counts in self._parallel.turns(len(batches)):
             batch = batches[index] if counts else idle(batches[index])
             noise = self._noise(step, index, batch)
-            loss, aux = self.objective(self.model, batch, divisor=divisor, noise=noise)
+            loss, aux = self.objective(self.model, batch, divisor=divisor, noise=noise, accumulate_into=into)
             value = float(loss.detach())
             if not math.isfinite(value) and fault is None:
                 fault = _fault(step, [batch], f"loss is {value}")

@@ -20,9 +20,10 @@ from fastsft.engine.llm import LLM
 from fastsft.engine.request import PromptError, RequestOutput, SamplingParams
 from fastsft.files import sync
 from fastsft.models.tokenizer import FILES
+from fastsft.verify.answers import ask, code_of
 from fastsft.verify.judge import failure_kind, judge
 from fastsft.verify.sandbox import Limits
-from fastsft.verify.tasks import Task, extract_code
+from fastsft.verify.tasks import Task
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -146,7 +147,7 @@ def _draw_group(
         except PromptError as error:  # too long, say: the other tasks can do nothing about it
             problems[fit[error.number].task_id] = error.problem
             del fit[error.number]
-    pairs = [(t, _code(o.text, options)) for t in fit for o in outputs[t.task_id].outputs]
+    pairs = [(t, code_of(o.text, completion=options.completion)) for t in fit for o in outputs[t.task_id].outputs]
     told = None if progress is None else lambda done, total: progress("executed", done, total)
     results = judge(pairs, workers=workers, limits=Limits(seconds=options.seconds), progress=told)
     failures = iter([None if r.status == "ok" else failure_kind(r) for r in results])
@@ -163,9 +164,7 @@ def _draw_group(
 def _generate(llm: LLM, tasks: Sequence[Task], options: DrawOptions, progress: Progress | None) -> list[RequestOutput]:
     params = [_params(options, task.task_id) for task in tasks]
     told: Any = False if progress is None else lambda done, total: progress("generated", done, total)
-    if options.completion:
-        return llm.generate([task.prompt for task in tasks], params, progress=told)
-    return llm.chat([[{"role": "user", "content": task.prompt}] for task in tasks], params, progress=told)
+    return ask(llm, tasks, params, completion=options.completion, progress=told)
 
 
 def _params(options: DrawOptions, task_id: str) -> SamplingParams:
@@ -175,10 +174,6 @@ def _params(options: DrawOptions, task_id: str) -> SamplingParams:
         n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens,
         stop=options.stop, seed=int.from_bytes(digest, "little") >> 3, logprobs=0,
     )  # fmt: skip
-
-
-def _code(text: str, options: DrawOptions) -> str:
-    return text if options.completion else extract_code(text)
 
 
 def _logprob(output: Any) -> float:

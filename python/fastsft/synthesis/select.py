@@ -13,7 +13,8 @@ from fastsft import ops
 from fastsft.data.dedup import dedup
 from fastsft.data.records import Record
 from fastsft.synthesis.draw import Drawn
-from fastsft.verify.tasks import Task, extract_code
+from fastsft.verify.answers import code_of
+from fastsft.verify.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def _of_task(found: Drawn, options: SelectOptions, dropped: Counter[str], *, com
         passed.sort(key=lambda i: len(found.samples[i].text))  # the first of equals, as sorting is stable
     else:
         passed.sort(key=lambda i: hashlib.blake2b(f"{options.seed}\0{found.task_id}\0{i}".encode()).digest())
-    texts = [found.samples[i].text for i in passed]
-    codes = texts if completion else [extract_code(text) for text in texts]
+    codes = [code_of(found.samples[i].text, completion=completion) for i in passed]
     labels: list[Any] = list(codes)
     if options.near:
         labels = ops.near_duplicates(codes, threshold=options.near, unit="char", mode="all_pairs").tolist()

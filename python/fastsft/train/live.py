@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fastsft import LLM, SamplingParams
 from fastsft.config import Config, ConfigError
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.verify.answers import ask, codes_of
 from fastsft.verify.passk import evaluate_tasks
 from fastsft.verify.sandbox import run
-from fastsft.verify.tasks import extract_code, read_tasks
+from fastsft.verify.tasks import read_tasks
 
 Write = Callable[..., None]
 """As ``MetricsLog.write``: kind, step, values."""
@@ -67,10 +67,11 @@ class Live:
 
     def _draw(self, llm: LLM, step: int, write: Write, note: Callable[[str], None]) -> None:
         options, began = self._samples, time.perf_counter()
+        chats = [[{"role": "user", "content": text}] for text in options.chat]
         params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
         try:
             outputs = llm.generate(options.prompts, params) if options.prompts else []
-            outputs += llm.chat([_message(text) for text in options.chat], params) if options.chat else []
+            outputs += llm.chat(chats, params) if chats else []
         except ValueError as error:
             raise ConfigError(f"samples: {error}") from None
         seconds = (time.perf_counter() - began) / len(outputs)
@@ -85,16 +86,12 @@ class Live:
             n=options.n, temperature=options.temperature, seed=options.seed, max_tokens=options.max_tokens,
             stop=tuple(options.stop),
         )  # fmt: skip
-        prompts = [task.prompt for task in self._tasks]
         try:
-            if options.completion:
-                outputs = llm.generate(prompts, params)
-            else:
-                outputs = llm.chat([_message(text) for text in prompts], params)
+            outputs = ask(llm, self._tasks, params, completion=options.completion)
         except ValueError as error:
             raise ConfigError(f"eval.tasks: {error}") from None
-        answers = [[o.text if options.completion else extract_code(o.text) for o in r.outputs] for r in outputs]
-        report = evaluate_tasks(self._tasks, answers, k=options.k).to_dict()
+        codes = codes_of(outputs, completion=options.completion)
+        report = evaluate_tasks(self._tasks, codes, k=options.k).to_dict()
         solved = {task["task_id"]: task["passed"] for task in report["tasks"]}
         seconds = time.perf_counter() - began
         write("pass_at_k", step, pass_at=report["pass_at"], statuses=report["statuses"], passed=solved, seconds=seconds)
@@ -104,7 +101,3 @@ class Live:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return step == 0 or last or (every > 0 and step % every == 0)
-
-
-def _message(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]

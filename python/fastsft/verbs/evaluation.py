@@ -109,20 +109,16 @@ def _pass_at(
 ) -> dict[str, Any]:
     from fastsft.engine.llm import LLM
     from fastsft.engine.request import PromptError
+    from fastsft.verify.answers import ask, codes_of
     from fastsft.verify.passk import evaluate_tasks
-    from fastsft.verify.tasks import extract_code
 
     llm = LLM(decoder, tokenizer)
     generating, executing = functools.partial(tell, "generating"), functools.partial(tell, "executing")
     try:
-        if completion:
-            outputs = llm.generate([t.prompt for t in tasks], params, progress=generating)
-        else:
-            outputs = llm.chat([[{"role": "user", "content": t.prompt}] for t in tasks], params, progress=generating)
+        outputs = ask(llm, tasks, params, completion=completion, progress=generating)
     except PromptError as error:
         raise UsageError(f"eval: task {tasks[error.number].task_id}: {error.problem}") from None
-    samples = [[o.text if completion else extract_code(o.text) for o in r.outputs] for r in outputs]
-    return evaluate_tasks(tasks, samples, k=k, progress=executing).to_dict()
+    return evaluate_tasks(tasks, codes_of(outputs, completion=completion), k=k, progress=executing).to_dict()
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def show_plan(config: Config, *, json: bool) -> None:
     console.print(f"up to {plan.tokens_per_step:,} tokens a step", soft_wrap=True)
     total = sum(plan.memory.values())
     parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.memory.items())
-    console.print(f"memory: about {_size(total)}: {parts}", soft_wrap=True)
+    console.print(f"memory: about {_size(total)} of tensors, and the program's own: {parts}", soft_wrap=True)
     console.print(
         f"time: at least {_time(plan.seconds)}, at most {plan.tokens_per_second:,.0f} "
         f"tokens/s: what the matrix products take at {plan.matmul_flops_per_second / 1e9:,.0f} GFLOP/s",

@@ -123,6 +123,20 @@ def test_the_same_start_in_other_files_is_not_refused(texts: Path, tmp_path: Pat
     assert train(config)[1].resumed_from == 4
 
 
+def test_a_run_moved_with_its_data_goes_on(texts: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    config, start = from_folder(texts, old)
+    shutil.copy(texts, old / "texts.jsonl")
+    config["data"] |= {"train": [str(old / "texts.jsonl")], "eval": [str(old / "texts.jsonl")]}
+    config["data"].pop("eval_fraction", None)
+    train(config)
+    old.rename(new)
+    moved = json.loads(json.dumps(config).replace(str(old), str(new)))
+    assert moved["model"]["path"] == str(new / start.name)
+    assert train(moved)[1].resumed_from == 4
+
+
 def test_settings_without_effect_may_change(texts: Path, tmp_path: Path) -> None:
     config = small(texts, tmp_path / "run")
     _, first = train(config)

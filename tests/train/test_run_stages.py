@@ -99,6 +99,18 @@ def test_a_run_of_stages_continues_to_the_same_bytes(tmp_path: Path, monkeypatch
     assert whole.total_steps == result.steps
 
 
+def test_a_stage_without_a_tag_of_the_ratios(tmp_path: Path) -> None:
+    """Whose table is at fault is told, and a stage can do without ratios."""
+    config = staged(tmp_path, "run")
+    config["data"]["ratios"] = {"a": 1, "b": 1}
+    stage = {"name": "books alone", "weights": {"books": 1.0}, "max_steps": 2}
+    with pytest.raises(ConfigError, match=r"^data\.ratios in the stage 'books alone': no sample has the tag 'a'"):
+        Trainer(load_config({**config, "stages": [stage]}), progress=False)
+    with pytest.raises(ConfigError, match=r"^ratios of the stage 'books alone': no sample has the tag 'a'"):
+        Trainer(load_config({**config, "stages": [{**stage, "ratios": {"a": 2, "b": 1}}]}), progress=False)
+    assert train({**config, "stages": [{**stage, "ratios": {}}]})[1].steps == 2
+
+
 def test_the_easy_ones_are_left_out(tmp_path: Path) -> None:
     store = SampleStore.from_samples(random_samples(20, 9))
     model = model_of()

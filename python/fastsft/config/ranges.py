@@ -118,5 +118,5 @@ def check_stages(config: Config, check: Callable[[bool, str, str, object], None]
         for source, weight in stage.weights.items():
             check(source in known, f"stages.{i}.weights", f"names of data.sources: {', '.join(known)}", source)
             check(weight >= 0, f"stages.{i}.weights.{source}", "at least 0", weight)
-        for tag, ratio in stage.ratios.items():
+        for tag, ratio in (stage.ratios or {}).items():
             check(ratio > 0, f"stages.{i}.ratios.{tag}", "more than 0", ratio)

@@ -78,8 +78,8 @@ class StageOptions(Section):
     """Peak learning rate; unset: ``optim.lr``."""
     weights: dict[str, float] = field(default_factory=dict)
     """Name of a source = times that an epoch goes through it; those not named are left out. Empty: as in ``data``."""
-    ratios: dict[str, float] = field(default_factory=dict)
-    """Instead of ``data.ratios``."""
+    ratios: dict[str, float] | None = None
+    """Instead of ``data.ratios``; empty: none."""
     drop_easy: float = 0.0
     """Share of the stage's samples left out: those of the smallest loss per token under the model that begins it."""
     curriculum: Literal["none", "ucb"] = "none"

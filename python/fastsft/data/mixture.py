@@ -18,11 +18,14 @@ def sources_of(options: DataOptions) -> list[SourceOptions]:
     return [SourceOptions(name="train", files=options.train, format=options.format, fields=options.fields)]
 
 
-def passes(options: DataOptions, counts: Sequence[int]) -> list[Fraction]:
+def passes(options: DataOptions, counts: Sequence[int], *, table: str = "data.ratios") -> list[Fraction]:
     """How often an epoch goes through each source, which has ``counts[i]`` samples.
 
     With ``data.ratios``, the samples of the tags stand in these ratios: the tag that has the fewest for its ratio keeps
     the weights of its sources, those of the others are scaled down.
+
+    Args:
+        table: where the ratios stand, for errors.
 
     Raises:
         ConfigError: a tag without a ratio, or a ratio whose tag has no sample.
@@ -34,19 +37,19 @@ def passes(options: DataOptions, counts: Sequence[int]) -> list[Fraction]:
     sizes: dict[str, Fraction] = {}
     for source, weight, count in zip(sources, weights, counts, strict=True):
         sizes[source.tag] = sizes.get(source.tag, Fraction(0)) + weight * count
-    _check_tags(sizes, options.ratios)
+    _check_tags(sizes, options.ratios, table)
     ratios = {tag: Fraction(str(ratio)) for tag, ratio in options.ratios.items()}
     unit = min(sizes[tag] / ratio for tag, ratio in ratios.items())
     return [w * unit * ratios[s.tag] / sizes[s.tag] for s, w in zip(sources, weights, strict=True)]
 
 
-def _check_tags(sizes: Mapping[str, Fraction], ratios: Mapping[str, float]) -> None:
+def _check_tags(sizes: Mapping[str, Fraction], ratios: Mapping[str, float], table: str) -> None:
     for tag in sizes:
         if tag not in ratios:
-            raise ConfigError(f"data.ratios: expected a ratio for the tag {tag!r}, got {', '.join(ratios)}")
+            raise ConfigError(f"{table}: expected a ratio for the tag {tag!r}, got {', '.join(ratios)}")
     for tag in ratios:
         if not sizes.get(tag):
-            raise ConfigError(f"data.ratios: no sample has the tag {tag!r}")
+            raise ConfigError(f"{table}: no sample has the tag {tag!r}")
 
 
 class Mixture:

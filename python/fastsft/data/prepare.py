@@ -265,15 +265,19 @@ def _summary(problems: Problems) -> str:
 
 
 def _content_key(config: Config) -> str:
-    """Hash of everything the samples depend on: settings, data files, tokenizer files."""
+    """Hash of everything the samples depend on: settings, data files, tokenizer files; not of where these lie."""
     digest = hashlib.blake2b(digest_size=12)
-    free = ("weight", "tag")  # with data.ratios they say how often samples are drawn, and not what they are
-    sources = [{k: v for k, v in dataclasses.asdict(source).items() if k not in free} for source in config.data.sources]
+    data = dataclasses.asdict(config.data)
+    for source in data["sources"]:
+        # with data.ratios, weight and tag say how often samples are drawn, and not what they are
+        source |= {"weight": None, "tag": None, "files": len(source["files"])}
+    data |= {"ratios": None, "train": len(data["train"]), "eval": len(data["eval"])}
+    data["decontaminate"]["against"] = len(data["decontaminate"]["against"])
     settings = {
         "version": _VERSION,
         "seed": config.seed,
-        "data": {**dataclasses.asdict(config.data), "ratios": None, "sources": sources},
-        "tokenizer": dataclasses.asdict(config.tokenizer),
+        "data": data,
+        "tokenizer": {**dataclasses.asdict(config.tokenizer), "path": None},
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for path in [*(f for source in sources_of(config.data) for f in source.files), *config.data.eval,
@@ -284,7 +288,7 @@ def _content_key(config: Config) -> str:
         for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
             if file.is_file():
                 # name and size, so that no bytes can wander from one file to the next unnoticed
-                digest.update(f"{file.relative_to(where)}\0{file.stat().st_size}\0".encode())
+                digest.update(f"{file.relative_to(where)}\0{where.suffixes}\0{file.stat().st_size}\0".encode())
                 with open(file, "rb") as stream:
                     while block := stream.read(1 << 20):
                         digest.update(block)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.train.distributed import World
 from fastsft.train.optim import MasterOptimizer
 
+_OPTIMIZER = "optimizer.safetensors"
 STATE = "state"  # of a checkpoint in parts, the folder that torch.distributed.checkpoint writes
 
 
@@ -77,18 +79,22 @@ class Copies:
         """The model in one piece and in its own type; in the first process. Every process has to call this."""
         return self.model
 
-    # --- checkpoints in parts --------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """Write this process's parts of tensors called kind/parameter.
+        """Write this process's parts of tensors called kind/parameter; here that is all of them.
 
         Returns:
-            Of each file written, its name and SHA-256.
+            Of the files that need not be read again for it, their names and SHA-256.
         """
-        raise NotImplementedError("a copy has no parts; its checkpoints are model folders")
+        safetensors.torch.save_file(dict(tensors), folder / _OPTIMIZER)
+        return {}
 
     def load(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Read what any number of processes wrote into this process's parts of the tensors, and return these."""
+        """What :meth:`save` wrote of these tensors. Where it was written in parts, by any number of processes, the
+        tensors themselves are filled."""
+        if not is_sharded(folder):
+            return safetensors.torch.load_file(folder / _OPTIMIZER)
         # imported here: it takes a second
         from torch.distributed.checkpoint import state_dict_loader
 

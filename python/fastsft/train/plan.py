@@ -80,6 +80,7 @@ def make_plan(config: Config, *, progress: Progress | None = None) -> Plan:
     config = load_config(config)
     check_objective(config.objective)
     start.check_fits(config, start.architecture(config))
+    start.check_reference(config)
     prepared = prepare(config, progress=progress)
     store = prepared.train
     model = _blank(config, prepared.tokenizer.vocab_size)

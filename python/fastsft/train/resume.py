@@ -8,9 +8,11 @@ from fastsft.config import ConfigError, load_config, to_dict
 from fastsft.train.checkpoint import Checkpoint
 
 # Settings that do not change the weights; every other difference to the checkpoint's configuration stops a resume.
+# What the files of the last line hold is compared, wherever they lie: it is in the data's key and the model's digest.
 _FREE = {
     "output", "train.eval_every", "train.save_every", "train.keep", "train.async_save", "train.parallel",
     "log", "samples", "eval",
+    "model.path", "tokenizer.path", "data.train", "data.eval", "data.decontaminate.against", "data.sources.files",
 }  # fmt: skip
 
 
@@ -53,6 +55,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             continue
         if isinstance(a, dict) and isinstance(b, dict) and name != "model.init":
             names |= _differences(a, b, f"{name}.")
+        elif name == "data.sources" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            for one, other in zip(a, b, strict=True):
+                names |= _differences(one, other, f"{name}.")
         else:
             names.add(name)
     return names

@@ -100,5 +100,7 @@ def passes_of(data: DataOptions, stage: StageOptions, store: SampleStore) -> lis
     sources = sources_of(data)
     if stage.weights:
         sources = [dataclasses.replace(s, weight=stage.weights.get(s.name, 0.0)) for s in sources]
-    mixed = dataclasses.replace(data, train=[], sources=sources, ratios=stage.ratios or data.ratios)
-    return passes(mixed, np.bincount(store.origins, minlength=len(sources)).tolist())
+    ratios, table = (data.ratios, "data.ratios in") if stage.ratios is None else (stage.ratios, "ratios of")
+    mixed = dataclasses.replace(data, train=[], sources=sources, ratios=ratios)
+    counts = np.bincount(store.origins, minlength=len(sources)).tolist()
+    return passes(mixed, counts, table=f"{table} the stage {stage.name!r}")

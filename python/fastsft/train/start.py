@@ -53,6 +53,22 @@ def check_fits(config: Config, model: ModelConfig) -> None:
         )
 
 
+def check_reference(config: Config) -> None:
+    """Refuse an ``objective.reference`` that cannot run on the run's samples.
+
+    Raises:
+        ConfigError: no model's folder, or what :func:`check_fits` refuses in it.
+    """
+    path = config.objective.reference
+    if path is None:
+        return
+    try:
+        reference = ModelConfig.from_file(Path(path) / "config.json")
+        check_fits(config, reference)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"objective.reference: {error}") from None
+
+
 def positions(model: ModelConfig) -> int:
     """The longest sample. A config.json gives the positions before their extension by rope_scaling, or those after."""
     rope = model.rope

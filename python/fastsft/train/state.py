@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from fastsft.models.adapter import load_adapter, save_adapter
@@ -21,8 +20,6 @@ from fastsft.train.checkpoint import replace_folder
 from fastsft.train.ema import Ema
 from fastsft.train.optim import MasterOptimizer
 from fastsft.train.parallel import Copies, is_sharded
-
-_OPTIMIZER = "optimizer.safetensors"
 
 
 class TrainingState:
@@ -69,8 +66,7 @@ class TrainingState:
                 save_adapter(model, folder / "adapter", base=self._base)
             else:
                 self._write_model(model, folder / "model")
-            safetensors.torch.save_file(tensors, folder / _OPTIMIZER)
-            return {}
+            return self.parallel.save(folder, tensors)
 
         return fill
 
@@ -84,7 +80,7 @@ class TrainingState:
             else:
                 saved = load_model(folder / "model", dtype=self.parallel.dtype)
                 self.model.load_state_dict(saved.state_dict())
-            tensors = safetensors.torch.load_file(folder / _OPTIMIZER)
+            tensors = self.parallel.load(folder, self._tensors())
         self.optimizer.load_state(tensors)
         if self.average:
             self.average.load_state(tensors)

@@ -74,6 +74,7 @@ class Trainer:
         check_trackers(config.log)
         self._live = Live(config)
         start.check_fits(config, model.config if model else start.architecture(config))
+        start.check_reference(config)
         with bars(progress) as tell:
             self.prepared = prepared or self.world.main_first(lambda: prepare(config, progress=tell))
         self.model = model or start.build_model(config, vocab_size=self.prepared.tokenizer.vocab_size)
@@ -132,44 +133,41 @@ class Trainer:
         if found:
             self._state.restore(found.path)
             progress = Progress.of(found)
-        display = Display(self.total_steps, progress.step, enabled=self._progress)
-        for warning in warnings:
-            display.note(f"warning: {warning}")
-        for line in notices(self.prepared.report):
-            display.note(line)
-        display.note(self._plan())
-        log: MetricsLog = NoLog()
-        if self.world.is_main:
-            trackers = Trackers(self.config.log, self.output, to_dict(self.config), resumed_step=progress.step)
-            log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step, trackers=trackers)
-        watch = Watch(self.world.from_main(lambda: read_metrics(self.output / "metrics.jsonl")))
-        options = self.config.train
-        self._checkpoints = checkpoint.Writer(
-            self.output / "checkpoints", keep=options.keep, background=options.async_save,
-            world=self.world if self.parallel.sharded else World(),
-        )  # fmt: skip
-        freezes = gc.get_freeze_count() == 0  # what a caller has frozen stays so
-        try:
-            with Signals(announce=self._progress) as signals:
-                if found:
-                    display.note(f"resumed from {found.path}")
-                else:
-                    self._self_check()
-                    progress.before = self._evaluate(0, log, display)
-                    self._show(0, log, display, last=False)
-                self._rate = sum(self.world.gather(matmul_rate(self.parallel.dtype)))
-                about = functools.partial(
-                    write_about, self.output / "about.json", model=self.model, total_steps=self.total_steps,
-                    plan=self._plan(), rate=self._rate, data=self.prepared.report,
-                )  # fmt: skip
-                self.world.from_main(about)
-                return self._steps(progress, signals, log, display, watch)
-        finally:
-            if freezes:
-                gc.unfreeze()
-            self._checkpoints.close()
-            display.close()
-            log.close()
+        with contextlib.ExitStack() as ends:
+            log: MetricsLog = NoLog()
+            if self.world.is_main:
+                trackers = Trackers(self.config.log, self.output, to_dict(self.config), resumed_step=progress.step)
+                log = MetricsLog(self.output / "metrics.jsonl", resumed_step=progress.step, trackers=trackers)
+            ends.callback(log.close)
+            display = Display(self.total_steps, progress.step, enabled=self._progress)
+            ends.callback(display.close)
+            for warning in warnings:
+                display.note(f"warning: {warning}")
+            for line in notices(self.prepared.report):
+                display.note(line)
+            display.note(self._plan())
+            watch = Watch(self.world.from_main(lambda: read_metrics(self.output / "metrics.jsonl")))
+            options = self.config.train
+            self._checkpoints = checkpoint.Writer(
+                self.output / "checkpoints", keep=options.keep, background=options.async_save,
+                world=self.world if self.parallel.sharded else World(),
+            )  # fmt: skip
+            ends.callback(self._checkpoints.close)
+            signals = ends.enter_context(Signals(announce=self._progress))
+            if found:
+                display.note(f"resumed from {found.path}")
+            else:
+                self._self_check()
+                progress.before = self._evaluate(0, log, display)
+                self._show(0, log, display, last=False)
+            self._rate = sum(self.world.gather(matmul_rate(self.parallel.dtype)))
+            about = functools.partial(
+                write_about, self.output / "about.json", model=self.model, total_steps=self.total_steps,
+                plan=self._plan(), rate=self._rate, data=self.prepared.report,
+            )  # fmt: skip
+            self.world.from_main(about)
+            settle = ends.enter_context(settling())
+            return self._steps(progress, signals, log, display, watch, settle)
 
     def _open(self, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
         """The checkpoint that the run goes on from."""
@@ -195,7 +193,13 @@ class Trainer:
         )
 
     def _steps(
-        self, progress: Progress, signals: Signals, log: MetricsLog, display: Display, watch: Watch
+        self,
+        progress: Progress,
+        signals: Signals,
+        log: MetricsLog,
+        display: Display,
+        watch: Watch,
+        settle: Callable[[], None],
     ) -> TrainResult:
         options, arithmetic = self.config.train, Arithmetic.of(self.model)
         first, after, tokens, seconds = progress.step, progress.before, 0, 0.0
@@ -235,10 +239,8 @@ class Trainer:
             for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
                 log.write("signal", progress.step, **dataclasses.asdict(spike))
                 display.note(f"step {progress.step}: {spike.describe()}")
-            # what lives now lives to the end: a full collection would take 0.1 s of a step
             if progress.step == first + 1:
-                gc.collect()
-                gc.freeze()
+                settle()
             last = within + 1 == stage.steps  # of its stage
             if (options.eval_every and progress.step % options.eval_every == 0) or last:
                 after = self._evaluate(progress.step, log, display)
@@ -347,3 +349,23 @@ class Trainer:
         if self.world.is_main or self.parallel.sharded:
             self._checkpoints.write(progress.step, state, self._state.writer(background=self.config.train.async_save))
             log.write("save", progress.step, seconds=time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def settling() -> Iterator[Callable[[], None]]:
+    """What to call when all that lives now lives to the end: full collections, 0.1 s each, then pass it over.
+
+    Python can only thaw everything. So where a caller has frozen objects nothing is frozen or thawed here.
+    """
+    free = gc.get_freeze_count() == 0
+
+    def settle() -> None:
+        gc.collect()
+        if free:
+            gc.freeze()
+
+    try:
+        yield settle
+    finally:
+        if free:
+            gc.unfreeze()

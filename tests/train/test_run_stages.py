@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,8 @@ def test_each_stage_has_its_own_mixture_rate_and_schedule(tmp_path: Path) -> Non
     assert epochs[2] == sorted(epochs[2])
     assert epochs[2][-1] >= 2, "the shares are chosen anew"
     # Half of the second source's samples, and none of the first's.
-    kept = np.load(tmp_path / "run" / "stages" / "1.npy")
     store = trainer.prepared.train
+    kept = light.unpacked(trainer.stages[1].state()["kept"], len(store))
     seen = [s for step in range(trainer.stages[1].steps) for b in trainer.stages[1].batches(step) for s in b.sources]
     expected = [store[i].source for i in np.flatnonzero(kept & (store.origins == 1))]
     assert sorted(seen) == sorted(expected)
@@ -111,11 +110,11 @@ def test_a_stage_without_a_tag_of_the_ratios(tmp_path: Path) -> None:
     assert train({**config, "stages": [{**stage, "ratios": {}}]})[1].steps == 2
 
 
-def test_the_easy_ones_are_left_out(tmp_path: Path) -> None:
+def test_the_easy_ones_are_left_out() -> None:
     store = SampleStore.from_samples(random_samples(20, 9))
     model = model_of()
-    kept = choose(tmp_path / "c" / "0.npy", Copies(model), store, share=0.3, capacity=60)
-    assert (np.load(tmp_path / "c" / "0.npy") == kept).all()
+    kept = choose(Copies(model), store, share=0.3, capacity=60)
+    assert (light.unpacked(light.packed(kept), 20) == kept).all()
     losses = []
     for i in range(20):
         found = evaluate_loss(model, SampleStore.from_samples([store[i]]), capacity=60)
@@ -169,23 +168,26 @@ def test_the_share_is_that_of_the_stages_samples(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(light, "_mean_losses", loss_by_source)
         trainer.run()
-    kept = np.load(tmp_path / "run" / "stages" / "0.npy")
+    kept = light.unpacked(trainer.stages[0].state()["kept"], len(trainer.prepared.train))
     books = int((store.origins == 1).sum())
     assert kept.sum() == books - books // 2
     assert not kept[store.origins == 0].any()
     assert judged == [1] * books, "no time is spent on samples that the stage does not have"
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty"])
-def test_a_light_stage_without_its_choice(damage: str, tmp_path: Path) -> None:
+def test_the_choice_of_a_light_stage_is_under_the_checksum(tmp_path: Path) -> None:
     config = staged(tmp_path, "run")
     config["stages"] = [{"name": "light", "drop_easy": 0.6}]
-    train(config)
-    shutil.rmtree(max((tmp_path / "run" / "checkpoints").glob("step-*")))
-    choice = tmp_path / "run" / "stages" / "0.npy"
-    choice.write_bytes(b"") if damage == "empty" else choice.unlink()
-    with pytest.raises(ConfigError, match=r"0\.npy: expected the samples that the stage 'light' began with, got: "):
-        train(config)
+    trainer, first = train(config)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    kept = trainer.stages[0].state()["kept"]
+    other = light.packed(~light.unpacked(kept, len(trainer.prepared.train)))
+    text = (newest / "trainer.json").read_text()
+    assert kept in text
+    (newest / "trainer.json").write_text(text.replace(kept, other))
+    _, again = train(config)
+    assert again.resumed_from == first.steps - 1, "the newest is not taken"
+    assert weights(again.model_path) == weights(first.model_path)
 
 
 def test_resumed_after_the_last_step_of_a_light_stage(tmp_path: Path) -> None:

@@ -6,17 +6,15 @@ judge is the model that begins the stage, and what it judges by is the loss.
 
 from __future__ import annotations
 
-from pathlib import Path
+import base64
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fastsft import ops
-from fastsft.config import ConfigError
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
-from fastsft.files import sync
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.train.losses import document_sums
@@ -24,7 +22,6 @@ from fastsft.train.parallel import Copies
 
 
 def choose(
-    path: Path,
     parallel: Copies,
     store: SampleStore,
     *,
@@ -33,8 +30,6 @@ def choose(
     among: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.bool_]:
     """bool [samples]: all but ``share`` of them, those of the smallest mean loss per unit of token weight.
-
-    The choice is written to ``path``, for a run that goes on in the middle of the stage, with other weights.
 
     Args:
         among: numbers of the samples to choose from, and to take the share of; the others are not kept. None: all.
@@ -51,34 +46,18 @@ def choose(
     parallel.world.sum_([losses])
     kept = np.zeros(len(store), bool)
     kept[among[np.argsort(losses.numpy(), kind="stable")[int(share * len(among)) :]]] = True
-    parallel.world.from_main(lambda: _write(path, kept))
     return kept
 
 
-def chosen(path: Path, stage: str) -> npt.NDArray[np.bool_]:
-    """What :func:`choose` wrote when the stage began.
-
-    Raises:
-        ConfigError: it is lost.
-    """
-    try:
-        kept: npt.NDArray[np.bool_] = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"{path}: expected the samples that the stage {stage!r} began with, got: {error}. "
-            "Remove the checkpoints of this stage, so that it is begun anew"
-        ) from None
-    return kept
+def packed(kept: npt.NDArray[np.bool_]) -> str:
+    """The choice as text, eight samples a byte: it goes into checkpoints, for a run that goes on in the middle of the
+    stage with other weights than those that chose."""
+    return base64.b64encode(np.packbits(kept).tobytes()).decode("ascii")
 
 
-def _write(path: Path, kept: npt.NDArray[np.bool_]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = path.with_name(f".{path.name}.tmp")
-    with open(stage, "wb") as file:
-        np.save(file, kept)
-    sync(stage)
-    stage.replace(path)
-    sync(path.parent)
+def unpacked(text: str, count: int) -> npt.NDArray[np.bool_]:
+    """What :func:`packed` made of ``count`` samples."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
 
 
 def _mean_losses(model: Decoder, batch: VarlenBatch) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fastsft.data.batch import VarlenBatch
 from fastsft.data.loader import PackedLoader
 from fastsft.data.mixture import passes, sources_of
 from fastsft.data.store import SampleStore
+from fastsft.train.light import packed
 
 
 def stages_of(config: Config) -> list[StageOptions]:
@@ -39,6 +40,7 @@ class Stage:
         stages = stages_of(config)
         self.options = stages[number]
         self.number = number
+        self._kept = kept
         self.rate = self.options.lr or config.optim.lr
         weights = passes_of(config.data, self.options, store)
         self._sources = np.flatnonzero([weight > 0 for weight in weights])
@@ -79,7 +81,7 @@ class Stage:
         """Called after each step; what comes does not depend on it."""
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {} if self._kept is None else {"kept": packed(self._kept)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass

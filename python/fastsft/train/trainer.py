@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -270,7 +271,7 @@ class Trainer:
                 begin += progress.begun[number]
                 continue
             if isinstance(stage, Stage) and stage.options.drop_easy:
-                stage = self.stages[number] = self._choose(stage, inside=first > begin)
+                stage = self.stages[number] = self._choose(stage, progress.stage if first > begin else None)
             self.total_steps = begin + sum(s.steps for s in self.stages[number:])
             display.expect(self.total_steps)
             if len(self.stages) > 1:
@@ -283,14 +284,14 @@ class Trainer:
             begin += stage.steps
         self.total_steps = begin  # also of a run that was resumed after its last step
 
-    def _choose(self, stage: Stage, *, inside: bool) -> Stage:
-        """The stage without the samples that are easy for the model; ``inside``: as it was when the stage began."""
-        path, store = self.output / "stages" / f"{stage.number}.npy", self.prepared.train
-        if inside:
-            kept = light.chosen(path, stage.options.name)
+    def _choose(self, stage: Stage, saved: dict[str, Any] | None) -> Stage:
+        """The stage without the samples that are easy for the model, or were so when it began: then ``saved`` tells."""
+        store = self.prepared.train
+        if saved is not None:
+            kept = light.unpacked(saved["kept"], len(store))
         else:
             kept = light.choose(
-                path, self.parallel, store, share=stage.options.drop_easy,
+                self.parallel, store, share=stage.options.drop_easy,
                 capacity=self.config.train.tokens_per_batch, among=stage.samples(),
             )  # fmt: skip
         return Stage(self.config, stage.number, store, kept)

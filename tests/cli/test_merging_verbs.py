@@ -52,6 +52,9 @@ def test_soup_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert refusal(capsys, "soup", model, *out) == "soup: models: expected at least two folders, got 1"
     assert "--greedy and --data together" in refusal(capsys, "soup", model, model, *out, "--greedy")
     assert "--greedy and --data together" in refusal(capsys, "soup", model, model, *out, "--data", model)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "the folder of an adapter" in refusal(capsys, "soup", model, tmp_path / "adapter", *out)
     assert "the folder of a run; its model is" in refusal(capsys, "soup", model, trained / "run", *out)
     assert "expected the name of a new folder" in refusal(capsys, "soup", model, model, "-o", model)
     empty = write(tmp_path / "empty.jsonl", [])

@@ -133,5 +133,8 @@ def test_long_curves_are_means() -> None:
 
 def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a run's folder" in refusal(capsys, "report", tmp_path)
+    refused = refusal(capsys, "report", trained / "run" / "model")
+    assert "found no run's config.json" in refused  # a model has one too
+    assert "runs beside it: run" in refusal(capsys, "report", trained / "xyz")
     assert "did you mean 'run'?" in refusal(capsys, "report", trained / "runn")
     assert "at least one run" in refusal(capsys, "report")

@@ -119,6 +119,8 @@ class ModelConfig:
     @staticmethod
     def from_file(path: Path) -> ModelConfig:
         """Read a config.json (UTF-8); see :meth:`from_hf`."""
+        if not path.is_file() and (path.parent / "adapter_config.json").is_file():
+            raise ValueError(f"{path.parent}: the folder of an adapter; expected that of a model")
         try:
             text = path.read_bytes().decode("utf-8")
             raw = json.loads(text)

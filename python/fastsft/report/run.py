@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsft.config import ConfigError, unknown_key
+from fastsft.config import ConfigError
 from fastsft.train.metrics import read_metrics
 from fastsft.train.watch import Watch
 
@@ -31,10 +32,11 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """Raises ConfigError: the folder is not one of a run."""
-        if not (folder / "config.json").is_file():
-            near = sorted(p.name for p in folder.parent.glob("*") if (p / "config.json").is_file())
-            hint = f"; {unknown_key(folder.name, near)}" if near else ""
-            raise ConfigError(f"{folder}: expected a run's folder, found no config.json in it{hint}")
+        if not _is_run(folder):
+            runs = [p.name for p in sorted(folder.parent.glob("*")) if _is_run(p)]
+            near = difflib.get_close_matches(folder.name, runs, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; runs beside it: {', '.join(runs)}" if runs else ""
+            raise ConfigError(f"{folder}: expected a run's folder, found no run's config.json in it{hint}")
         about = folder / "about.json"
         return cls(
             folder.resolve().name,
@@ -117,6 +119,15 @@ class Run:
             "MFU": sum(r["mfu"] * r["seconds"] for r in steps) / spent if spent else None,
             "hours": sum(self.seconds().values()) / 3600,
         }
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder's config.json is that of a run; models have one too."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"output", "train"} <= found.keys()
 
 
 _SPENT = {"eval": "evaluation", "save": "saving", "sample": "samples", "pass_at_k": "pass@k"}

@@ -1,5 +1,4 @@
-#include "fastsft/matvec.h"
-#include "tensor_view.h"
+#include "packed_weight.h"
 
 namespace fastsft::bindings {
 namespace {
@@ -33,6 +32,31 @@ void* data_of(Check& check, WeightFormat format, py::handle data, int64_t n, int
   return bytes;
 }
 
+}  // namespace
+
+PackedWeight weight_of(const char* op, const std::string& format_name, int64_t group, int64_t n, int64_t k,
+                       py::handle data, py::handle scales) {
+  Check check(op);
+  const WeightFormat format = format_of(check, format_name);
+  PackedWeight weight{
+      .format = format, .n = n, .k = k, .group = group, .data = data_of(check, format, data, n, k), .scales = nullptr};
+  if (has_channel_scales(format)) {
+    weight.scales = check.in<float>("scales", scales, "slabs 64");
+    check.require(check.size("slabs") == (n + 63) / 64, "scales", "[slabs, 64]", std::to_string(check.size("slabs")));
+  }
+  if (format == WeightFormat::kInt4) {
+    check.require(group == 32 || group == 64, "group", "32 or 64", std::to_string(group));
+    const TensorView view = check.floats("scales", scales, "slabs groups 64");
+    check.require(Check::dtype_of(view) == DType::kBFloat16 && check.size("slabs") == (n + 63) / 64 &&
+                      check.size("groups") == (k + group - 1) / group,
+                  "scales", "bfloat16 [slabs, groups, 64]", view.describe());
+    weight.scales = view.data;
+  }
+  return weight;
+}
+
+namespace {
+
 // `pack` [values -> data] or back.
 void pack_checked(const std::string& format_name, py::handle values_tensor, py::handle data_tensor, bool inverse) {
   Check check("pack_weight");
@@ -51,26 +75,14 @@ void packed_linear_checked(py::handle x_tensor, const std::string& format_name, 
   check.same_dtype("out", out, x);
   check.require(Check::dtype_of(x) != DType::kFloat16, "x", "float32 or bfloat16", x.describe());
   const int64_t n = check.size("N"), k = check.size("K");
-  const WeightFormat format = format_of(check, format_name);
-  PackedWeight weight{
-      .format = format, .n = n, .k = k, .group = group, .data = data_of(check, format, data, n, k), .scales = nullptr};
-  if (has_channel_scales(format)) {
-    weight.scales = check.in<float>("scales", scales, "slabs 64");
-    check.require(check.size("slabs") == (n + 63) / 64, "scales", "[slabs, 64]", std::to_string(check.size("slabs")));
-  }
-  if (format == WeightFormat::kInt4) {
-    check.require(group > 0, "group", "> 0", std::to_string(group));
-    const TensorView view = check.floats("scales", scales, "slabs groups 64");
-    check.require(Check::dtype_of(view) == DType::kBFloat16 && check.size("slabs") == (n + 63) / 64 &&
-                      check.size("groups") == (k + group - 1) / group,
-                  "scales", "bfloat16 [slabs, groups, 64]", view.describe());
-    weight.scales = view.data;
-  }
+  const PackedWeight weight = weight_of("packed_linear", format_name, group, n, k, data, scales);
   const PackedLinear call{.weight = weight,
                           .dtype = Check::dtype_of(x),
                           .rows = check.size("M"),
                           .x = x.data,
                           .bias = check.optional<float>("bias", bias, "N"),
+                          .residual = nullptr,
+                          .out_dtype = Check::dtype_of(x),
                           .out = out.data};
   py::gil_scoped_release release;
   packed_linear(call);

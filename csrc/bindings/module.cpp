@@ -7,6 +7,7 @@
 namespace fastsft::bindings {
 void register_info(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
+void register_decoder(pybind11::module_& m);
 void register_digest(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_jsonl(pybind11::module_& m);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   });
   fastsft::bindings::register_info(m);
   fastsft::bindings::register_attention(m);
+  fastsft::bindings::register_decoder(m);
   fastsft::bindings::register_digest(m);
   fastsft::bindings::register_gemm(m);
   fastsft::bindings::register_jsonl(m);

@@ -1,11 +1,10 @@
 #include "fastsft/activation.h"
 
-#include "fastsft/isa.h"
 #include "fastsft/parallel.h"
+#include "row_kernels.h"
 
 namespace fastsft {
 
-FASTSFT_ISA_DECLARE(void, swiglu_range, const SwiGlu&, void* out, int64_t begin, int64_t end)
 FASTSFT_ISA_DECLARE(void, swiglu_backward_range, const SwiGlu&, const void* grad, void* d_gate, void* d_up,
                     int64_t begin, int64_t end)
 

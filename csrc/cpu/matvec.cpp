@@ -11,7 +11,8 @@
 namespace fastsft {
 namespace {
 
-constexpr int64_t kTaskBytes = 128 << 10;  // of weight: some microseconds
+constexpr int64_t kTaskBytes = 128 << 10;      // of weight, read or multiplied: some microseconds
+constexpr int64_t kInputElements = 128 << 10;  // packed by a task
 
 // Calls visit(byte, shift, index) for every element of slab `slab` that exists: where in the slab it is packed, and
 // values[index].
@@ -89,9 +90,12 @@ void packed_linear(const PackedLinear& call) {
                 "packed_linear: group: expected 32 or 64, got ", w.group);
   if (call.rows == 0 || w.n == 0) return;
   auto* const words = static_cast<uint32_t*>(thread_scratch(FASTSFT_ISA_SELECT(matvec_input_words)(call) * 4));
-  FASTSFT_ISA_SELECT(matvec_pack_input)(call, words);
+  const auto pack = FASTSFT_ISA_SELECT(matvec_pack_input);
+  const int64_t passes = (call.rows + kMaxRows - 1) / kMaxRows;
+  parallel_for(passes, std::max<int64_t>(1, kInputElements / (kMaxRows * std::max<int64_t>(1, w.k))),
+               [&](int64_t begin, int64_t end) { pack(call, words, begin, end); });
   const auto slabs = FASTSFT_ISA_SELECT(matvec_slabs);
-  const int64_t grain = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, slab_bytes(w.format, w.k)));
+  const int64_t grain = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, passes * slab_bytes(w.format, w.k)));
   parallel_for(slab_count(w.n), grain, [&](int64_t begin, int64_t end) { slabs(call, words, begin, end); });
 }
 

@@ -177,8 +177,12 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
       scale = load(static_cast<const float*>(w.scales) + column);
     if (call.bias) bias = load_until(DType::kFloat32, call.bias, column, w.n);
     for (int64_t r = 0; r < rows; ++r) {
-      store_until(call.dtype, element(call.dtype, call.out, (row + r) * w.n), column, w.n,
-                  multiply_add(total[r * kSlabVecs + i], scale, bias));
+      Vec value = multiply_add(total[r * kSlabVecs + i], scale, bias);
+      if (call.residual) {
+        const void* const residual = element(call.dtype, call.residual, (row + r) * w.n);
+        value = rounded(call.dtype, value) + load_until(call.dtype, residual, column, w.n);
+      }
+      store_until(call.out_dtype, element(call.out_dtype, call.out, (row + r) * w.n), column, w.n, value);
     }
   }
 }

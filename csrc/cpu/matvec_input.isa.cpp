@@ -127,10 +127,10 @@ int64_t matvec_input_words(const PackedLinear& call) {
 }
 
 // words[pass][word][row of the pass]: elements as float32, or pairs in bfloat16; zero past the last row and column.
-void matvec_pack_input(const PackedLinear& call, uint32_t* words) {
+void matvec_pack_input(const PackedLinear& call, uint32_t* words, int64_t begin, int64_t end) {
   const int64_t k = call.weight.k, count = words_of_row(call);
   if (count == 0) return;
-  for (int64_t row = 0; row < call.rows; row += kMaxRows) {
+  for (int64_t row = begin * kMaxRows; row < smaller(call.rows, end * kMaxRows); row += kMaxRows) {
     const int64_t width = pass_rows(call.rows - row), rows = smaller(width, call.rows - row);
     uint32_t* const out = words + row * count;
     if (call.weight.format == WeightFormat::kW8A8) {

@@ -27,9 +27,11 @@ constexpr int64_t slab_bytes(WeightFormat format, int64_t k) {  // of a full one
   return panel_lines(format, k) * kLineBytes * kSlabPanels;
 }
 
-// x as the kernels want it: 4-byte words with the rows of a pass side by side.
+constexpr int64_t kMaxRows = 16;  // of a pass
+
+// x as the kernels want it: 4-byte words with the rows of a pass side by side; passes [begin, end).
 FASTSFT_ISA_DECLARE(int64_t, matvec_input_words, const PackedLinear& call)
-FASTSFT_ISA_DECLARE(void, matvec_pack_input, const PackedLinear& call, uint32_t* words)
+FASTSFT_ISA_DECLARE(void, matvec_pack_input, const PackedLinear& call, uint32_t* words, int64_t begin, int64_t end)
 FASTSFT_ISA_DECLARE(void, matvec_slabs, const PackedLinear& call, const uint32_t* words, int64_t begin, int64_t end)
 
 }  // namespace fastsft

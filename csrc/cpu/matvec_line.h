@@ -15,7 +15,6 @@
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
 
-constexpr int kMaxRows = 16;         // of a pass
 constexpr int64_t kBlockLines = 32;  // of each panel: 8 KB of a slab
 
 // Two bfloat16 operands go through dot products of pairs; x in float32 is never rounded.

@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "fastsft/isa.h"
 #include "fastsft/parallel.h"
+#include "row_kernels.h"
 
 namespace fastsft {
 
-FASTSFT_ISA_DECLARE(void, rms_norm_rows, const RmsNorm&, void* out, float* scale, int64_t begin, int64_t end)
 FASTSFT_ISA_DECLARE(void, rms_norm_backward_rows, const RmsNorm&, const float* scale, const void* grad, void* d_x,
                     float* d_weight, int64_t begin, int64_t end)
 

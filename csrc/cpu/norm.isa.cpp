@@ -7,17 +7,6 @@
 #include "partial.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
-namespace {
-
-// As the type of x holds it.
-template <DType kDType>
-FASTSFT_INLINE Vec rounded(Vec v) {
-  if constexpr (kDType == DType::kFloat32) return v;
-  if constexpr (kDType == DType::kBFloat16) return widen_bfloat16(round_bfloat16(v));
-  return widen_float16(round_float16(v));
-}
-
-}  // namespace
 
 void rms_norm_rows(const RmsNorm& norm, void* out, float* scale, int64_t begin, int64_t end) {
   with_dtype(norm.dtype, [&]<DType kDType>() {
@@ -34,7 +23,7 @@ void rms_norm_rows(const RmsNorm& norm, void* out, float* scale, int64_t begin, 
       scale[i] = s;
       for (int64_t j = 0; j < n; j += kLanes) {
         const Vec w = load_until(DType::kFloat32, norm.weight, j, n);
-        store_until(kDType, y, j, n, rounded<kDType>(load_until(kDType, x, j, n) * s) * w);
+        store_until(kDType, y, j, n, rounded(kDType, load_until(kDType, x, j, n) * s) * w);
       }
     }
   });
@@ -52,7 +41,7 @@ void rms_norm_backward_rows(const RmsNorm& norm, const float* scale, const void*
       for (int64_t j = 0; j < n; j += kLanes) {
         const Vec dy = load_until(kDType, g, j, n), normal = load_until(kDType, x, j, n) * s;
         products += dy * load_until(DType::kFloat32, norm.weight, j, n) * normal;
-        const Vec sum = load_until(DType::kFloat32, d_weight, j, n) + dy * rounded<kDType>(normal);
+        const Vec sum = load_until(DType::kFloat32, d_weight, j, n) + dy * rounded(kDType, normal);
         store_until(DType::kFloat32, d_weight, j, n, sum);
       }
       const float mean = sum_lanes(products) / static_cast<float>(n);

@@ -14,35 +14,15 @@
 
 #include "fastsft/common.h"
 #include "host_team.h"
+#include "phases.h"
 
 namespace fastsft {
 namespace {
 
-thread_local bool t_inside = false;
+thread_local bool t_inside = false;       // in a range
+thread_local Phases* t_phases = nullptr;  // of the with_team that this thread called
 
-struct Job {
-  detail::RangeFn fn;
-  void* context;
-  int64_t n;
-  int64_t grain;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error{};  // written once, by the thread that sets `failed`
-
-  void work() {
-    t_inside = true;
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= n || failed.load(std::memory_order_relaxed)) break;
-      try {
-        fn(context, begin, std::min(begin + grain, n));
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-    t_inside = false;
-  }
-};
+using Work = void (*)(void* context);
 
 class Pool {
  public:
@@ -59,18 +39,19 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  void run(Job& job) {
+  // work(context) once on each thread, the caller among them.
+  void run(Work work, void* context) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
+      work_ = work;
+      context_ = context;
       ++generation_;
       busy_ = static_cast<int>(workers_.size());
     }
     wake_.notify_all();
-    job.work();
+    work(context);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
-    job_ = nullptr;
   }
 
  private:
@@ -87,15 +68,17 @@ class Pool {
   void loop() {
     uint64_t seen = 0;
     for (;;) {
-      Job* job;
+      Work work;
+      void* context;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
         if (stop_) return;
         seen = generation_;
-        job = job_;
+        work = work_;
+        context = context_;
       }
-      job->work();
+      work(context);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
@@ -104,7 +87,8 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  Job* job_ = nullptr;
+  Work work_ = nullptr;
+  void* context_ = nullptr;
   uint64_t generation_ = 0;
   int busy_ = 0;
   bool stop_ = false;
@@ -130,7 +114,7 @@ int threads_from_affinity() {
 // Never destroyed at exit: workers may be inside a kernel while static destructors run. A forked child drops its copy
 // without joining, since the workers exist only in the parent.
 struct State {
-  std::mutex use;  // held by the thread that is running a job
+  std::mutex use;  // held by the thread whose work the others run
   Pool* pool = nullptr;
   HostTeam team = nullptr;
   bool may_borrow = true;      // not in a forked child, where the team's threads do not exist
@@ -145,6 +129,7 @@ void child_after_fork() {
   fresh->may_borrow = false;
   g_state = fresh;
   t_inside = false;
+  t_phases = nullptr;
 }
 
 State& state() {
@@ -153,6 +138,55 @@ State& state() {
     pthread_atfork(nullptr, nullptr, child_after_fork);
   });
   return *g_state;
+}
+
+// work(context) on every thread, the caller among them; `s.use` is held.
+void on_every_thread(State& s, int threads, Work work, void* context) {
+  if (s.may_borrow && s.team == nullptr && s.pool == nullptr) s.team = find_host_team();
+  if (s.team != nullptr) return s.team(work, context, static_cast<unsigned>(threads), 0);
+  if (s.pool == nullptr || s.pool->threads() != threads) {
+    delete s.pool;
+    s.pool = nullptr;
+    s.pool = new Pool(threads);
+  }
+  s.pool->run(work, context);
+}
+
+// Calls body(phases) while the other threads help with the phases that it runs.
+template <typename Body>
+void with_helpers(State& s, int threads, Body&& body) {
+  struct Shared {
+    Body& body;
+    std::thread::id caller;
+    Phases phases{};
+    std::exception_ptr error{};
+  } shared{.body = body, .caller = std::this_thread::get_id()};
+  on_every_thread(
+      s, threads,
+      [](void* context) {
+        auto& mine = *static_cast<Shared*>(context);
+        if (std::this_thread::get_id() != mine.caller) {
+          t_inside = true;
+          mine.phases.help();
+          t_inside = false;
+          return;
+        }
+        try {
+          mine.body(mine.phases);
+        } catch (...) {
+          mine.error = std::current_exception();
+        }
+      },
+      &shared);
+  if (shared.error) std::rethrow_exception(shared.error);
+}
+
+void run_phase(Phases& phases, int64_t n, int64_t grain, detail::RangeFn fn, void* context, bool last) {
+  struct Inside {
+    Inside() { t_inside = true; }
+    ~Inside() { t_inside = false; }
+  } inside;
+  phases.run(n, grain, fn, context, last);
 }
 
 }  // namespace
@@ -176,26 +210,35 @@ void set_num_threads(int n) {
 void detail::run_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
   if (n <= 0) return;
   FASTSFT_CHECK(grain >= 1, "parallel_for: grain: expected >= 1, got ", grain);
+  grain = std::max(grain, n >> 31);  // a ticket counts ranges in 32 bits
+  const auto serial = [&] {
+    for (int64_t begin = 0; begin < n; begin += grain) fn(context, begin, std::min(begin + grain, n));
+  };
+  if (n <= grain || t_inside) return serial();
+  if (t_phases != nullptr) return run_phase(*t_phases, n, grain, fn, context, false);
   State& s = state();
   const int threads = num_threads();
-  if (n <= grain || threads == 1 || t_inside || !s.use.try_lock()) {
-    for (int64_t begin = 0; begin < n; begin += grain) fn(context, begin, std::min(begin + grain, n));
-    return;
-  }
+  if (threads == 1 || !s.use.try_lock()) return serial();
   std::lock_guard<std::mutex> lock(s.use, std::adopt_lock);
-  Job job{.fn = fn, .context = context, .n = n, .grain = grain};
-  if (s.may_borrow && s.team == nullptr && s.pool == nullptr) s.team = find_host_team();
-  if (s.team != nullptr) {
-    s.team([](void* work) { static_cast<Job*>(work)->work(); }, &job, static_cast<unsigned>(threads), 0);
-  } else {
-    if (s.pool == nullptr || s.pool->threads() != threads) {
-      delete s.pool;
-      s.pool = nullptr;
-      s.pool = new Pool(threads);
-    }
-    s.pool->run(job);
-  }
-  if (job.failed.load()) std::rethrow_exception(job.error);
+  with_helpers(s, threads, [&](Phases& phases) { run_phase(phases, n, grain, fn, context, true); });
+}
+
+void detail::run_with_team(void (*fn)(void* context), void* context) {
+  State& s = state();
+  const int threads = num_threads();
+  if (threads == 1 || t_inside || t_phases != nullptr || !s.use.try_lock()) return fn(context);
+  std::lock_guard<std::mutex> lock(s.use, std::adopt_lock);
+  with_helpers(s, threads, [&](Phases& phases) {
+    struct Team {
+      Phases& phases;
+      explicit Team(Phases& p) : phases(p) { t_phases = &p; }
+      ~Team() {
+        t_phases = nullptr;
+        phases.close();
+      }
+    } team(phases);
+    fn(context);
+  });
 }
 
 }  // namespace fastsft

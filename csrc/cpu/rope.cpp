@@ -2,12 +2,10 @@
 
 #include <algorithm>
 
-#include "fastsft/isa.h"
 #include "fastsft/parallel.h"
+#include "row_kernels.h"
 
 namespace fastsft {
-
-FASTSFT_ISA_DECLARE(void, rope_tokens, const Rope&, bool inverse, void* out, int64_t begin, int64_t end)
 
 void rope(const Rope& rope, bool inverse, void* out) {
   constexpr int64_t kElements = 16384;  // per unit of work: tens of microseconds

@@ -161,6 +161,12 @@ FASTSFT_INLINE void store_from_float(DType dtype, void* row, int64_t i, Vec v) {
   std::memcpy(static_cast<uint16_t*>(row) + i, &h, sizeof(h));
 }
 
+// As the type holds it.
+FASTSFT_INLINE Vec rounded(DType dtype, Vec v) {
+  if (dtype == DType::kFloat32) return v;
+  return dtype == DType::kBFloat16 ? widen_bfloat16(round_bfloat16(v)) : widen_float16(round_float16(v));
+}
+
 FASTSFT_INLINE const void* element(DType dtype, const void* data, int64_t index) {
   return static_cast<const char*>(data) + index * (dtype == DType::kFloat32 ? 4 : 2);
 }

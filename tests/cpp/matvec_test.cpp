@@ -95,13 +95,26 @@ std::vector<float> integers(int64_t count, unsigned seed) {
 std::vector<float> product(const Weight& w, DType dtype, int64_t rows, const std::vector<float>& x, const float* bias) {
   std::vector<float> out(rows * w.n);
   if (dtype == DType::kFloat32) {
-    packed_linear({.weight = w.view(), .dtype = dtype, .rows = rows, .x = x.data(), .bias = bias, .out = out.data()});
+    packed_linear({.weight = w.view(),
+                   .dtype = dtype,
+                   .rows = rows,
+                   .x = x.data(),
+                   .bias = bias,
+                   .residual = nullptr,
+                   .out_dtype = dtype,
+                   .out = out.data()});
     return out;
   }
   std::vector<uint16_t> half(rows * w.k), half_out(rows * w.n);
   for (int64_t i = 0; i < rows * w.k; ++i) half[i] = bfloat16_bits(x[i]);
-  packed_linear(
-      {.weight = w.view(), .dtype = dtype, .rows = rows, .x = half.data(), .bias = bias, .out = half_out.data()});
+  packed_linear({.weight = w.view(),
+                 .dtype = dtype,
+                 .rows = rows,
+                 .x = half.data(),
+                 .bias = bias,
+                 .residual = nullptr,
+                 .out_dtype = dtype,
+                 .out = half_out.data()});
   for (int64_t i = 0; i < rows * w.n; ++i) out[i] = widen(half_out[i]);
   return out;
 }

@@ -64,6 +64,41 @@ TEST(callers_from_several_threads) {
   CHECK(sum == 4 * 200 * 50);
 }
 
+TEST(loops_of_a_team_follow_each_other) {
+  for (int threads : {1, 2, 3, 9}) {  // more than the machine has, too
+    set_num_threads(threads);
+    std::vector<int64_t> values(100, 0);
+    with_team([&] {
+      for (int round = 0; round < 500; ++round) {
+        parallel_for(100, 1 + round % 40, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) values[i] += round;  // a race if a range ran twice or too late
+        });
+        for (int64_t v : values) CHECK(v == int64_t{round} * (round + 1) / 2);
+      }
+    });
+  }
+}
+
+TEST(a_team_nests_and_survives_exceptions) {
+  set_num_threads(3);
+  CHECK_THROWS(with_team([] {
+                 parallel_for(50, 1, [](int64_t begin, int64_t) {
+                   if (begin == 20) throw std::runtime_error("20");
+                 });
+               }),
+               std::runtime_error);
+  CHECK_THROWS(with_team([] { throw std::runtime_error("outside a loop"); }), std::runtime_error);
+  std::atomic<int> count{0};
+  with_team([&] {
+    CHECK_THROWS(parallel_for(9, 1, [](int64_t, int64_t) { throw std::runtime_error("each"); }), std::runtime_error);
+    with_team([&] { parallel_for(100, 1, [&](int64_t, int64_t) { ++count; }); });
+    parallel_for(10, 1, [&](int64_t, int64_t) { parallel_for(10, 1, [&](int64_t, int64_t) { ++count; }); });
+  });
+  CHECK(count == 200);
+  parallel_for(100, 1, [&](int64_t, int64_t) { ++count; });
+  CHECK(count == 300);
+}
+
 TEST(a_forked_child_can_use_the_pool) {
   unsetenv("FASTSFT_NUM_THREADS");  // it would set the child's number too
   set_num_threads(4);

@@ -40,11 +40,13 @@ void unpack_weight(WeightFormat format, int64_t n, int64_t k, const void* data, 
 
 struct PackedLinear {
   PackedWeight weight;
-  DType dtype;  // of x and out
+  DType dtype;  // of x and the residual
   int64_t rows;
-  const void* x;      // [rows, k]
-  const float* bias;  // [n] or null
-  void* out;          // [rows, n], must not overlap x
+  const void* x;         // [rows, k]
+  const float* bias;     // [n] or null
+  const void* residual;  // [rows, n] or null: added to the rounded product, then rounded again
+  DType out_dtype;
+  void* out;  // [rows, n], must not overlap x; may be the residual
 };
 
 // The weight is read from memory once per call up to 16 rows, beyond that 16 rows at a time. k = 0 gives the bias.

@@ -17,6 +17,7 @@ void set_num_threads(int n);
 namespace detail {
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 void run_ranges(int64_t n, int64_t grain, RangeFn fn, void* context);
+void run_with_team(void (*fn)(void* context), void* context);
 }  // namespace detail
 
 // Calls fn(begin, end) on disjoint ranges that cover [0, n), each of at most `grain` items (the last may be shorter),
@@ -30,6 +31,17 @@ void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
   detail::run_ranges(
       n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
+}
+
+// Calls fn() while the other threads stay awake, waiting for its loops: a parallel_for that this thread calls inside
+// costs about a microsecond, which is what a chain of small loops wants (a decoding step has dozens). Serial where a
+// parallel_for would be. Meant for milliseconds: a thread that finds nothing to do spins, then yields, but never
+// sleeps.
+template <typename Fn>
+void with_team(Fn&& fn) {
+  using F = std::remove_reference_t<Fn>;
+  detail::run_with_team([](void* context) { (*static_cast<F*>(context))(); },
+                        const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
 }
 
 }  // namespace fastsft

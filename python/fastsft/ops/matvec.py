@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,9 @@ class PackedWeight:
         return values.float()
 
 
-def pack_weight(weight: Tensor, format: str, *, group: int = 32) -> PackedWeight:
+def pack_weight(
+    weight: Tensor | Sequence[Tensor], format: str, *, group: int = 32, out: PackedWeight | None = None
+) -> PackedWeight:
     """Lay a weight out for ``packed_linear``, once, quantising it where the format says so.
 
     "int8" is symmetric with one float32 scale per output channel, its largest magnitude / 127. "int4" is symmetric
@@ -73,6 +76,8 @@ def pack_weight(weight: Tensor, format: str, *, group: int = 32) -> PackedWeight
     Raises:
         ValueError: shape, type, format or group out of contract; a NaN or infinity to be quantised.
     """
+    if not isinstance(weight, Tensor):
+        weight = torch.cat([w.detach() for w in weight])
     if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.device.type != "cpu":
         got = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
         raise ValueError(f"pack_weight: weight: expected floats [N, K] on the CPU, got {got}")
@@ -103,6 +108,10 @@ def pack_weight(weight: Tensor, format: str, *, group: int = 32) -> PackedWeight
             mine.copy_(torch.stack(torch.split(padded, _SLAB)).transpose(1, 2).reshape(mine.shape))
         begin, end = (_C.packed_bytes(format, row, k) for row in (first, first + len(rows)))
         _C.pack_weight(format, values.contiguous(), data[begin:end], False)
+    if out is not None:
+        out.data.copy_(data)
+        out.scales.copy_(scales)
+        return out
     return PackedWeight(format, (n, k), group if format == "int4" else 0, data, scales)
 
 

@@ -1,0 +1,129 @@
+"""A decoder's step over cached keys and values, all layers in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsft import _C
+from fastsft.ops._registry import Implementation, record
+from fastsft.ops.matvec import PackedWeight
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer's weights. Vectors are float32; D hidden size, H query heads, G key heads, K head size, F MLP width."""
+
+    attention_norm: Tensor  # [D]
+    qkv: PackedWeight  # [(H + 2 G) K, D]: the queries' channels, the keys', the values'
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [K]
+    k_norm: Tensor | None
+    o: PackedWeight  # [D, H K]
+    o_bias: Tensor | None
+    mlp_norm: Tensor  # [D]
+    gate_up: PackedWeight  # [2 F, D]: the gate's channels, then those of `up`
+    gate_up_bias: Tensor | None
+    down: PackedWeight  # [D, F]
+    down_bias: Tensor | None
+    window_left: int  # keys seen before a token's own; -1: all
+
+
+class DecoderWeights:
+    """Everything :func:`decoder_step` multiplies with. The tensors may be overwritten in place between steps.
+
+    Args:
+        embedding: [V, D], float32 or bfloat16: the type of activations.
+        layers: first to last.
+        norm: float32 [D].
+        head: [V, D].
+        heads, kv_heads, head_dim, eps: H, G, K and the norms' epsilon.
+        rotary: int64 positions [P] -> cos, sin [P, K / 2] in the embedding's type.
+
+    Raises:
+        ValueError: shapes or types that do not fit each other, naming the argument.
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        norm: Tensor,
+        head: PackedWeight,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
+        width = self.layers[0].down.shape[1] if self.layers else 0
+        self.native = _C.Decoder(embedding, norm, head, heads, kv_heads, head_dim, width, eps)
+        for layer in self.layers:
+            self.native.add_layer(layer)
+        self._rotary = rotary
+        self._angles = rotary(torch.arange(0))
+
+    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of at least the first ``positions`` positions; the table doubles when it is too short."""
+        if positions > len(self._angles[0]):
+            self._angles = self._rotary(torch.arange(max(1024, 1 << (positions - 1).bit_length())))
+        return self._angles
+
+    def kv_block_bytes(self, kv_format: str, block_size: int) -> int:
+        """Bytes of a layer's cache block: see :func:`decoder_step`."""
+        return self.native.kv_block_bytes(kv_format, block_size)
+
+
+def decoder_step(
+    weights: DecoderWeights,
+    ids: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    wanted: Tensor,
+    *,
+    kv_format: str,
+    block_size: int,
+) -> Tensor:
+    """Compute the next tokens of some sequences: their keys and values go to the cache, logits of some rows come back.
+
+    A row's logits, and the bytes it leaves in the cache, are the same whatever shares the step, however a prompt was
+    split into steps and on any number of threads; they depend on the weights, the tokens and the instruction set.
+
+    Args:
+        weights: the model.
+        ids: int64 [T], the tokens of sequence b at [cu_seqlens[b], cu_seqlens[b + 1]).
+        cache: uint8 [layers, num_blocks, weights.kv_block_bytes(kv_format, block_size)]; need not be initialised.
+        block_table: int32 [B, M]: token p of a sequence is in its block p // block_size.
+        cu_seqlens: int32 [B + 1].
+        context_lens: int32 [B]: each sequence's tokens, those of this step included.
+        wanted: int64 [R], rows of the step.
+        kv_format: "float32" or "bfloat16", as the activations are, or "int8".
+        block_size: tokens of a block, a multiple of 16.
+
+    Returns:
+        float32 [R, V].
+
+    Raises:
+        ValueError: shapes, types, ids, blocks or rows out of contract, naming the argument; nothing has been written.
+    """
+    logits = torch.empty(wanted.shape[0], weights.embedding.shape[0])
+    longest = int(context_lens.max()) if context_lens.shape[0] else 0
+    cos, sin = weights.angles(longest)
+    weights.native.step(
+        ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table, wanted, logits
+    )
+    return logits
+
+
+record(
+    "decoder_step",
+    cpu=Implementation("native", "C++, packed weights and a cache in the kernels' layout"),
+    cuda=Implementation("none", "the engine runs on the CPU"),
+)

@@ -203,7 +203,7 @@ class Trainer:
         settle: Callable[[], None],
     ) -> TrainResult:
         options, arithmetic = self.config.train, Arithmetic.of(self.model)
-        first, after, tokens, seconds = progress.step, progress.before, 0, 0.0
+        first, after, tokens, flops, seconds = progress.step, progress.before, 0, 0, 0.0
         for stage, within in self._remaining(progress, display):
             began = time.perf_counter()
             batches = stage.batches(within)
@@ -222,9 +222,8 @@ class Trainer:
                 "forward_backward": ended - read - result.optimizer_seconds,
                 "optimizer": result.optimizer_seconds,
             }
-            used = arithmetic.flops_of(batches) / took / self._rate
-            count = sum(b.num_tokens for b in batches)
-            tokens, seconds = tokens + count, seconds + took
+            needed, count = arithmetic.flops_of(batches), sum(b.num_tokens for b in batches)
+            tokens, flops, seconds = tokens + count, flops + needed, seconds + took
             origins = by_origin(result.groups)
             stage.observe(within, origins)
             progress.step += 1
@@ -234,9 +233,9 @@ class Trainer:
                 lr=rate, grad_norm=result.grad_norm, tokens=count,
                 trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
                 sources=means(origins, self._sources), segments=means(by_segment(result.groups), SEGMENTS),
-                seconds=took, tokens_per_second=count / took, phases=phases, mfu=used,
+                seconds=took, tokens_per_second=count / took, phases=phases, mfu=needed / took / self._rate,
             )  # fmt: skip
-            display.update(progress.step, result.loss, tokens / seconds, used)
+            display.update(progress.step, result.loss, tokens / seconds, flops / seconds / self._rate)
             for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
                 log.write("signal", progress.step, **dataclasses.asdict(spike))
                 display.note(f"step {progress.step}: {spike.describe()}")

@@ -64,7 +64,7 @@ def test_what_is_logged_is_what_the_weights_write(texts: Path, tmp_path: Path) -
     for row in passed:
         assert row["passed"] == {"passes": 2, "fails": 0}
         assert row["pass_at"] == {"1": 0.5, "2": 0.5}
-        assert row["statuses"] == {"ok": 2, "error": 2}
+        assert row["statuses"] == {"ok": 2, "wrong": 2}
 
 
 def test_refusals_come_before_the_training(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_tasks_are_executed() -> None:
     assert [t.passed for t in report.tasks] == [1, 3]
     assert report.pass_at[1] == pytest.approx((1 / 3 + 1) / 2)
     assert report.pass_at[2] == pytest.approx((2 / 3 + 1) / 2)
-    assert report.statuses == {"ok": 4, "error": 2}
+    assert report.statuses == {"ok": 4, "wrong": 1, "compile_error": 1}
     with pytest.raises(ValueError, match="at least 2 samples"):
         evaluate_tasks(tasks, [["a"], ["b"]], k=(2,))
 

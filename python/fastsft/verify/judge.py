@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from fastsft.verify.sandbox import Limits, SandboxResult, run
 from fastsft.verify.tasks import Task
 
-_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*)(?::|$)")
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*)(?::|$)")
 
 
 def judge(
@@ -54,9 +54,9 @@ def judge(
 
 def failure_kind(result: SandboxResult) -> str:
     """The exception that ended it where that can be told, otherwise its status."""
-    if result.status == "error" and (lines := result.stderr.strip().splitlines()):
+    if result.status in ("error", "wrong", "compile_error") and (lines := result.stderr.strip().splitlines()):
         found = _EXCEPTION.match(lines[-1])
-        return found[1] if found else "error"
+        return found[1] if found else result.status
     return result.status
 
 
@@ -70,7 +70,7 @@ def _judge_one(task: Task, sample: str, limits: Limits | None) -> SandboxResult:
             break
         if _lines(result.stdout) != _lines(expected):
             said = f"WrongOutput: case {number}: expected {expected!r:.200}, got {result.stdout!r:.200}\n"
-            return dataclasses.replace(result, status="error", stderr=result.stderr + said)
+            return dataclasses.replace(result, status="wrong", stderr=result.stderr + said)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,9 +12,12 @@ from train_cases import model_of, random_samples
 
 from fastsft.config import ObjectiveOptions, OptimOptions
 from fastsft.data.batch import collate
+from fastsft.data.store import SampleStore
 from fastsft.models.attend import VarlenAttend
 from fastsft.train.objective import Objective
 from fastsft.train.optim import MasterAdamW
+from fastsft.train.parallel import Copies
+from fastsft.train.selfcheck import check_packing
 from fastsft.train.update import Update
 
 
@@ -58,6 +62,19 @@ def test_a_step_takes_no_memory_of_the_size_of_the_vocabulary(dtype: torch.dtype
         update(1, batches, 1e-3)
     assert buffers[0] == buffers[1]
     assert seen.found == []
+
+
+def test_the_self_check_forms_no_gradient_of_the_head() -> None:
+    """It looks at those of norms and biases, and comes before the buffers are there."""
+    model = model_of(dtype=torch.bfloat16)
+    samples = random_samples(6, 4)
+    store = SampleStore.from_samples(samples)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with WideResults(model.config.vocab_size, known) as seen:
+        check_packing(model, Objective(ObjectiveOptions()), store, np.arange(6), Copies(model))
+    assert seen.found == []
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -53,6 +53,19 @@ class Copies:
     def inference(self) -> AbstractContextManager[object]:
         """For forward passes that nothing is differentiated through."""
         return torch.inference_mode()
+
+    @contextmanager
+    def training(self, names: Sequence[str]) -> Iterator[None]:
+        """For forward passes after which :meth:`differentiate` is asked for the gradients of these parameters alone:
+        those of the matrices, the head's above all, would take more memory than a step does."""
+        others = [p for name, p in self.named() if name not in names]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def differentiate(self, loss: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
         """Gradients of some parameters, left nowhere else; in several processes perhaps summed over them."""

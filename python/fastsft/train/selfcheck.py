@@ -73,10 +73,12 @@ def _gradients(
     trained = parallel.named()
     vectors = [(name, p) for name, p in trained if p.ndim == 1] or trained
     total, nll, gradient = 0.0, 0.0, torch.zeros(sum(p.numel() for _, p in vectors))
+    names = [name for name, _ in vectors]
     for batch in batches:
-        loss, aux = objective(parallel.model, batch, divisor=divisor)
+        with parallel.training(names):
+            loss, aux = objective(parallel.model, batch, divisor=divisor)
+            parts = parallel.differentiate(loss, names)
         total += float(loss.detach())
         nll += float((objective.weights(batch) * aux.logprob).abs().sum()) / divisor
-        parts = parallel.differentiate(loss, [name for name, _ in vectors])
         gradient += torch.cat([p.float().flatten() for p in parts])
     return total, nll, gradient

@@ -86,6 +86,10 @@ class Shards(Copies):
         # Without a backward pass the root stays gathered, and would be out of date once its parts are changed.
         self._root.reshard()
 
+    @contextmanager
+    def training(self, names: Sequence[str]) -> Iterator[None]:
+        yield  # FSDP settles at the first forward pass what it gathers gradients of
+
     def differentiate(self, loss: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
         loss.backward()  # type: ignore[no-untyped-call]
         found = [cast(DTensor, self._trained[n].grad).full_tensor() for n in names]

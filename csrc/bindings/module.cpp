@@ -11,6 +11,7 @@ void register_decoder(pybind11::module_& m);
 void register_digest(pybind11::module_& m);
 void register_gemm(pybind11::module_& m);
 void register_jsonl(pybind11::module_& m);
+void register_kv_cache(pybind11::module_& m);
 void register_layers(pybind11::module_& m);
 void register_loss(pybind11::module_& m);
 void register_matvec(pybind11::module_& m);
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   fastsft::bindings::register_digest(m);
   fastsft::bindings::register_gemm(m);
   fastsft::bindings::register_jsonl(m);
+  fastsft::bindings::register_kv_cache(m);
   fastsft::bindings::register_layers(m);
   fastsft::bindings::register_loss(m);
   fastsft::bindings::register_matvec(m);

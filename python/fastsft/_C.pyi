@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class Decoder:
     def __init__(self, embedding: typing.Any, norm: typing.Any, head: typing.Any, heads: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, intermediate: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
         ...
@@ -105,6 +105,8 @@ def attention_plan(cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, total_q: 
     ...
 def available_isas() -> list[str]:
     ...
+def cached_attention(q: typing.Any, blocks: typing.Any, format: str, heads: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, block_table: typing.Any, cu_seqlens: typing.Any, context_lens: typing.Any, window_left: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any) -> None:
+    ...
 def code_spans(text: bytes) -> list[tuple[int, int]]:
     """
     Statements, blocks and brackets of Python source, as bytes [begin, end).
@@ -149,6 +151,10 @@ def keep_freed_memory() -> bool:
     """
     Let the C library keep what is freed; for whole programs.
     """
+def kv_block_bytes(format: str, heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def kv_write(blocks: typing.Any, format: str, block_size: typing.SupportsInt | typing.SupportsIndex, k: typing.Any, v: typing.Any, block_table: typing.Any, cu_seqlens: typing.Any, context_lens: typing.Any) -> None:
+    ...
 def link_similar(texts: typing.Any, offsets: typing.Any, members: typing.Any, bucket_offsets: typing.Any, rows: typing.Any, parent: typing.Any, threshold: typing.SupportsFloat | typing.SupportsIndex, ngram: typing.SupportsInt | typing.SupportsIndex, chars: bool, max_cluster: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Joins rows of parent, int64 [R]; max_cluster 0 is no limit.

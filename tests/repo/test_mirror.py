@@ -17,6 +17,8 @@ STEMS = {
     "attention_plan": "attention",
     "varlen_attention": "attention",
     "paged_attention": "attention",
+    "kv_write": "kv_cache",
+    "cached_attention": "kv_cache",
     "linear": "gemm",
     "pack_weight": "matvec",
     "packed_linear": "matvec",

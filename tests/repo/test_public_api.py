@@ -32,6 +32,8 @@ PARAMETERS = {
     "varlen_attention": "q k v cu_seqlens_q cu_seqlens_k * causal scale window softcap deterministic return_lse plan",
     "attention_plan": "cu_seqlens_q cu_seqlens_k * total_q total_k causal window",
     "paged_attention": "q k_cache v_cache block_table cu_seqlens_q context_lens * causal scale window softcap",
+    "kv_write": "blocks layout k v block_table cu_seqlens context_lens",
+    "cached_attention": "q blocks layout block_table cu_seqlens context_lens * window_left scale",
     "linear": "x weight bias *",
     "pack_weight": "weight format * group",
     "packed_linear": "x packed bias",

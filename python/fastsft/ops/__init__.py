@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastsft.ops.attention_paged import paged_attention
     from fastsft.ops.fim import fim_permute
     from fastsft.ops.gemm import linear
+    from fastsft.ops.kv_cache import cached_attention, kv_write
     from fastsft.ops.loss import linear_cross_entropy, linear_logprobs
     from fastsft.ops.lsh import lsh_clusters
     from fastsft.ops.matvec import pack_weight, packed_linear
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "apply_rope",
     "attention_plan",
+    "cached_attention",
     "fim_permute",
     "fim_rows",
     "jsonl_fields",
+    "kv_write",
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
@@ -65,7 +68,9 @@ __all__ = [
 _HOME = {
     "apply_rope": "rope",
     "attention_plan": "attention",
+    "cached_attention": "kv_cache",
     "fim_permute": "fim",
+    "kv_write": "kv_cache",
     "linear": "gemm",
     "linear_cross_entropy": "loss",
     "linear_logprobs": "loss",

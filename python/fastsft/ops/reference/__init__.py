@@ -14,6 +14,7 @@ from fastsft.ops.reference.digest import text_digests
 from fastsft.ops.reference.duplicates import link_similar, near_duplicates, similar_pairs
 from fastsft.ops.reference.fim import fim_permute, fim_rows
 from fastsft.ops.reference.jsonl import jsonl_fields
+from fastsft.ops.reference.kv_cache import cached_attention, kv_places, kv_read, kv_write
 from fastsft.ops.reference.layers import (
     apply_rope,
     linear,
@@ -45,12 +46,16 @@ __all__ = [
     "apply_rope",
     "attention_one",
     "attention_plan",
+    "cached_attention",
     "fim_permute",
     "fim_rows",
     "fmix32",
     "gumbel_noise",
     "jsonl_fields",
     "kept_tokens",
+    "kv_places",
+    "kv_read",
+    "kv_write",
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",

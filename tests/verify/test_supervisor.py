@@ -14,7 +14,7 @@ import pytest
 
 from fastsft.verify import pool
 from fastsft.verify.pool import POOL
-from fastsft.verify.sandbox import Limits, _readable, run
+from fastsft.verify.sandbox import Limits, interpreter_paths, run
 
 
 def alive(pid: int) -> bool:
@@ -33,7 +33,7 @@ def ends(*pids: int) -> bool:
 
 def idle() -> int:
     """The process that the next run will be in."""
-    with POOL.lease(_readable()) as supervisor:
+    with POOL.lease(interpreter_paths()) as supervisor:
         return supervisor._process.pid
 
 
@@ -79,9 +79,9 @@ def test_many_threads() -> None:
 _OWNER = """
 import sys
 from fastsft.verify.pool import POOL
-from fastsft.verify.sandbox import Limits, _readable, run
+from fastsft.verify.sandbox import Limits, interpreter_paths, run
 run("pass")
-with POOL.lease(_readable()) as supervisor:
+with POOL.lease(interpreter_paths()) as supervisor:
     print(supervisor._process.pid, flush=True)
 run("while True: pass", limits=Limits(seconds=60))
 """

@@ -85,19 +85,23 @@ def run(
         stdin: what the code reads from standard input.
         allow_weaker: run even where neither a network namespace nor seccomp can be had.
     """
-    given = {"code": code, "check": check}
+    given, readable = {"code": code, "check": check}, interpreter_paths()
     try:
-        with POOL.lease(_readable()) as supervisor:
-            return run_in(supervisor, given, stdin=stdin, limits=limits, allow_weaker=allow_weaker)
+        with POOL.lease(readable) as supervisor:
+            return run_in(supervisor, given, readable, stdin=stdin, limits=limits, allow_weaker=allow_weaker)
     except SupervisorError as error:
-        return SandboxResult("refused", "", f"could not start: {error}", 0.0, ())
+        return refused(error)
+
+
+def refused(error: SupervisorError) -> SandboxResult:
+    return SandboxResult("refused", "", f"could not start: {error}", 0.0, ())
 
 
 def run_in(
     supervisor: Supervisor,
     given: dict[str, Any],
+    readable: Sequence[str],
     *,
-    readable: Sequence[str] | None = None,
     stdin: str = "",
     limits: Limits | None = None,
     allow_weaker: bool = False,
@@ -108,7 +112,7 @@ def run_in(
         **given,
         "stdin": stdin,
         "secret": secrets.token_hex(16),
-        "readable": list(_readable() if readable is None else readable),
+        "readable": list(readable),
         "seconds": limits.seconds,
         "memory": int(limits.memory_bytes),
         "output": int(limits.output_bytes),
@@ -120,12 +124,18 @@ def run_in(
 
 
 @functools.cache
-def _readable() -> list[str]:
+def interpreter_paths() -> list[str]:
     """What the interpreter itself needs: its libraries, wherever they are installed."""
     roots = [f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64", os.path.dirname(os.__file__), "/usr/lib",
              "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/etc/localtime",
              "/dev/urandom", "/dev/random", "/dev/zero"]  # fmt: skip
     return _existing(roots)
+
+
+@functools.cache
+def system_paths(more: tuple[str, ...] = ()) -> list[str]:
+    """What commands need: the system's programs and libraries, and ``more``."""
+    return _existing([*interpreter_paths(), "/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", *more])
 
 
 def _existing(roots: Sequence[str]) -> list[str]:

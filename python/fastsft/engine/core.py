@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.request import QueueFull, Request, RequestError, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw
-from fastsft.engine.scheduler import Scheduler
+from fastsft.engine.scheduler import Drafter, Scheduler
 from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from fastsft.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts since the start, and what is there now."""
+    """Counts since the start, and what there is now."""
 
     steps: int
     waiting: int
@@ -31,9 +32,17 @@ class Stats:
     preemptions: int
     prompt_tokens: int
     """Of all requests accepted."""
+    found_tokens: int
+    """Not computed, because the cache had them: of prompts, and of what was preempted."""
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    """Of the drafted ones."""
     blocks: int
     free_blocks: int
+    """Held by no sequence; ``cached_blocks`` of them can still be found by their contents."""
+    cached_blocks: int
+    evictions: int
     weight_version: int
 
 
@@ -45,6 +54,7 @@ class EngineCore:
         max_num_seqs: continuations running at once.
         max_batched_tokens: prompt tokens computed in one step.
         max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
+        drafter: guesses tokens that steps then check; the results are the same with any and with none.
     """
 
     def __init__(
@@ -57,9 +67,10 @@ class EngineCore:
         max_batched_tokens: int = 4096,
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._runner, self._end_ids = runner, end_ids
+        self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
         self._allocator = BlockAllocator(runner.num_blocks)
         self._scheduler = Scheduler(
             self._allocator,
@@ -70,7 +81,8 @@ class EngineCore:
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
         self._version = 0
-        self._steps = self._prompt_tokens = self._generated = 0
+        self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
+        self._arrivals = itertools.count()
 
     @property
     def busy(self) -> bool:
@@ -96,10 +108,11 @@ class EngineCore:
         limit = self._limit(ids, params.max_tokens)
         self._check_queue(len(ids))
         seed = _random_seed() if params.seed is None else params.seed
+        arrival = next(self._arrivals)
         group = [
             Sequence(
                 request.request_id, i, list(ids), len(ids), limit, params,
-                Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority,
+                Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival,
             )
             for i in range(params.n)
         ]  # fmt: skip
@@ -143,55 +156,81 @@ class EngineCore:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""
         group = self._live.pop(request_id, None)
         for sequence in group or ():
-            self._scheduler.remove(sequence)
+            self._leave(sequence)
         return group is not None
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Run one step: what it added to each continuation that advanced. None of them if there is nothing to do."""
+        """Run one step: what it added to each continuation that advanced. Nothing if there is nothing to do.
+
+        An error leaves the core in order: nothing is lost, and the next call computes again what was running.
+        """
         if not self.busy:
             return []
-        work = self._scheduler.schedule().work
-        inputs = Inputs.build(work, self._runner.block_size)
-        complete, rows = [], []
-        for i, (sequence, count) in enumerate(work):
-            if sequence.computed + count == len(sequence.tokens):
-                complete.append(sequence)
-                rows.append(int(inputs.cu_seqlens[i + 1]) - 1)
-        logits_RV = self._runner.forward(inputs, torch.tensor(rows, dtype=torch.int64))
+        try:
+            complete = self._compute()
+        except BaseException:
+            self._scheduler.give_up()  # blocks may be published that were not computed
+            raise
         self._steps += 1
-        for sequence, count in work:
-            sequence.computed += count
+        return [self._advanced(sequence) for sequence in complete]
+
+    def _compute(self) -> list[Sequence]:
+        """The sequences that have new tokens."""
+        step = self._scheduler.schedule(self._drafter)
+        for source, target in step.copies:
+            self._runner.copy_block(source, target)
+        inputs = Inputs.build([(w.sequence, w.count) for w in step.work], self._runner.block_size)
+        ends = inputs.cu_seqlens.tolist()[1:]
+        wanted = [range(end - w.rows, end) for end, w in zip(ends, step.work, strict=True)]
+        rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)
+        logits_RV = self._runner.forward(inputs, rows_R)
+        for w in step.work:
+            w.sequence.computed += w.count
+        complete = [w.sequence for w in step.work if w.rows]
         if not complete:
             return []
         complete, logits_RV = self._fork(complete, logits_RV)
-        draw(complete, logits_RV, self._end_ids)
-        return [self._advanced(sequence) for sequence in complete]
+        drafts = [s.draft for s in complete]
+        accepted = draw(complete, logits_RV, self._end_ids, drafts)
+        for sequence, draft, right in zip(complete, drafts, accepted, strict=True):
+            self._scheduler.advanced(sequence)
+            if draft and self._drafter:
+                self._drafter.observe(sequence, len(draft), right)
+            sequence.drafted += len(draft)
+            sequence.accepted += right
+            self._drafted += len(draft)
+            self._accepted += right
+        return complete
+
+    def _fork(self, complete: list[Sequence], logits_RV: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Let the siblings of a computed prompt draw from the same logits."""
+        rows = list(range(len(logits_RV)))
+        children, last = [], -1
+        for parent in complete:
+            last += 1 + len(parent.draft)
+            for child in parent.siblings:
+                if self._scheduler.fork(parent, child):
+                    children.append(child)
+                    rows.append(last)
+            parent.siblings = []
+        return complete + children, logits_RV[rows] if children else logits_RV
 
     def _advanced(self, sequence: Sequence) -> Update:
         update = sequence.update(self._version)
         self._generated += len(update.token_ids)
         if update.finish_reason is not None:
-            self._scheduler.remove(sequence)
+            self._leave(sequence)
             group = self._live[sequence.request_id]
             group.remove(sequence)
             if not group:
                 del self._live[sequence.request_id]
         return update
 
-    def _fork(self, complete: list[Sequence], logits_RV: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
-        """Let the siblings of a computed prompt draw from the same logits."""
-        rows = list(range(len(complete)))
-        for row, parent in enumerate(list(complete)):
-            for child in parent.siblings:
-                copy = self._scheduler.fork(parent, child)
-                if copy is not None:
-                    self._runner.copy_block(*copy)
-                if child.computed:
-                    complete.append(child)
-                    rows.append(row)
-            parent.siblings = []
-        return complete, logits_RV[rows]
+    def _leave(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        if self._drafter:
+            self._drafter.forget(sequence)
 
     def update_weights(self, model: Decoder) -> int:
         """Go on with other weights of the same architecture; returns their version, which travels with each output.
@@ -202,8 +241,9 @@ class EngineCore:
             ValueError: another architecture, dtype or device.
         """
         self._runner.update(model)
-        self._scheduler.preempt_all()
+        self._scheduler.give_up()
         self._version += 1
+        self._scheduler.root = f"weights {self._version}".encode()
         return self._version
 
     def stats(self) -> Stats:
@@ -215,9 +255,14 @@ class EngineCore:
             running=len(scheduler.running),
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
+            found_tokens=scheduler.found_tokens,
             generated_tokens=self._generated,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             blocks=self._allocator.num_blocks,
             free_blocks=self._allocator.num_free,
+            cached_blocks=self._allocator.num_cached,
+            evictions=self._allocator.evictions,
             weight_version=self._version,
         )
 

@@ -35,7 +35,7 @@ class Inputs:
         bounds, contexts = [0], []
         for sequence, count in work:
             begin, end = sequence.computed, sequence.computed + count
-            ids += sequence.tokens[begin:end]
+            ids += sequence.upcoming(count)
             positions += range(begin, end)
             slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in range(begin, end)]
             bounds.append(bounds[-1] + count)

@@ -1,26 +1,54 @@
-"""Which sequences run in the next step. Continuous batching: sequences join and leave between steps.
+"""Which sequences compute how many tokens in the next step. Continuous batching: they join and leave between steps.
 
-Prefill goes first (it is what a new request waits for), in chunks under a token budget. A sequence is admitted when
-the cache has room for all tokens it has so far, so admitted prompts never wait for each other's blocks. When a decoding
-sequence needs a block and none is free, the newest admitted one gives up its blocks and later recomputes. The oldest
-can always go on, because no sequence is accepted that would not fit alone: nothing starves.
+A step first takes one token of every sequence that generates, then chunks of prompts under a token budget, and drafts
+where blocks are left. Lower priorities go first and, among equal ones, who came first; nobody overtakes the first that
+waits. A sequence is admitted when the cache has room for all tokens it has so far, so that admitted prompts never wait
+for each other's blocks, and when the budget has some left for it: until then its prefix may still come to be computed
+by another. When a generating sequence needs a block and none is free, the last in order gives up its blocks and later
+computes again what can no longer be found. The first in order can always go on, because no sequence is accepted that
+would not fit alone: nothing starves.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from fastsft.engine.blocks import BlockAllocator
+from fastsft.engine.blocks import BlockAllocator, chain_key
 from fastsft.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Step:
-    """Sequences to run, each with the number of its tokens to compute: prompt chunks (``prefill``) or one each."""
+class Drafter(Protocol):
+    """Guesses what follows. A guess costs a row of a step; it holds where the draw equals it, and changes no result."""
 
-    prefill: bool
-    work: list[tuple[Sequence, int]]
+    def propose(self, sequence: Sequence, limit: int) -> list[int]:
+        """At most ``limit`` tokens that may follow ``sequence.tokens``."""
+
+    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+        """What became of the drafts of a step; called when ``sequence`` has advanced."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended or was given up."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """``count`` tokens of a sequence, its drafts last; logits are wanted after the last ``rows`` of them."""
+
+    sequence: Sequence
+    count: int
+    rows: int
+
+
+@dataclass
+class Step:
+    """``copies``: blocks (source, target) to copy, in order, before anything is computed."""
+
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
 
 
 class Scheduler:
@@ -29,92 +57,195 @@ class Scheduler:
     ) -> None:
         self.allocator = allocator
         self.block_size, self.max_num_seqs, self.max_batched_tokens = block_size, max_num_seqs, max_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: list[Sequence] = []  # both in order
+        self.running: list[Sequence] = []
         self.preemptions = 0
+        self.found_tokens = 0
+        """Tokens that were not computed because their blocks were found."""
+        self.root = b""
+        """What the keys of blocks begin with: the weights' version."""
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_order)
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self) -> Step:
-        """The next step; call only while :attr:`busy`."""
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            needed = self._blocks_for(len(self.waiting[0].tokens))
-            if needed > self.allocator.num_free:
+    def schedule(self, drafter: Drafter | None = None) -> Step:
+        """The next step; call only while :attr:`busy`. Its blocks count as computed: see :meth:`give_up`."""
+        step = Step()
+        self._yield_to_priority()
+        generating = self._generating(step)
+        for sequence in generating:
+            self._publish(sequence, len(sequence.tokens))
+        prompts = self._prompts()
+        for sequence in generating:
+            drafts = self._draft(sequence, drafter) if drafter else 0
+            step.work.append(Work(sequence, 1 + drafts, 1 + drafts))
+        step.work += prompts
+        return step
+
+    def _yield_to_priority(self) -> None:
+        """Preempt those of lower priority than the first that waits, while it has no place."""
+        while self.waiting and self.running and self.running[-1].priority > self.waiting[0].priority:
+            if len(self.running) < self.max_num_seqs and self._find(self.waiting[0]) is not None:
                 break
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.allocator.allocate(needed)
-            self.running.append(sequence)
-        budget = self.max_batched_tokens
-        work: list[tuple[Sequence, int]] = []
-        for sequence in self.running:
-            left = len(sequence.tokens) - sequence.computed
-            if left > 1 or sequence.computed < sequence.prompt_len:  # a prompt's last token is still prefill
-                chunk = min(left, budget)
-                if chunk == 0:
-                    break
-                work.append((sequence, chunk))
-                budget -= chunk
-        if work:
-            return Step(True, work)
-        return Step(False, [(s, 1) for s in self._decodable()])
-
-    def _decodable(self) -> list[Sequence]:
-        """Give every running sequence the block for its next token, preempting from the newest where none is left."""
-        for sequence in list(self.running):
-            while sequence in self.running and len(sequence.blocks) < self._blocks_for(len(sequence.tokens)):
-                if self.allocator.num_free:
-                    sequence.blocks += self.allocator.allocate(1)
-                else:
-                    self._preempt(self.running[-1])
-        return list(self.running)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.finish(sequence)
-        sequence.computed = 0
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
-
-    def preempt_all(self) -> None:
-        while self.running:
             self._preempt(self.running[-1])
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a running sequence out and free its blocks."""
-        self.running.remove(sequence)
-        self.allocator.release(sequence.blocks)
-        sequence.blocks = []
+    def _generating(self, step: Step) -> list[Sequence]:
+        """The sequences that lack one token, each with a place for it that no other reads."""
+        for sequence in list(self.running):
+            if sequence not in self.running or len(sequence.tokens) - sequence.computed > 1:
+                continue
+            while (missing := self._missing(sequence)) > self.allocator.num_free:
+                self._preempt(self.running[-1])
+                if sequence not in self.running:
+                    break
+            else:
+                self._extend(sequence, missing, step)
+        return [s for s in self.running if len(s.tokens) - s.computed == 1]
+
+    def _missing(self, sequence: Sequence) -> int:
+        at = sequence.computed // self.block_size
+        if at == len(sequence.blocks):
+            return 1
+        return int(self.allocator.references(sequence.blocks[at]) > 1)
+
+    def _extend(self, sequence: Sequence, missing: int, step: Step) -> None:
+        at = sequence.computed // self.block_size
+        new = self.allocator.allocate(missing)
+        if missing and at < len(sequence.blocks):  # shared with continuations of the same prompt: copy on write
+            shared = sequence.blocks[at]
+            step.copies.append((shared, new[0]))
+            self.allocator.release([shared])
+            sequence.blocks[at] = new[0]
+        else:
+            sequence.blocks += new
+
+    def _prompts(self) -> list[Work]:
+        """Chunks of the prompts that run and of those that can join, in order, under the budget."""
+        budget = self.max_batched_tokens
+        work = []
+        for sequence in self._in_order():
+            left = len(sequence.tokens) - sequence.computed
+            count = min(left, budget)
+            work.append(Work(sequence, count, int(count == left)))
+            self._publish(sequence, sequence.computed + count)
+            budget -= count
+            if not budget:
+                break
+        return work
+
+    def _in_order(self) -> Iterator[Sequence]:
+        prompts = deque(s for s in self.running if len(s.tokens) - s.computed > 1)
+        while prompts or self.waiting:
+            first = self.waiting[0] if self.waiting else None
+            if first and not (prompts and _order(prompts[0]) < _order(first)) and self._admit(first):
+                yield self.waiting.pop(0)
+            elif prompts:
+                yield prompts.popleft()
+            else:
+                return
+
+    def _admit(self, sequence: Sequence) -> bool:
+        found = self._find(sequence) if len(self.running) < self.max_num_seqs else None
+        if found is None:
+            return False
+        self.allocator.share(found)
+        sequence.blocks = found + self.allocator.allocate(self._blocks_for(len(sequence.tokens)) - len(found))
+        sequence.computed = len(found) * self.block_size
+        sequence.published = len(found)
+        self.found_tokens += sequence.computed
+        bisect.insort(self.running, sequence, key=_order)
+        return True
+
+    def _find(self, sequence: Sequence) -> list[int] | None:
+        """Blocks that hold the sequence's first tokens already; None if there is no room for the others.
+
+        Its last token is always computed: the logits after it are wanted.
+        """
+        found = self.allocator.find(self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size))
+        unheld = sum(not self.allocator.references(b) for b in found)
+        needed = self._blocks_for(len(sequence.tokens)) - len(found)
+        return found if needed <= self.allocator.num_free - unheld else None
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Of the sequence's first ``count`` blocks."""
+        if sequence.root != self.root:
+            sequence.root, sequence.keys = self.root, []
+        keys, size = sequence.keys, self.block_size
+        for i in range(len(keys), count):
+            keys.append(chain_key(keys[-1] if keys else self.root, sequence.tokens[i * size : (i + 1) * size]))
+        return keys[:count]
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Let the blocks be found that are full when the step has computed the tokens before ``end``."""
+        full = end // self.block_size
+        if full > sequence.published:
+            keys = self._keys(sequence, full)
+            for i in range(sequence.published, full):
+                self.allocator.publish(sequence.blocks[i], keys[i])
+            sequence.published = full
+
+    def _draft(self, sequence: Sequence, drafter: Drafter) -> int:
+        """Ask for drafts, as many as the limit and the blocks that nobody else needs now have room for."""
+        if sequence.siblings:  # they begin with what is computed now
+            return 0
+        room = (len(sequence.blocks) + self.allocator.num_free) * self.block_size - len(sequence.tokens)
+        # All drafts and the draw after them may be kept.
+        limit = min(room, sequence.limit - len(sequence.tokens) - 1)
+        sequence.draft = drafter.propose(sequence, limit)[:limit] if limit > 0 else []
+        end = len(sequence.tokens) + len(sequence.draft)
+        sequence.blocks += self.allocator.allocate(max(0, self._blocks_for(end) - len(sequence.blocks)))
+        return len(sequence.draft)
+
+    def advanced(self, sequence: Sequence) -> None:
+        """After a step: go back to the tokens that were kept, and return the blocks beyond them."""
+        sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
+        keep = self._blocks_for(sequence.computed)
+        self.allocator.release(sequence.blocks[keep:])
+        del sequence.blocks[keep:]
+        sequence.draft = []
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Start ``child`` on the computed prompt of ``parent``, sharing its blocks until one of them writes.
+
+        A child for which there is no place joins the waiting ones and finds, or computes, its prompt itself.
+        """
+        if len(self.running) >= self.max_num_seqs:
+            self.add(child)
+            return False
+        child.blocks = list(parent.blocks)
+        self.allocator.share(child.blocks)
+        child.computed, child.published = parent.computed, parent.published
+        bisect.insort(self.running, child, key=_order)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.remove(sequence)
+        self.add(sequence)
+        self.preemptions += 1
+
+    def give_up(self) -> None:
+        """Compute everything again: the weights are new, or a step that was scheduled did not run."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self.allocator.forget()
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is."""
+        """Take a sequence out, wherever it is, and return its blocks."""
         if sequence in self.running:
-            self.finish(sequence)
+            self.running.remove(sequence)
+            self.allocator.release(sequence.blocks)
+            sequence.blocks, sequence.draft = [], []
+            sequence.computed = sequence.published = 0
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
-        """Start ``child`` on the computed prompt of ``parent``: full blocks are shared, a partly filled one is new.
-
-        Returns:
-            (source, target) of the block to copy, or None where the prompt fills its blocks. A child for which there is
-            no room joins the waiting ones and computes its prompt itself.
-        """
-        full, rest = divmod(parent.computed, self.block_size)
-        if len(self.running) >= self.max_num_seqs or (rest and not self.allocator.num_free):
-            self.add(child)
-            return None
-        child.blocks = parent.blocks[:full]
-        self.allocator.share(child.blocks)
-        child.computed = parent.computed
-        self.running.append(child)
-        if not rest:
-            return None
-        child.blocks = child.blocks + self.allocator.allocate(1)
-        return parent.blocks[full], child.blocks[full]
-
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.priority, sequence.arrival, sequence.index

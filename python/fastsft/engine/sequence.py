@@ -10,7 +10,12 @@ from fastsft.engine.request import SamplingParams, Update
 
 @dataclass(eq=False)
 class Sequence:
-    """One continuation in progress. ``computed`` tokens have their keys and values in the cache."""
+    """One continuation in progress.
+
+    ``computed`` tokens have their keys and values in the cache, in ``blocks``; the first ``published`` of these are
+    full and can be found by others, under ``keys`` that begin with ``root``. ``draft`` holds guesses at what follows
+    ``tokens`` while a step computes them too.
+    """
 
     request_id: str
     index: int
@@ -21,8 +26,15 @@ class Sequence:
     detokenizer: Detokenizer
     seed: int
     priority: int = 0
+    arrival: int = 0
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    draft: list[int] = field(default_factory=list)
+    published: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    root: bytes = b""
+    drafted: int = 0  # in all its steps, and how many of them were right
+    accepted: int = 0
     siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
@@ -32,6 +44,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next ``count`` tokens to compute, drafts included."""
+        tokens = self.tokens[self.computed : self.computed + count]
+        return tokens + self.draft[: count - len(tokens)]
 
     def append(self, token: int, end_ids: tuple[int, ...]) -> None:
         """Take the next token and decide whether the sequence ends with it."""

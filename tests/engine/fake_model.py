@@ -1,0 +1,118 @@
+"""A model for tests of the core: its logits are a function of every token of the context, as read from the cache."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from fastsft import ops
+from fastsft.engine.runner import Inputs
+from fastsft.engine.sequence import Sequence
+
+VOCAB = 7
+
+
+class Interrupted(Exception):
+    pass
+
+
+def logits_after(version: int, tokens: list[int]) -> list[float]:
+    source = random.Random(repr((version, tokens)))
+    return [source.gauss(0, 2) for _ in range(VOCAB)]
+
+
+def next_token(version: int, tokens: list[int], temperature: float, seed: int, place: int) -> int:
+    """Of a sequence alone, with nothing but the model: what any engine has to generate."""
+    logits = torch.tensor([logits_after(version, tokens)])
+    ids, _ = ops.sample(
+        logits, temperature=torch.tensor([temperature]), top_k=torch.tensor([0], dtype=torch.int32),
+        top_p=torch.ones(1), min_p=torch.zeros(1), seeds=torch.tensor([seed]), positions=torch.tensor([place]),
+    )  # fmt: skip
+    return int(ids[0])
+
+
+class FakeRunner:
+    """The cache holds (weights' version, position, token) in place of keys and values."""
+
+    vocab_size = VOCAB
+    bytes_per_block = 1000
+
+    def __init__(self, *, block_size: int, num_blocks: int, max_position_embeddings: int = 64) -> None:
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self.max_position_embeddings = max_position_embeddings
+        self.slots: list[Any] = [None] * (num_blocks * block_size)
+        self.version = 0
+        self.fail_next = False
+        self.computed = 0
+
+    def forward(self, inputs: Inputs, rows_R: torch.Tensor) -> torch.Tensor:
+        slots = inputs.slots_T.tolist()
+        assert len(set(slots)) == len(slots), "two tokens in one place"
+        half = len(slots) // 2 if self.fail_next else len(slots)
+        ids, positions = inputs.ids_T.tolist(), inputs.positions_T.tolist()
+        for slot, position, token in list(zip(slots, positions, ids, strict=True))[:half]:
+            self.slots[slot] = (self.version, position, token)
+        if self.fail_next:
+            self.fail_next = False
+            raise Interrupted
+        self.computed += len(slots)
+        bounds, table = inputs.cu_seqlens.tolist(), inputs.block_table.tolist()
+        logits = []
+        for row in rows_R.tolist():
+            b = next(b for b in range(len(bounds)) if bounds[b + 1] > row)
+            context = [
+                self.slots[table[b][p // self.block_size] * self.block_size + p % self.block_size]
+                for p in range(positions[row] + 1)
+            ]
+            assert [c[:2] for c in context] == [(self.version, p) for p in range(len(context))], "stale or misplaced"
+            logits.append(logits_after(self.version, [c[2] for c in context]))
+        return torch.tensor(logits).reshape(-1, VOCAB)
+
+    def copy_block(self, source: int, target: int) -> None:
+        size = self.block_size
+        self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
+
+    def update(self, model: Any) -> None:
+        self.version += 1
+
+
+class FakeTokenizer:
+    """One letter per token."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join("abcdefg"[i] for i in ids)
+
+
+class FakeDrafter:
+    """Guesses right, wrong, or nothing, at random; what it is told must be what happened."""
+
+    def __init__(self, runner: FakeRunner, seed: int) -> None:
+        self._runner, self._random = runner, random.Random(seed)
+        self._open: dict[Sequence, tuple[list[int], list[int]]] = {}
+
+    def propose(self, sequence: Sequence, limit: int) -> list[int]:
+        assert limit >= 1
+        guess: list[int] = []
+        right = self._random.randint(0, 3)
+        for j in range(self._random.randint(0, 6)):
+            token = next_token(
+                self._runner.version, sequence.tokens + guess, sequence.params.temperature, sequence.seed,
+                sequence.generated + j,
+            )  # fmt: skip
+            guess.append(token if j < right else (token + self._random.randint(0, 1)) % VOCAB)
+        self._open[sequence] = (list(sequence.tokens), guess[:limit])
+        return guess  # longer than the limit at times
+
+    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+        before, guess = self._open.pop(sequence)
+        assert proposed == len(guess) >= 1
+        new = sequence.tokens[len(before) :]
+        assert guess[:accepted] == new[:accepted]
+        if sequence.finish_reason is None:
+            assert len(new) == accepted + 1
+            assert accepted == len(guess) or guess[accepted] != new[accepted]
+
+    def forget(self, sequence: Sequence) -> None:
+        self._open.pop(sequence, None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
+import torch
+from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.llm import LLM
 from fastsft.engine.load import load_core
 from fastsft.engine.request import QueueFull, Request, RequestError, SamplingParams
+from fastsft.models.weights import init_model, load_model
 
 DRAW = {"temperature": 1.0, "max_tokens": 30, "ignore_eos": True}
 
@@ -99,3 +102,52 @@ def test_a_request_that_can_never_fit_is_refused_with_the_bytes(folder: Path) ->
     core.add(request("a", [5] * 31))
     with pytest.raises(ValueError, match="request_id: expected a new one, got 'a', which is in progress"):
         core.add(request("a", [5]))
+
+
+def test_new_weights_without_a_reload(folder: Path) -> None:
+    """In the middle of a request: what follows is what the new weights say after the tokens that are there."""
+    old, new = load_model(folder), init_model(SHAPE | {"model_type": "llama"}, seed=6)
+    llm = LLM(old, tokenizer(), num_blocks=64)
+    one = request("x", prompts_of([40])[0], max_tokens=12, temperature=0.0, n=2)
+    whole = Assembly(one)
+    llm.core.add(one)
+    for _ in range(5):
+        for update in llm.core.step():
+            whole.take(update)
+    assert llm.update_weights(new) == 1
+    run(llm, {"x": whole})
+    prompt = list(one.prompt_token_ids)
+    for output in whole.output().outputs:
+        ids = list(output.token_ids)
+        assert output.weight_versions == (0, 1)
+        greedy = SamplingParams(max_tokens=12, ignore_eos=True)
+        begun = LLM(old, tokenizer(), num_blocks=64).generate({"prompt_token_ids": prompt}, greedy)[0].outputs[0]
+        assert ids[:5] == list(begun.token_ids[:5])
+        rest = dataclasses.replace(greedy, max_tokens=7)
+        ended = LLM(new, tokenizer(), num_blocks=64).generate({"prompt_token_ids": prompt + ids[:5]}, rest)[0]
+        assert ids[5:] == list(ended.outputs[0].token_ids)
+        assert ids != list(begun.token_ids)
+    found = llm.core.stats().found_tokens
+    again = llm.generate({"prompt_token_ids": prompt}, SamplingParams(max_tokens=1))[0]
+    assert again.outputs[0].weight_versions == (1,)
+    assert llm.core.stats().found_tokens == found + 32
+    assert_nothing_held(llm)
+
+
+def test_weights_in_place_and_weights_that_do_not_fit(folder: Path) -> None:
+    """A trainer changes its model in place: the same decoder again, with what it holds now."""
+    model = load_model(folder)
+    llm = LLM(model, tokenizer(), num_blocks=64)
+    prompt = as_prompts(prompts_of([20]))
+    before = llm.generate(prompt)[0].outputs[0].token_ids
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    llm.update_weights(model)
+    after = llm.generate(prompt)[0].outputs[0].token_ids
+    assert after == LLM(model, tokenizer(), num_blocks=64).generate(prompt)[0].outputs[0].token_ids != before
+    with pytest.raises(ValueError, match=r"update_weights: model: expected dtype torch.float32, got torch.bfloat16"):
+        llm.update_weights(load_model(folder, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"update_weights: model: expected num_hidden_layers 3, got 2"):
+        llm.update_weights(init_model(SHAPE | {"model_type": "llama", "num_hidden_layers": 2}, seed=6))
+    assert llm.generate(prompt)[0].outputs[0].token_ids == after

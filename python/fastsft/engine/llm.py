@@ -103,6 +103,17 @@ class LLM:
                     self.core.abort(request_id)
         return [one.output() for one in asked]
 
+    def update_weights(self, model: Decoder) -> int:
+        """Go on with the weights of another decoder, or with those that this one has now; nothing is loaded.
+
+        Returns:
+            Their version, which each output carries (``weight_versions``). It begins at 0.
+
+        Raises:
+            ValueError: another architecture, dtype or device.
+        """
+        return self.core.update_weights(model)
+
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],

@@ -108,9 +108,8 @@ class Runner:
         Raises:
             ValueError: another architecture, dtype or device.
         """
-        ours, theirs = describe(self.model), describe(model)
-        if ours != theirs:
-            raise ValueError(f"update_weights: model: expected {ours}, got {theirs}")
+        if (problem := difference(self.model, model)) is not None:
+            raise ValueError(f"update_weights: model: {problem}")
         self.model = model
 
 
@@ -118,8 +117,14 @@ def bytes_per_block(model: Decoder, block_size: int) -> int:
     return KVCache.bytes_per_block(model.config, block_size, model.lm_head_weight.dtype)
 
 
-def describe(model: Decoder) -> str:
-    """What new weights must have in common with the old ones."""
-    weights, config = model.lm_head_weight, dataclasses.asdict(model.config)
-    config.pop("source", None)
-    return f"{weights.dtype} on {weights.device} of {config}"
+def difference(old: Decoder, new: Decoder) -> str | None:
+    """Why the weights of one cannot take the place of the other's."""
+    for name in ("dtype", "device"):
+        ours, theirs = getattr(old.lm_head_weight, name), getattr(new.lm_head_weight, name)
+        if ours != theirs:
+            return f"expected {name} {ours}, got {theirs}"
+    for field in dataclasses.fields(old.config):
+        ours, theirs = getattr(old.config, field.name), getattr(new.config, field.name)
+        if ours != theirs and field.name not in ("source", "text"):  # of the file, as it was written
+            return f"expected {field.name} {ours}, got {theirs}"
+    return None

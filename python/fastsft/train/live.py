@@ -28,6 +28,7 @@ class Live:
 
     def __init__(self, config: Config) -> None:
         self._samples, self._eval = config.samples, config.eval
+        self._llm: LLM | None = None
         self._tasks = []
         if config.eval.tasks is not None:
             if not Path(config.eval.tasks).is_file():
@@ -60,10 +61,19 @@ class Live:
         Raises:
             ConfigError: a prompt that the model cannot continue.
         """
+        llm = self._engine(model, tokenizer)
         if self._draws(step, last):
-            self._draw(LLM(model, tokenizer), step, write, note)
+            self._draw(llm, step, write, note)
         if self._solves(step, last):
-            self._solve(LLM(model, tokenizer), step, write, note)
+            self._solve(llm, step, write, note)
+
+    def _engine(self, model: Decoder, tokenizer: Tokenizer) -> LLM:
+        """One for the whole run, with the weights of now."""
+        if self._llm is None:
+            self._llm = LLM(model, tokenizer)
+        else:
+            self._llm.update_weights(model)
+        return self._llm
 
     def _draw(self, llm: LLM, step: int, write: Write, note: Callable[[str], None]) -> None:
         options, began = self._samples, time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_model import FakeRunner, FakeTokenizer, next_token
+from fake_model import FakeRunner, FakeTokenizer, Interrupted, next_token
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.request import Request, SamplingParams
@@ -128,6 +128,38 @@ def test_new_weights_find_nothing_of_the_old() -> None:
     assert sequence.tokens[10] == next_token(1, sequence.tokens[:10], 1.0, 0, 1)
 
 
+def test_blocks_of_old_weights_are_evicted_first() -> None:
+    core = core_of(4, 6)
+    add(core, "old", [1] * 9, tokens=1)
+    core.step()
+    core.update_weights(None)  # type: ignore[arg-type]
+    add(core, "new", [2] * 13, tokens=1)
+    core.step()
+    assert (core.stats().cached_blocks, core.stats().evictions) == (5, 0)
+    add(core, "newer", [3] * 9, tokens=1)
+    core.step()
+    assert core.stats().evictions == 2
+    add(core, "new", [2] * 13, tokens=1)
+    core.step()
+    assert core.stats().found_tokens == 12
+
+
+def test_a_step_that_failed_leaves_nothing_to_be_found() -> None:
+    """The second request would have read, in the same step, what the first one wrote."""
+    core = core_of(4, 40)
+    add(core, "a", [1] * 9)
+    add(core, "b", [1] * 9, tokens=2)
+    core._runner.fail_next = True  # type: ignore[attr-defined]
+    with pytest.raises(Interrupted):
+        core.step()
+    core.abort("a")
+    (first,), (second,) = core.step(), core.step()
+    assert [*first.token_ids, *second.token_ids] == [
+        next_token(0, [1] * 9, 1.0, 0, 0),
+        next_token(0, [1] * 9 + list(first.token_ids), 1.0, 0, 1),
+    ]
+
+
 class Eager:
     """Drafts as many tokens as it may."""
 
@@ -152,3 +184,12 @@ def test_drafts_take_no_block_from_anybody_and_give_theirs_back() -> None:
     assert stats.drafted_tokens == 8, "four blocks were left"
     held = {s.request_id: len(s.blocks) for s in core._scheduler.running}
     assert held == {s.request_id: -(-s.computed // 2) for s in core._scheduler.running}
+
+
+def test_who_has_siblings_to_fork_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They draw from the logits after the prompt, which would be followed by drafts."""
+    core = core_of(2, 20, drafter=Eager(), max_batched_tokens=4)
+    add(core, "a", [1, 2, 3, 4, 5], tokens=6, n=2)
+    assert plan(core, monkeypatch) == [("a", 4, 0)]
+    assert plan(core, monkeypatch) == [("a", 1, 1)]
+    assert plan(core, monkeypatch) == [("a", 5, 5), ("a", 5, 5)]

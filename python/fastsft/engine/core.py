@@ -241,9 +241,8 @@ class EngineCore:
             ValueError: another architecture, dtype or device.
         """
         self._runner.update(model)
-        self._scheduler.give_up()
         self._version += 1
-        self._scheduler.root = f"weights {self._version}".encode()
+        self._scheduler.renew(self._version)
         return self._version
 
     def stats(self) -> Stats:

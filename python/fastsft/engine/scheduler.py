@@ -62,8 +62,7 @@ class Scheduler:
         self.preemptions = 0
         self.found_tokens = 0
         """Tokens that were not computed because their blocks were found."""
-        self.root = b""
-        """What the keys of blocks begin with: the weights' version."""
+        self._root = b"weights 0"  # what the keys of blocks begin with
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
@@ -172,11 +171,11 @@ class Scheduler:
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Of the sequence's first ``count`` blocks."""
-        if sequence.root != self.root:
-            sequence.root, sequence.keys = self.root, []
+        if sequence.root != self._root:
+            sequence.root, sequence.keys = self._root, []
         keys, size = sequence.keys, self.block_size
         for i in range(len(keys), count):
-            keys.append(chain_key(keys[-1] if keys else self.root, sequence.tokens[i * size : (i + 1) * size]))
+            keys.append(chain_key(keys[-1] if keys else self._root, sequence.tokens[i * size : (i + 1) * size]))
         return keys[:count]
 
     def _publish(self, sequence: Sequence, end: int) -> None:
@@ -228,10 +227,19 @@ class Scheduler:
         self.preemptions += 1
 
     def give_up(self) -> None:
-        """Compute everything again: the weights are new, or a step that was scheduled did not run."""
+        """A step that was scheduled did not run: compute everything again, and find nothing that it was to fill."""
+        self._preempt_all()
+        self.allocator.forget()
+
+    def renew(self, version: int) -> None:
+        """The weights are new: compute everything again. What the old ones left can no longer be found, and is the first
+        to be evicted, as all of it was let go before anything new."""
+        self._preempt_all()
+        self._root = f"weights {version}".encode()
+
+    def _preempt_all(self) -> None:
         while self.running:
             self._preempt(self.running[-1])
-        self.allocator.forget()
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and return its blocks."""
@@ -239,7 +247,7 @@ class Scheduler:
             self.running.remove(sequence)
             self.allocator.release(sequence.blocks)
             sequence.blocks, sequence.draft = [], []
-            sequence.computed = sequence.published = 0
+            sequence.computed = 0
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 

@@ -232,8 +232,10 @@ class Scheduler:
         self.allocator.forget()
 
     def renew(self, version: int) -> None:
-        """The weights are new: compute everything again. What the old ones left can no longer be found, and is the first
-        to be evicted, as all of it was let go before anything new."""
+        """The weights are new: compute everything again.
+
+        What the old ones left can no longer be found, and is evicted first: all of it was let go before anything new.
+        """
         self._preempt_all()
         self._root = f"weights {version}".encode()
 

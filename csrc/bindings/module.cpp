@@ -20,6 +20,7 @@ void register_minhash(pybind11::module_& m);
 void register_fim(pybind11::module_& m);
 void register_overlap(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
+void register_suffix_automaton(pybind11::module_& m);
 }  // namespace fastsft::bindings
 
 PYBIND11_MODULE(_C, m) {
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   fastsft::bindings::register_fim(m);
   fastsft::bindings::register_overlap(m);
   fastsft::bindings::register_sampling(m);
+  fastsft::bindings::register_suffix_automaton(m);
 }

@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class Decoder:
     def __init__(self, embedding: typing.Any, norm: typing.Any, head: typing.Any, heads: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, intermediate: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
         ...
@@ -90,6 +90,32 @@ class NgramIndex:
         ...
     @property
     def num_words(self) -> numpy.typing.NDArray[numpy.int64]:
+        ...
+class SuffixAutomaton:
+    """
+    See suffix_automaton.h.
+    """
+    def __init__(self) -> None:
+        ...
+    def extend(self, tokens: typing.Any) -> None:
+        ...
+    def follow(self, state: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex, tokens: typing.Any) -> tuple:
+        ...
+    def propose(self, out: typing.Any) -> int:
+        ...
+    def propose_at(self, state: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> int:
+        ...
+    @property
+    def bytes(self) -> int:
+        ...
+    @property
+    def repeated(self) -> int:
+        ...
+    @property
+    def size(self) -> int:
+        ...
+    @property
+    def states(self) -> int:
         ...
 def active_isa() -> str:
     ...
@@ -212,6 +238,10 @@ def paged_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, blo
 def paged_attention_scratch(query_rows: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, max_keys: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Floats that paged_attention needs on CUDA.
+    """
+def penalise(logits: typing.Any, tokens: typing.Any, prompt: typing.SupportsInt | typing.SupportsIndex, first: typing.SupportsInt | typing.SupportsIndex, repetition: typing.SupportsFloat | typing.SupportsIndex, frequency: typing.SupportsFloat | typing.SupportsIndex, presence: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    Changes logits.
     """
 def rms_norm(x: typing.Any, weight: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any, scale: typing.Any) -> None:
     ...

@@ -214,8 +214,8 @@ def test_bad_sampling_params(name: str, value: Any) -> None:
 
 
 def test_unknown_sampling_parameter() -> None:
-    with pytest.raises(TypeError, match="repetition_penalty"):
-        SamplingParams(repetition_penalty=1.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="length_penalty"):
+        SamplingParams(length_penalty=1.1)  # type: ignore[call-arg]
 
 
 def test_boolean_logprobs() -> None:

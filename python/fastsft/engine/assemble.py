@@ -15,6 +15,7 @@ class _Continuation:
     weight_versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    cumulative_logprob: float = 0.0
 
 
 class Assembly:
@@ -22,7 +23,7 @@ class Assembly:
 
     def __init__(self, request: Request, prompt: str | None = None) -> None:
         self.request, self._prompt = request, prompt
-        self._all = [_Continuation() for _ in range(request.params.n)]
+        self._all = [_Continuation() for _ in range(request.params.best_of or request.params.n)]
 
     @property
     def finished(self) -> int:
@@ -41,15 +42,19 @@ class Assembly:
         if update.token_ids and update.weight_version not in one.weight_versions[-1:]:
             one.weight_versions.append(update.weight_version)
         one.finish_reason, one.stop_reason = update.finish_reason, update.stop_reason
+        one.cumulative_logprob = update.cumulative_logprob
 
     def output(self) -> RequestOutput:
         """Of a finished request."""
-        params = self.request.params
+        params, kept = self.request.params, self._all
+        if params.best_of is not None:  # Python's sort is stable: of equal ones, the first drawn
+            kept = sorted(kept, key=lambda c: -c.cumulative_logprob)[: params.n]
         outputs = tuple(
             CompletionOutput(
                 index, "".join(c.texts), tuple(c.token_ids), c.finish_reason or "length", c.stop_reason,
                 None if params.logprobs is None else tuple(c.logprobs), tuple(c.weight_versions),
+                c.cumulative_logprob,
             )
-            for index, c in enumerate(self._all)
+            for index, c in enumerate(kept)
         )  # fmt: skip
         return RequestOutput(self._prompt, self.request.prompt_token_ids, outputs)

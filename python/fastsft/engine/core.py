@@ -11,6 +11,7 @@ import torch
 
 from fastsft.engine.blocks import BlockAllocator
 from fastsft.engine.detokenize import Detokenizer
+from fastsft.engine.processors import ProcessorFactory
 from fastsft.engine.request import QueueFull, Request, RequestError, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw
@@ -71,6 +72,7 @@ class EngineCore:
     ) -> None:
         self.tokenizer = tokenizer
         self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
+        self._processors = ProcessorFactory(tokenizer, runner.vocab_size, end_ids)
         self._allocator = BlockAllocator(runner.num_blocks)
         self._scheduler = Scheduler(
             self._allocator,
@@ -103,8 +105,11 @@ class EngineCore:
             raise RequestError("expected at least one token, got an empty prompt")
         if (problem := self._unknown(ids)) is not None:
             raise RequestError(problem)
-        if (problem := self._unknown(params.stop_token_ids)) is not None:
-            raise RequestError(f"params: stop_token_ids: {problem}")
+        count = params.n if params.best_of is None else params.best_of
+        try:
+            processors = [self._processors.make(params, ids) for _ in range(count)]
+        except ValueError as error:
+            raise RequestError(str(error)) from None
         limit = self._limit(ids, params.max_tokens)
         self._check_queue(len(ids))
         seed = _random_seed() if params.seed is None else params.seed
@@ -113,8 +118,9 @@ class EngineCore:
             Sequence(
                 request.request_id, i, list(ids), len(ids), limit, params,
                 Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival,
+                processors=own,
             )
-            for i in range(params.n)
+            for i, own in enumerate(processors)
         ]  # fmt: skip
         group[0].siblings = group[1:]
         self._live[request.request_id] = group

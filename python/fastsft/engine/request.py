@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from fastsft.engine.guide import StructuredOutputs
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -14,6 +16,7 @@ class SamplingParams:
 
     Attributes:
         n: continuations per prompt; continuation i draws with ``seed + i``.
+        best_of: draw this many and return the ``n`` most probable ones, by the sum of their log-probabilities.
         temperature: 0 takes the most probable token.
         top_k, top_p, min_p: restrict the draw; 0, 1.0 and 0.0 switch each off.
         seed: of the noise that the draws use, which does not depend on what else is in the batch (docs/engine.md says
@@ -23,6 +26,12 @@ class SamplingParams:
         ignore_eos: go on past the model's end tokens.
         max_tokens, min_tokens: limits on the number of generated tokens.
         logprobs: None, or the number of most probable tokens to report beside the chosen one; True means 0, False None.
+        repetition_penalty: above 1, tokens of the prompt and the text become less probable (CTRL, 1909.05858).
+        presence_penalty, frequency_penalty: taken from the logits of tokens of the text, once and per occurrence.
+        logit_bias: token id -> added to its logit, from -100 to 100.
+        allowed_token_ids: draw among these alone.
+        bad_words: strings whose tokens are not completed, at the text's start or inside.
+        structured_outputs: a JSON schema, regular expression, grammar or list of choices that the text must match.
 
     Raises:
         ValueError: a value of the wrong type or out of range; the message names it. (TypeError: an unknown name.)
@@ -41,6 +50,14 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    best_of: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] = ()
+    structured_outputs: StructuredOutputs | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -69,6 +86,19 @@ class SamplingParams:
             object.__setattr__(self, "logprobs", 0 if self.logprobs else None)
         if self.logprobs is not None:
             integer("logprobs", 0, 20, "None, a boolean or an integer from 0 to 20")
+        if self.best_of is not None:
+            integer("best_of", self.n, 2**31 - 1, f"None or an integer >= n ({self.n})")
+        r = self.repetition_penalty
+        number("repetition_penalty", isinstance(r, int | float) and 0 < r < math.inf, "a finite number > 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            number(name, isinstance(value, int | float) and -2 <= value <= 2, "a number from -2 to 2")
+        if self.logit_bias is not None:
+            bias = self.logit_bias
+            right = isinstance(bias, dict) and all(
+                _is_id(i) and isinstance(b, int | float) and -100 <= b <= 100 for i, b in bias.items()
+            )
+            check(right, "logit_bias", "token ids with numbers from -100 to 100")
         for name in ("ignore_eos", "skip_special_tokens"):
             check(isinstance(getattr(self, name), bool), name, "True or False")
         if isinstance(self.stop, str):
@@ -79,6 +109,28 @@ class SamplingParams:
         check(ids, "stop_token_ids", "a list of token ids")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = self.allowed_token_ids
+            some = isinstance(allowed, list | tuple) and len(allowed) > 0 and all(map(_is_id, allowed))
+            check(some, "allowed_token_ids", "None or a non-empty list of token ids")
+            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
+        words = isinstance(self.bad_words, list | tuple) and all(isinstance(w, str) and w for w in self.bad_words)
+        check(words, "bad_words", "a list of non-empty strings")
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        if isinstance(self.structured_outputs, dict):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
+        if self.structured_outputs is not None:
+            guided = isinstance(self.structured_outputs, StructuredOutputs)
+            check(guided, "structured_outputs", "None, StructuredOutputs or a dictionary of its fields")
+            free = not self.ignore_eos and not self.min_tokens
+            check(
+                free, "structured_outputs", "neither ignore_eos nor min_tokens beside it (the text ends where it says)"
+            )
+
+    @property
+    def named_token_ids(self) -> tuple[int, ...]:
+        """Every token id that a caller gave."""
+        return (*self.stop_token_ids, *(self.allowed_token_ids or ()), *(self.logit_bias or ()))
 
 
 @dataclass(frozen=True)
@@ -86,17 +138,19 @@ class CompletionOutput:
     """One continuation.
 
     ``token_ids`` holds every generated token, the one that ended it included; ``text`` excludes the end token and the
-    stop string. ``logprobs``: per token, id -> log-probability under the unmodified distribution.
+    stop string. ``logprobs``: per token, id -> log-probability under the unmodified distribution, and
+    ``cumulative_logprob`` the sum of those of the tokens themselves.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length", or "error" where no token was allowed
     stop_reason: str | int | None  # the stop string or end token, if one ended it
     logprobs: tuple[dict[int, float], ...] | None = None
     weight_versions: tuple[int, ...] = (0,)
     """Of the weights that its tokens were drawn under, in order: several where they were replaced meanwhile."""
+    cumulative_logprob: float = field(default=0.0, compare=False)  # its last bits may depend on the batch
 
 
 @dataclass(frozen=True)
@@ -132,6 +186,8 @@ class Update:
     finish_reason: str | None
     stop_reason: str | int | None
     weight_version: int
+    cumulative_logprob: float
+    """Of all tokens of the continuation so far."""
 
 
 class RequestError(ValueError):

@@ -5,6 +5,8 @@ Shape suffixes: R rows of the step, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
+
 import torch
 
 from fastsft import ops
@@ -12,53 +14,84 @@ from fastsft.engine.sequence import Sequence
 
 
 def draw(
-    sequences: list[Sequence], logits_RV: torch.Tensor, end_ids: tuple[int, ...], drafts: list[list[int]]
+    sequences: Ordered[Sequence],
+    logits_RV: torch.Tensor,
+    end_ids: tuple[int, ...],
+    drafts: Ordered[Ordered[int]],
 ) -> list[int]:
     """Draw tokens for each sequence and append those that hold.
 
-    A sequence with k drafts has k + 1 rows: the logits after its tokens, and after each draft. The draws hold up to the
-    first that differs from the draft in its place, that one included.
+    A sequence with k drafts has k + 1 consecutive rows: the logits after its tokens, and after each draft. Each row is
+    drawn as if its draft were part of the text; the draws hold up to the first that differs from the draft in its
+    place, that one included. So the text is what plain decoding draws, whatever the drafts.
 
     The noise of token t of a request is a function of its seed and t alone: neither the batch nor a preemption nor a
-    draft changes it. (The logits' last bits may depend on the number of rows, so that a draw on the very edge can fall
-    otherwise.)
+    draft changes it.
+
+    Args:
+        logits_RV: float32; rows of sequences with processors are changed.
+        drafts: for each sequence.
 
     Returns:
         How many drafts of each sequence were right.
     """
-    each = [(s, j) for s, draft in zip(sequences, drafts, strict=True) for j in range(len(draft) + 1)]
-    allowed_RV = logits_RV
-    for row, (sequence, j) in enumerate(each):
-        barred = [] if sequence.params.ignore_eos else [*end_ids]
-        barred += sequence.params.stop_token_ids
-        if sequence.generated + j < sequence.params.min_tokens and barred:
-            if allowed_RV is logits_RV:
-                allowed_RV = logits_RV.clone()
-            allowed_RV[row, barred] = -torch.inf
-    params = [s.params for s, _ in each]
-    ids, _ = ops.sample(
-        allowed_RV,
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-        seeds=torch.tensor([s.seed for s, _ in each], dtype=torch.int64),
-        positions=torch.tensor([s.generated + j for s, j in each], dtype=torch.int64),
-    )
-    drawn, row, right = ids.tolist(), 0, []
-    for sequence, draft in zip(sequences, drafts, strict=True):
-        for j, guess in enumerate([*draft, None]):
-            token, wanted = drawn[row + j], sequence.params.logprobs
-            if wanted is not None:
-                logprobs_V = torch.log_softmax(logits_RV[row + j], -1)
-                shown = [token, *logprobs_V.topk(min(wanted, len(logprobs_V))).indices.tolist()]
-                sequence.logprobs.append({i: float(logprobs_V[i]) for i in shown})
+    starts, rows = [], 0
+    for draft in drafts:
+        starts.append(rows)
+        rows += len(draft) + 1
+    raw: dict[int, torch.Tensor] = {}  # what a row was before its processors
+    empty: set[int] = set()
+    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+        if sequence.processors is not None:
+            mine_KV = logits_RV[start : start + len(draft) + 1]
+            raw.update(enumerate(mine_KV.clone(), start))
+            sequence.processors.apply(mine_KV, sequence.tokens, draft)
+            if sequence.processors.bars:
+                for row in (mine_KV.amax(-1) == -torch.inf).nonzero().flatten().tolist():
+                    empty.add(start + row)
+                    mine_KV[row] = 0
+    ids, logprobs = _sample(sequences, drafts, logits_RV)
+    accepted = []
+    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+        right = 0
+        for row in range(start, start + len(draft) + 1):
+            if row in empty:
+                sequence.finish_reason, sequence.stop_reason = "error", "no token is allowed"
+                break
+            token = ids[row]
+            before_V = raw.get(row, logits_RV[row])
+            if sequence.params.logprobs is not None:
+                sequence.logprobs.append(report(before_V, token, sequence.params.logprobs))
+            sequence.cumulative_logprob += (
+                logprobs[row] if row not in raw else float(before_V[token] - before_V.logsumexp(-1))
+            )
             sequence.append(token, end_ids)
-            if token != guess:
-                right.append(j)
+            right += row - start < len(draft) and token == draft[row - start]
+            if sequence.finish_reason is not None or right <= row - start:
                 break
-            if sequence.finish_reason is not None:
-                right.append(j + 1)
-                break
-        row += len(draft) + 1
-    return right
+        accepted.append(right)
+    return accepted
+
+
+def report(logits_V: torch.Tensor, token: int, count: int) -> dict[int, float]:
+    """Log-probabilities of ``token`` and of the ``count`` most probable tokens, under the whole softmax."""
+    logprobs_V = torch.log_softmax(logits_V, -1)
+    shown = [token, *logprobs_V.topk(min(count, len(logprobs_V))).indices.tolist()]
+    return {i: float(logprobs_V[i]) for i in shown}
+
+
+def _sample(
+    sequences: Ordered[Sequence], drafts: Ordered[Ordered[int]], logits_RV: torch.Tensor
+) -> tuple[list[int], list[float]]:
+    each = [s for s, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
+    places = [s.generated + j for s, draft in zip(sequences, drafts, strict=True) for j in range(len(draft) + 1)]
+    ids, logprobs = ops.sample(
+        logits_RV,
+        temperature=torch.tensor([s.params.temperature for s in each], dtype=torch.float32),
+        top_k=torch.tensor([s.params.top_k for s in each], dtype=torch.int32),
+        top_p=torch.tensor([s.params.top_p for s in each], dtype=torch.float32),
+        min_p=torch.tensor([s.params.min_p for s in each], dtype=torch.float32),
+        seeds=torch.tensor([s.seed for s in each], dtype=torch.int64),
+        positions=torch.tensor(places, dtype=torch.int64),
+    )
+    return ids.tolist(), logprobs.tolist()

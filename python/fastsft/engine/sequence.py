@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastsft.engine.detokenize import Detokenizer
+from fastsft.engine.processors import Processors
 from fastsft.engine.request import SamplingParams, Update
 
 
@@ -37,6 +38,8 @@ class Sequence:
     accepted: int = 0
     siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    processors: Processors | None = None  # what the request changes in its logits
+    cumulative_logprob: float = 0.0  # of the generated tokens, under the unmodified distribution
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     _told: tuple[int, int] = (0, 0)  # generated tokens and characters of text that updates brought
@@ -99,6 +102,7 @@ class Sequence:
             self.finish_reason,
             self.stop_reason,
             weight_version,
+            self.cumulative_logprob,
         )
 
     def _final_characters(self) -> int:

@@ -1,0 +1,149 @@
+"""What requests ask of their draws, through the engine: each against its definition."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from engine_cases import VOCAB, as_prompts, engine, prompts_of, tokenizer, write_model
+
+from fastsft.engine.guide import StructuredOutputs
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import PromptError, SamplingParams
+
+PROMPTS = as_prompts(prompts_of([5, 17]))
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return engine(write_model(tmp_path_factory.mktemp("model"), "llama"))
+
+
+def ids(llm: LLM, **params: object) -> list[list[int]]:
+    given = {"temperature": 1.0, "seed": 3, "max_tokens": 30, "ignore_eos": True} | params
+    found = llm.generate(PROMPTS, SamplingParams(**given))  # type: ignore[arg-type]
+    return [list(o.token_ids) for request in found for o in request.outputs]
+
+
+def test_allowed_tokens(llm: LLM) -> None:
+    assert {i for text in ids(llm, allowed_token_ids=[50, 60, 70]) for i in text} == {50, 60, 70}
+
+
+def test_bias(llm: LLM) -> None:
+    assert ids(llm, logit_bias={50: 100.0}) == [[50] * 30] * 2
+    common = ids(llm)[0][0]
+    assert all(common not in text for text in ids(llm, logit_bias={common: -100.0}))
+
+
+def test_bad_words(llm: LLM) -> None:
+    letters = [i for i in range(VOCAB) if len(tokenizer().decode([i])) == 1 and tokenizer().decode([i]).isalpha()]
+    few = {"allowed_token_ids": [i for i in letters if tokenizer().decode([i]) in "abc"], "max_tokens": 60}
+
+    def texts(**more: object) -> list[str]:
+        return [tokenizer().decode(text) for text in ids(llm, **few, **more)]
+
+    assert any("ab" in t for t in texts())
+    barred = texts(bad_words=["ab", "c"])
+    assert not any("ab" in t or "c" in t for t in barred)
+    assert all("a" in t and "b" in t for t in barred)
+
+
+def test_penalties(llm: LLM) -> None:
+    ever = {"temperature": 0.0, "allowed_token_ids": list(range(40, 60)), "max_tokens": 20}
+    assert all(len(set(text)) < 20 for text in ids(llm, **ever))
+    # Each presence penalty of 2 outweighs the logits' spread here only together with the repetition penalty.
+    for penalty in ({"presence_penalty": 2.0, "repetition_penalty": 100.0}, {"frequency_penalty": 2.0}):
+        assert all(a != b for a, b in zip(ids(llm, **ever), ids(llm, **ever, **penalty), strict=True))
+
+
+def test_an_empty_choice_ends_with_an_error_and_leaves_the_others(llm: LLM) -> None:
+    params = [
+        SamplingParams(allowed_token_ids=[0], min_tokens=3, max_tokens=5),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True),
+    ]
+    first, second = (request.outputs[0] for request in llm.generate(PROMPTS, params))
+    assert (first.finish_reason, first.token_ids) == ("error", ())
+    assert list(second.token_ids) == ids(llm)[1]
+
+
+def test_best_of(llm: LLM) -> None:
+    common = {"temperature": 1.0, "seed": 5, "max_tokens": 12, "logprobs": 0}
+    drawn = llm.generate(PROMPTS[0], SamplingParams(n=6, **common))[0].outputs
+    for one in drawn:
+        assert one.cumulative_logprob == pytest.approx(
+            sum(p[i] for p, i in zip(one.logprobs or (), one.token_ids, strict=True)), rel=1e-5
+        )
+    order = sorted(drawn, key=lambda o: -o.cumulative_logprob)
+    best = llm.generate(PROMPTS[0], SamplingParams(n=2, best_of=6, **common))[0].outputs
+    assert [o.token_ids for o in best] == [o.token_ids for o in order[:2]]
+    assert [o.index for o in best] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repetition_penalty": 0.0}, {"presence_penalty": 3.0}, {"frequency_penalty": True}, {"logit_bias": {1: 101.0}},
+        {"logit_bias": [1]}, {"allowed_token_ids": []}, {"bad_words": "a"}, {"bad_words": [""]}, {"best_of": 1, "n": 2},
+        {"structured_outputs": 3}, {"structured_outputs": {"regex": "a"}, "min_tokens": 1},
+        {"structured_outputs": {"regex": "a", "json": "{}"}}, {"structured_outputs": {"choice": []}},
+    ],
+)  # fmt: skip
+def test_wrong_parameters(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) + "|StructuredOutputs"):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "logit_bias", "stop_token_ids"])
+def test_ids_that_the_model_lacks(llm: LLM, name: str) -> None:
+    given: object = {VOCAB: 1.0} if name == "logit_bias" else [VOCAB]
+    with pytest.raises(PromptError, match=f"{name}: .*{VOCAB}"):
+        llm.generate(PROMPTS, SamplingParams(**{name: given}))  # type: ignore[arg-type]
+
+
+# --- guided output --------------------------------------------------------------------------------------------------
+
+
+def texts(llm: LLM, asked: dict[str, object], **params: object) -> list[str]:
+    given = {"temperature": 1.0, "seed": 3, "max_tokens": 60, "structured_outputs": asked} | params
+    found = llm.generate(PROMPTS, SamplingParams(**given))  # type: ignore[arg-type]
+    assert all(o.finish_reason == "stop" for request in found for o in request.outputs)
+    return [o.text for request in found for o in request.outputs]
+
+
+def test_guides(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    assert all(re.fullmatch("[ab]{3}-[0-9]{2}", t) for t in texts(llm, {"regex": "[ab]{3}-[0-9]{2}"}))
+    assert all(t in ("cat", "mat") for t in texts(llm, {"choice": ["cat", "mat"]}, n=4))
+    schema = {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}, "kind": {"enum": ["x", "y"]}},
+        "required": ["on", "kind"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    for text in texts(llm, {"json": schema}):
+        found = json.loads(text)
+        assert isinstance(found["on"], bool)
+        assert found["kind"] in ("x", "y")
+    assert all(
+        re.fullmatch(r"\(+x\)+", t) for t in texts(llm, {"grammar": 'start: "x" | "(" start ")"'}, n=2) if t != "x"
+    )
+
+
+def test_a_guide_that_cannot_be_compiled(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(PromptError, match="structured_outputs: regex"):
+        texts(llm, {"regex": "a("})
+
+
+def test_a_guide_without_the_library(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    monkeypatch.setattr(llm.core._processors, "_guides", None)
+    with pytest.raises(ImportError, match=re.escape("fastsft[guided]")):
+        texts(llm, {"regex": "a"})
+
+
+def test_structured_outputs_say_what_they_are() -> None:
+    assert StructuredOutputs(choice=["a", "b"]).format_and_text() == ("choice", '["a", "b"]')
+    assert StructuredOutputs(json={"type": "null"}).format_and_text() == ("json_schema", '{"type": "null"}')

@@ -140,7 +140,7 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
 // Rows [row, row + kRows) that exist, of slab `slab`; x are their words.
 template <WeightFormat kFormat, bool kPairs, int kRows>
 FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t row, int64_t slab) {
-  constexpr int kMost = kSums / kVecs < 8 ? kSums / kVecs : 8, kPart = kRows < kMost ? kRows : kMost;
+  constexpr int kMost = kSums / kVecs < 4 ? kSums / kVecs : 4, kPart = kRows < kMost ? kRows : kMost;
   constexpr int kFit = kSums / kVecs / kPart, kPanels = kFit < kSlabPanels ? kFit : kSlabPanels;
   const PackedWeight& w = call.weight;
   const int64_t first = slab * kSlabPanels, panels = smaller(kSlabPanels, panel_count(w.n) - first);
@@ -150,7 +150,8 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);
-  Vec total[kRows * kSlabVecs] = {};
+  Vec total[kRows * kSlabVecs];  // at 4 KB, an initialiser becomes a slow string instruction
+  fill_zero(reinterpret_cast<float*>(total), reinterpret_cast<float*>(total + kRows * kSlabVecs));
   for (int64_t begin = 0; begin < lines; begin += kBlockLines) {
     block.lines = smaller(kBlockLines, lines - begin);
     for (int64_t panel = 0; panel < panels;) {

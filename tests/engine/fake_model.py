@@ -48,24 +48,28 @@ class FakeRunner:
         self.computed = 0
 
     def forward(self, inputs: Inputs, rows_R: torch.Tensor) -> torch.Tensor:
-        slots = inputs.slots_T.tolist()
+        bounds, table = inputs.cu_seqlens.tolist(), inputs.block_table.tolist()
+        positions = [
+            p
+            for begin, end, context in zip(bounds, bounds[1:], inputs.context_lens_B.tolist(), strict=False)
+            for p in range(context - (end - begin), context)
+        ]
+        size = self.block_size
+        owner = [b for b in range(len(table)) for _ in range(bounds[b + 1] - bounds[b])]
+        slots = [table[b][p // size] * size + p % size for b, p in zip(owner, positions, strict=True)]
         assert len(set(slots)) == len(slots), "two tokens in one place"
         half = len(slots) // 2 if self.fail_next else len(slots)
-        ids, positions = inputs.ids_T.tolist(), inputs.positions_T.tolist()
+        ids = inputs.ids_T.tolist()
         for slot, position, token in list(zip(slots, positions, ids, strict=True))[:half]:
             self.slots[slot] = (self.version, position, token)
         if self.fail_next:
             self.fail_next = False
             raise Interrupted
         self.computed += len(slots)
-        bounds, table = inputs.cu_seqlens.tolist(), inputs.block_table.tolist()
         logits = []
         for row in rows_R.tolist():
-            b = next(b for b in range(len(bounds)) if bounds[b + 1] > row)
-            context = [
-                self.slots[table[b][p // self.block_size] * self.block_size + p % self.block_size]
-                for p in range(positions[row] + 1)
-            ]
+            b = owner[row]
+            context = [self.slots[table[b][p // size] * size + p % size] for p in range(positions[row] + 1)]
             assert [c[:2] for c in context] == [(self.version, p) for p in range(len(context))], "stale or misplaced"
             logits.append(logits_after(self.version, [c[2] for c in context]))
         return torch.tensor(logits).reshape(-1, VOCAB)

@@ -146,8 +146,6 @@ def test_weights_in_place_and_weights_that_do_not_fit(folder: Path) -> None:
     llm.update_weights(model)
     after = llm.generate(prompt)[0].outputs[0].token_ids
     assert after == LLM(model, tokenizer(), num_blocks=64).generate(prompt)[0].outputs[0].token_ids != before
-    with pytest.raises(ValueError, match=r"update_weights: model: expected dtype torch.float32, got torch.bfloat16"):
-        llm.update_weights(load_model(folder, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"update_weights: model: expected num_hidden_layers 3, got 2"):
+    with pytest.raises(ValueError, match=r"update: model: expected num_hidden_layers=3, got 2"):
         llm.update_weights(init_model(SHAPE | {"model_type": "llama", "num_hidden_layers": 2}, seed=6))
     assert llm.generate(prompt)[0].outputs[0].token_ids == after

@@ -58,15 +58,14 @@ def tokens(outputs: Any) -> list[list[int]]:
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "block_size 1": {"block_size": 1, "num_blocks": 400},
+    "block_size 64": {"block_size": 64, "num_blocks": 20},
     "one at a time": {"max_num_seqs": 1},
     "two at a time": {"max_num_seqs": 2},
-    "preemption": {"block_size": 4, "num_blocks": 16},
-    "preemption, block_size 1": {"block_size": 1, "num_blocks": 60},
+    "preemption": {"num_blocks": 5},
     "chunks of 3": {"max_batched_tokens": 3},
     "chunks of 1": {"max_batched_tokens": 1},
     "chunks of 16": {"max_batched_tokens": 16},
-    "chunks and preemption": {"max_batched_tokens": 7, "block_size": 4, "num_blocks": 16},
+    "chunks and preemption": {"max_batched_tokens": 7, "num_blocks": 5},
 }
 
 
@@ -123,11 +122,11 @@ def test_continuations_do_not_depend_on_the_schedule(schedule: str, folders: dic
 
 def test_shared_blocks_are_used_and_never_written_by_two(folders: dict[str, Path]) -> None:
     """A prompt of two full blocks and a part: with sharing, three continuations fit where three copies would not."""
-    llm = engine(folders["llama"], block_size=4, num_blocks=11)
+    llm = engine(folders["llama"], num_blocks=5)
     params = SamplingParams(n=3, temperature=1.0, max_tokens=6, seed=1, ignore_eos=True)
-    (out,) = llm.generate(as_prompts(prompts_of([10])), params)
+    (out,) = llm.generate(as_prompts(prompts_of([42])), params)
     assert llm.core.stats().preemptions == 0
-    wide = engine(folders["llama"]).generate(as_prompts(prompts_of([10])), params)
+    wide = engine(folders["llama"]).generate(as_prompts(prompts_of([42])), params)
     assert tokens([out]) == tokens(wide)
 
 
@@ -210,8 +209,8 @@ def test_min_tokens_bars_every_end(folders: dict[str, Path], references: dict[st
 def test_generation_ends_where_the_cache_or_the_context_does(folders: dict[str, Path]) -> None:
     prompts = as_prompts(prompts_of([9]))
     params = SamplingParams(max_tokens=1000, ignore_eos=True)
-    (small,) = engine(folders["llama"], block_size=4, num_blocks=5).generate(prompts, params)
-    assert len(small.outputs[0].token_ids) == 4 * 5 - 9
+    (small,) = engine(folders["llama"], num_blocks=2).generate(prompts, params)
+    assert len(small.outputs[0].token_ids) == 16 * 2 - 9
     (large,) = engine(folders["llama"]).generate(prompts, params)
     assert len(large.outputs[0].token_ids) == 256 - 9
     assert small.outputs[0].finish_reason == large.outputs[0].finish_reason == "length"
@@ -289,6 +288,6 @@ def test_infill_asks_as_training_lays_out(order: Any, folders: dict[str, Path]) 
 
 def test_loaded_model_and_bfloat16(folders: dict[str, Path]) -> None:
     llm = LLM(load_model(folders["llama"], dtype=torch.bfloat16), tokenizer(), num_blocks=20)
-    assert {t.dtype for t in llm.core._runner._cache.keys} == {torch.bfloat16}
+    assert llm.core._runner.kv_format == "bfloat16"
     a = tokens(llm.generate(as_prompts(prompts_of(LENGTHS)), GREEDY))
     assert a == tokens(engine(folders["llama"], dtype=torch.bfloat16).generate(as_prompts(prompts_of(LENGTHS)), GREEDY))

@@ -228,13 +228,25 @@ def test_stop_token_outside_the_vocabulary(folder: Path) -> None:
         engine(folder).generate("cat", SamplingParams(stop_token_ids=[-5]))
 
 
-@pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_num_seqs", "max_batched_tokens"])
+@pytest.mark.parametrize("name", ["num_blocks", "max_num_seqs", "max_batched_tokens"])
 def test_bad_engine_options(name: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"expected at least 1 each, got .*{name}=0"):
         engine(folder, **{name: 0})
-    if name == "block_size":
-        with pytest.raises(ValueError, match=r"expected at least 1 each, got .*block_size=0"):
-            LLM(folder, block_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("block_size", 0, "a positive multiple of 16, got 0"),
+        ("block_size", 24, "a positive multiple of 16, got 24"),
+        ("dtype", torch.float16, "torch.float32 or torch.bfloat16, got torch.float16"),
+        ("quantization", "int5", "one of None, int8, w8a8, int4, got 'int5'"),
+        ("kv_cache_dtype", "fp8", "one of auto, int8, got 'fp8'"),
+    ],
+)
+def test_options_that_the_kernels_do_not_have(name: str, value: Any, expected: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"LLM: {name}: expected {expected}"):
+        LLM(folder, **{name: value})
 
 
 def test_contradicting_arguments(folder: Path) -> None:
@@ -253,8 +265,7 @@ def test_contradicting_arguments(folder: Path) -> None:
 
 
 def test_cache_size_from_bytes(folder: Path) -> None:
-    llm = LLM(folder, kv_cache_bytes=1 << 20, block_size=8)
-    cache = llm.core._runner._cache
-    held = sum(t.nbytes for t in [*cache.keys, *cache.values])
+    llm = LLM(folder, kv_cache_bytes=1 << 20)
+    held = llm.core._runner._cache.nbytes
     assert (1 << 20) - held < held // llm.core.stats().blocks
     assert held <= 1 << 20

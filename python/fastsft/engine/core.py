@@ -186,7 +186,7 @@ class EngineCore:
         step = self._scheduler.schedule(self._drafter)
         for source, target in step.copies:
             self._runner.copy_block(source, target)
-        inputs = Inputs.build([(w.sequence, w.count) for w in step.work], self._runner.block_size)
+        inputs = Inputs.build([(w.sequence, w.count) for w in step.work])
         ends = inputs.cu_seqlens.tolist()[1:]
         wanted = [range(end - w.rows, end) for end, w in zip(ends, step.work, strict=True)]
         rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)

@@ -24,8 +24,11 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, or a loaded decoder (then ``tokenizer`` must be given too).
-        dtype: of the weights and the cache, for a folder.
-        block_size: tokens per cache block.
+        dtype: of the weights and the cache, for a folder: torch.float32 or torch.bfloat16.
+        quantization: None, or the weights in "int8", "w8a8" (activations in 8 bits too) or "int4", and the rest in
+            bfloat16; see ``ops.pack_weight``.
+        kv_cache_dtype: "auto", as the activations are, or "int8".
+        block_size: tokens per cache block, a multiple of 16.
         kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
         max_num_seqs: sequences running at once.
         max_batched_tokens: prompt tokens computed in one step.
@@ -41,6 +44,8 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         kv_cache_bytes: int = 256 << 20,
         num_blocks: int | None = None,
@@ -48,7 +53,8 @@ class LLM:
         max_batched_tokens: int = 4096,
     ) -> None:
         self.core = load_core(
-            model, tokenizer, dtype=dtype, block_size=block_size, kv_cache_bytes=kv_cache_bytes,
+            model, tokenizer, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size, kv_cache_bytes=kv_cache_bytes,
             num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         )  # fmt: skip
         self.tokenizer = self.core.tokenizer

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from fastsft.engine.core import EngineCore
-from fastsft.engine.runner import Runner, bytes_per_block
+from fastsft.engine.runner import Runner
+from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.packed import pack_decoder
 from fastsft.models.tokenizer import Tokenizer
-from fastsft.models.weights import load_model
+
+QUANTIZATIONS = ("int8", "w8a8", "int4")
 
 
 def load_core(
@@ -19,6 +21,8 @@ def load_core(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
     block_size: int = 16,
     kv_cache_bytes: int = 256 << 20,
     num_blocks: int | None = None,
@@ -31,27 +35,40 @@ def load_core(
     if isinstance(model, Decoder):
         if tokenizer is None:
             raise ValueError("LLM: tokenizer: needed beside a loaded model")
-    else:
-        folder, model = model, load_model(Path(model), dtype=dtype)
-        tokenizer = tokenizer or Tokenizer.from_folder(folder)
-    if num_blocks is None and block_size >= 1:
-        num_blocks = kv_cache_bytes // bytes_per_block(model, block_size)
-    if num_blocks is None or min(num_blocks, block_size) < 1 or max_num_seqs < 1 or max_batched_tokens < 1:
+        dtype = model.lm_head_weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"LLM: dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+    for name, value, known in (
+        ("quantization", quantization, (None, *QUANTIZATIONS)),
+        ("kv_cache_dtype", kv_cache_dtype, ("auto", "int8")),
+    ):
+        if value not in known:
+            raise ValueError(f"LLM: {name}: expected one of {', '.join(map(str, known))}, got {value!r}")
+    if block_size < 1 or block_size % 16:
+        raise ValueError(f"LLM: block_size: expected a positive multiple of 16, got {block_size}")
+    packed = pack_decoder(model, quantization or str(dtype).removeprefix("torch."))
+    tokenizer = tokenizer or Tokenizer.from_folder(model)  # type: ignore[arg-type]  # a model came with its tokenizer
+    kv_format = "int8" if kv_cache_dtype == "int8" else str(packed.dtype).removeprefix("torch.")
+    if num_blocks is None:
+        layers = packed.config.num_hidden_layers
+        num_blocks = kv_cache_bytes // (layers * packed.cache_block_bytes(kv_format, block_size))
+    if min(num_blocks, max_num_seqs, max_batched_tokens) < 1:
         raise ValueError(
-            "LLM: expected at least 1 each, got "
-            f"{num_blocks=}, {block_size=}, {max_num_seqs=}, {max_batched_tokens=} ({kv_cache_bytes=})"
+            f"LLM: expected at least 1 each, got {num_blocks=}, {max_num_seqs=}, {max_batched_tokens=} "
+            f"({kv_cache_bytes=})"
         )
+    runner = Runner(packed, kv_format=kv_format, block_size=block_size, num_blocks=num_blocks)
     return EngineCore(
-        Runner(model, block_size=block_size, num_blocks=num_blocks), tokenizer, end_ids=end_ids(model, tokenizer),
+        runner, tokenizer, end_ids=end_ids(packed.config, tokenizer),
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
     )  # fmt: skip
 
 
-def end_ids(model: Decoder, tokenizer: Tokenizer) -> tuple[int, ...]:
+def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokenizer's, which read generation_config.json; without that file, as in transformers, config.json's."""
     found = tokenizer.eos_ids
-    given = model.config.source.get("eos_token_id")
+    given = config.source.get("eos_token_id")
     if given is None or "generation_config.json" in tokenizer.files:
         return found
     return tuple(dict.fromkeys([*found, *(given if isinstance(given, list) else [given])]))

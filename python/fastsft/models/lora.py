@@ -72,11 +72,15 @@ class LoraLinear(Linear):
         return torch.addmm(linear(x, self.weight, self.bias), x_TR, self.lora_B.t(), alpha=self.config.scale)
 
     @torch.no_grad()
+    def effective_weight(self) -> torch.Tensor:
+        """The base weight plus the adapter, in float32."""
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.to(exact).addmm(self.lora_B.to(exact), self.lora_A.to(exact), alpha=self.config.scale)
+
+    @torch.no_grad()
     def merged(self) -> Linear:
         """The base layer with the adapter added into its own weight: in float32, rounded once."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(exact)
-        self.weight.copy_(weight.addmm(self.lora_B.to(exact), self.lora_A.to(exact), alpha=self.config.scale))
+        self.weight.copy_(self.effective_weight())
         with torch.device("meta"):
             layer = Linear(self.in_features, self.out_features, bias=self.bias is not None)
         layer.weight, layer.bias = self.weight, self.bias

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.lora import lora_layers
 from fastsft.models.rope import RotaryTable
 from fastsft.models.stored import check_tied, match, open_tensors
 from fastsft.ops.decoder import DecoderLayer, DecoderWeights, decoder_step
@@ -94,7 +95,7 @@ def pack_decoder(
     Activations are float32 with float32 weights and bfloat16 otherwise.
 
     Args:
-        model: a decoder on the CPU, or a Hugging Face folder.
+        model: a decoder on the CPU, with or without adapters, or a Hugging Face folder.
         format: of the layers: "float32", "bfloat16", "int8", "w8a8" or "int4" (see ``ops.pack_weight``).
         head_format: of the language model head; None: as ``format``.
         group: 32 or 64; of int4.
@@ -127,7 +128,7 @@ def _sizes(config: ModelConfig) -> dict[str, object]:
 
 
 class _Source:
-    """A model's tensors by the names of ``Decoder``'s parameters, from memory or, one at a time, from its folder."""
+    """A model's tensors by the names of our parameters: from memory, adapters added in, or from its folder."""
 
     config: ModelConfig
     read: Callable[[str], Tensor]
@@ -136,11 +137,11 @@ class _Source:
         if isinstance(model, Decoder):
             self.config = model.config
             parameters = dict(model.named_parameters())
-            if adapted := [name for name in parameters if name.endswith(("lora_A", "lora_B"))]:
-                raise ValueError(f"model: expected one without adapters, got {adapted[0]}: merge_lora it first")
             if model.lm_head_weight.device.type != "cpu":
-                raise ValueError(f"model: expected on the CPU, got {model.lm_head_weight.device}")
-            self.read = lambda name: parameters[name].detach()
+                device = model.lm_head_weight.device
+                raise ValueError(f"model: expected on the CPU (the engine has no other path), got {device}")
+            adapted = {f"{name}.weight": layer for name, layer in lora_layers(model)}
+            self.read = lambda name: adapted[name].effective_weight() if name in adapted else parameters[name].detach()
             return
         folder = Path(model)
         if not folder.is_dir():

@@ -93,6 +93,13 @@ def test_the_queue_is_bounded_in_requests_and_tokens(folder: Path) -> None:
         core.add(request("c", [5]))
     assert core.abort("a")
     core.add(request("c", [5]))
+    assert core.abort("large")
+    assert core.abort("b")
+    while core.busy:
+        core.step()
+    core.add(request("several", [5] * 3, n=3))
+    core.step()  # one of them runs, two wait: they are one request
+    core.add(request("d", [5]))
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_bytes(folder: Path) -> None:

@@ -149,14 +149,16 @@ class EngineCore:
     def _check_queue(self, tokens: int) -> None:
         """An empty queue takes any request."""
         waiting = self._scheduler.waiting
-        queued = sum(len(s.tokens) for s in waiting)
-        requests, most = self._max_queued_requests, self._max_queued_tokens
-        if not waiting:
-            return
-        if requests is not None and len(waiting) >= requests:
-            raise QueueFull(f"{len(waiting)} requests are waiting, of at most {requests}")
-        if most is not None and queued + tokens > most:
-            raise QueueFull(f"{queued} tokens are waiting, of at most {most}; {tokens} more do not fit")
+        if waiting and self._max_queued_requests is not None:
+            requests = len({s.request_id for s in waiting})
+            if requests >= self._max_queued_requests:
+                raise QueueFull(f"{requests} requests are waiting, of at most {self._max_queued_requests}")
+        if waiting and self._max_queued_tokens is not None:
+            queued = sum(len(s.tokens) for s in waiting)
+            if queued + tokens > self._max_queued_tokens:
+                raise QueueFull(
+                    f"{queued} tokens are waiting, of at most {self._max_queued_tokens}; {tokens} more do not fit"
+                )
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""

@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kTileRows = 56;  // of a task: four strips of registers, one token at least
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kLeastParts = 2;  // of a task: some microseconds
+constexpr int64_t kFewRows = 8;                     // memory-bound
+constexpr int64_t kPartBytes = int64_t{256} << 10;  // of a task: with the next part, half of a second-level cache
+constexpr int64_t kLeastParts = 2;                  // of a task: some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -76,6 +78,7 @@ void check_cache_rows(const KVLayout& layout, const CacheRows& rows, int64_t num
 void plan_cached_attention(const KVLayout& layout, const CacheRows& rows, int64_t q_heads, int64_t window_left,
                            int threads, CachedAttentionPlan& plan) {
   const int64_t group = q_heads / layout.heads, tile_tokens = std::max<int64_t>(1, kTileRows / group);
+  const KVPlaces places(layout);
   int64_t total = 0, room = 0;
   for_each_tile(rows, tile_tokens, window_left, [&](int64_t, int64_t, int64_t tokens, Parts parts) {
     total += (parts.end - parts.begin) * part_cost(tokens * group) * layout.heads;
@@ -85,21 +88,26 @@ void plan_cached_attention(const KVLayout& layout, const CacheRows& rows, int64_
   plan.merges.clear();
   for_each_tile(rows, tile_tokens, window_left, [&](int64_t b, int64_t row, int64_t tokens, Parts parts) {
     const int64_t query_rows = tokens * group, count = parts.end - parts.begin;
-    const int64_t size = partial_floats(query_rows, layout.head_dim);
-    const int64_t at_once = std::max(kLeastParts, ceil_div(share, part_cost(query_rows)));
-    for (int64_t head = 0; head < layout.heads; ++head) {
+    // Few rows: heads that stand next to each other are read together.
+    const int64_t side_by_side =
+        query_rows > kFewRows ? 1 : std::max<int64_t>(1, kPartBytes / (places.head * kPartKeys / layout.block_size));
+    for (int64_t head = 0; head < layout.heads; head += side_by_side) {
       AttentionTask task{.sequence = static_cast<int32_t>(b),
-                         .kv_head = static_cast<int32_t>(head),
+                         .head_begin = static_cast<int32_t>(head),
+                         .head_end = static_cast<int32_t>(std::min(head + side_by_side, layout.heads)),
                          .row_begin = static_cast<int32_t>(row),
                          .row_end = static_cast<int32_t>(row + tokens),
                          .part_begin = static_cast<int32_t>(parts.begin),
                          .part_end = static_cast<int32_t>(parts.end),
                          .partials = -1};
+      const int64_t heads = task.head_end - task.head_begin;
+      const int64_t at_once = std::max(kLeastParts, ceil_div(share, part_cost(query_rows) * heads));
       if (at_once >= count) {
         plan.tasks.push_back(task);
         continue;
       }
       const int64_t per_task = ceil_div(count, ceil_div(count, at_once));
+      const int64_t size = partial_floats(query_rows, layout.head_dim) * heads;
       task.partials = room;
       plan.merges.push_back(task);
       for (int64_t part = parts.begin; part < parts.end; part += per_task) {
@@ -115,13 +123,13 @@ void plan_cached_attention(const KVLayout& layout, const CacheRows& rows, int64_
 }
 
 void cached_attention_task(const CachedAttention& call, const AttentionTask& task, float* scratch) {
-  const int64_t bytes = kv_work_bytes(task_rows(call, task), call.layout.head_dim);
+  const int64_t bytes = kv_work_bytes(task.head_end - task.head_begin, task_rows(call, task), call.layout.head_dim);
   FASTSFT_ISA_SELECT(kv_attention_task)
   (call, task, static_cast<char*>(thread_scratch(bytes)), task.partials < 0 ? nullptr : scratch);
 }
 
 void cached_attention_merge(const CachedAttention& call, const AttentionTask& merge, const float* scratch) {
-  const int64_t bytes = kv_work_bytes(0, call.layout.head_dim);
+  const int64_t bytes = kv_work_bytes(0, 0, call.layout.head_dim);
   FASTSFT_ISA_SELECT(kv_attention_merge)(call, merge, static_cast<char*>(thread_scratch(bytes)), scratch);
 }
 

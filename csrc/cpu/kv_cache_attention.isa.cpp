@@ -70,10 +70,11 @@ FASTSFT_INLINE Vec load_line(const char* line, int64_t row_bytes, int step) {
   }
 }
 
-// sum[r][j] += over `lines` lines of a[r] times the columns from base[j] on; asks for what lies `ahead` of each line.
+// sum[r][j] += over `lines` lines of a[r] times the columns from base[j] on; asks for as many bytes of each ahead[j].
 template <typename Format, Stored kStored, int kRows, int kVecs>
-FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* const (&base)[kVecs], int64_t row_bytes,
-                                   int64_t lines, int64_t ahead, Vec (&sum)[kRows][kVecs]) {
+FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* const (&base)[kVecs],
+                                   const char* const (&ahead)[kVecs], int64_t row_bytes, int64_t lines,
+                                   Vec (&sum)[kRows][kVecs]) {
   constexpr int kSteps = 2 / Format::kSteps;
   const int64_t line_bytes = row_bytes * kLineRows<Format, kStored>;
   for (int64_t at = 0; at < lines * line_bytes; at += line_bytes) {
@@ -83,7 +84,7 @@ FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* c
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
         const int64_t row = kLineRows<Format, kStored> == 2 ? step * row_bytes : 0;
-        if (step == 0 || kLineRows<Format, kStored> == 2) __builtin_prefetch(base[j] + at + row + ahead, 0, 2);
+        if (step == 0 || kLineRows<Format, kStored> == 2) __builtin_prefetch(ahead[j] + at + row);
         b[j] = load_line<Format, kStored>(base[j] + at, row_bytes, step);
       }
 #pragma GCC unroll 16
@@ -102,10 +103,10 @@ FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* c
 struct Part {
   const char* k[kPartGroups];
   const char* v[kPartGroups];
-  const char* next[kPartGroups];  // K of the part after it, or V of this one
   const float* k_scales[kPartGroups];
   const float* v_scales[kPartGroups];
-  int64_t ahead;  // from K to V
+  const char* const* k_ahead;  // [kPartGroups] places to ask for meanwhile, each as long as K of a group
+  const char* const* v_ahead;
 };
 
 // Rows of a task that are multiplied together.
@@ -117,13 +118,14 @@ struct Strip {
 template <typename Format, Stored kStored, int kRows, int kVecs>
 FASTSFT_NOINLINE void score_keys(const Part& part, const Strip& strip, const typename Format::Word* queries,
                                  int64_t dim, int64_t vector, float factor) {
-  const char* base[kVecs];
+  const char *base[kVecs], *ahead[kVecs];
   for (int j = 0; j < kVecs; ++j) {
-    const int64_t column = (vector + j) * kLanes;
-    base[j] = part.k[column / kGroupKeys] + column % kGroupKeys * kColumnBytes<kStored>;
+    const int64_t column = (vector + j) * kLanes, offset = column % kGroupKeys * kColumnBytes<kStored>;
+    base[j] = part.k[column / kGroupKeys] + offset;
+    ahead[j] = part.k_ahead[column / kGroupKeys] + offset;
   }
   Vec sum[kRows][kVecs] = {};
-  multiply_lines<Format, kStored>(queries, base, kGroupKeys * kColumnBytes<kStored>, dim / 2, part.ahead, sum);
+  multiply_lines<Format, kStored>(queries, base, ahead, kGroupKeys * kColumnBytes<kStored>, dim / 2, sum);
 #pragma GCC unroll 8
   for (int j = 0; j < kVecs; ++j) {
     const int64_t column = (vector + j) * kLanes;
@@ -139,7 +141,7 @@ FASTSFT_NOINLINE void score_keys(const Part& part, const Strip& strip, const typ
 template <typename Format, Stored kStored, int kRows>
 FASTSFT_NOINLINE void score(const Part& part, const Strip& strip, const typename Format::Word* queries, int64_t dim,
                             float factor) {
-  constexpr int kFit = kLanes >= 16 ? 28 / kRows : 12 / kRows, kVecs = kFit >= 8 ? 8 : kFit >= 4 ? 4 : 2;
+  constexpr int kFit = kLanes >= 16 ? 28 / kRows : 12 / kRows, kVecs = kFit >= 4 ? 4 : 2;
   constexpr int64_t kPerGroup = kGroupKeys / kLanes;
   int64_t vector = strip.group_begin * kPerGroup;
   const int64_t end = strip.group_end * kPerGroup;
@@ -157,10 +159,14 @@ FASTSFT_NOINLINE void add_columns(const Part& part, const Strip& strip, int64_t 
   const auto* probabilities = reinterpret_cast<const typename Format::Word*>(strip.scores);
   Vec sum[kRows][kVecs] = {};
   for (int64_t g = strip.group_begin; g < strip.group_end; ++g) {
-    const char* base[kVecs];
-    for (int j = 0; j < kVecs; ++j) base[j] = part.v[g] + (column + j * kLanes) * kColumnBytes<kStored>;
-    multiply_lines<Format, kStored>(probabilities + g * kGroupWords, base, dim * kColumnBytes<kStored>, kGroupKeys / 2,
-                                    part.next[g] - part.v[g], sum);
+    const char *base[kVecs], *ahead[kVecs];
+    for (int j = 0; j < kVecs; ++j) {
+      const int64_t offset = (column + j * kLanes) * kColumnBytes<kStored>;
+      base[j] = part.v[g] + offset;
+      ahead[j] = part.v_ahead[g] + offset;
+    }
+    multiply_lines<Format, kStored>(probabilities + g * kGroupWords, base, ahead, dim * kColumnBytes<kStored>,
+                                    kGroupKeys / 2, sum);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -247,10 +253,10 @@ FASTSFT_INLINE void merge_stats(float* maxima, float* totals, const float* part_
 }
 
 // out = sums / total; 0 where a row saw no key
-FASTSFT_NOINLINE void store_row(const CachedAttention& call, const AttentionTask& task, int64_t row, const float* sums,
-                                float total) {
+FASTSFT_NOINLINE void store_row(const CachedAttention& call, const AttentionTask& task, int64_t kv_head, int64_t row,
+                                const float* sums, float total) {
   const int64_t dim = call.layout.head_dim, group = call.q_heads / call.layout.heads;
-  const int64_t head = task.kv_head * group + row % group;
+  const int64_t head = (task.head_begin + kv_head) * group + row % group;
   void* out = element(call.dtype, call.out, (task.row_begin + row / group) * call.out_stride + head * dim);
   const Vec factor = splat(total == 0 ? 0 : 1 / total);
   // Adding 0 makes -0 into 0: whether a key that is not seen took part shows in the sign of a zero alone.
@@ -261,7 +267,7 @@ FASTSFT_NOINLINE void store_row(const CachedAttention& call, const AttentionTask
 
 template <int kRows = kTileRows, typename Run>
 FASTSFT_INLINE void with_rows(int64_t rows, Run run) {
-  constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows > 2 ? 2 : 1;
+  constexpr int kFewer = kRows > 8 ? 8 : kRows == 8 ? 7 : kRows > 4 ? 4 : kRows - 1;
   if constexpr (kRows > 1) {
     if (rows <= kFewer) return with_rows<kFewer>(rows, run);
   }
@@ -282,6 +288,8 @@ FASTSFT_NOINLINE void make_ready(const char* from, int64_t lines, int64_t column
   }
 }
 
+// One or several key heads, part by part. What is asked for ahead is the next part of all heads, in the order of
+// memory: the processor itself sees far ahead in long runs only.
 template <typename Format, Stored kStored>
 class Task {
   using Word = typename Format::Word;
@@ -293,6 +301,7 @@ class Task {
         places_(call.layout),
         dim_(call.layout.head_dim),
         group_(call.q_heads / call.layout.heads),
+        heads_(task.head_end - task.head_begin),
         rows_(task_rows(call, task)),
         strips_((rows_ + kTileRows - 1) / kTileRows),
         strip_rows_((rows_ + strips_ - 1) / strips_) {
@@ -300,37 +309,40 @@ class Task {
     first_ = rows.context_lens[task.sequence] - rows.cu_seqlens[task.sequence + 1] + task.row_begin;
     end_ = first_ + task.row_end - task.row_begin;
     begin_ = seen_from(first_);
-    float* room = reinterpret_cast<float*>(work);
-    const auto take = [&](int64_t floats) {
-      room += floats;
-      return room - floats;
+    const auto take = [&](int64_t bytes) {
+      work += bytes;
+      return work - bytes;
     };
-    scores_ = take(16 * kPitch);
-    ready_ = reinterpret_cast<char*>(take(2 * kPartKeys * dim_));
-    queries_ = reinterpret_cast<Word*>(take((rows_ + 16) * kPitch));
-    maxima_ = take((rows_ + 16) * 16);
-    totals_ = take((rows_ + 16) * 16);
-    sums_ = take((rows_ + 16) * dim_);
+    scores_ = reinterpret_cast<float*>(take(16 * kPitch * 4));
+    queries_ = reinterpret_cast<Word*>(take((heads_ * rows_ + 16) * kPitch * 4));
+    maxima_ = reinterpret_cast<float*>(take(heads_ * strips_ * 64));
+    totals_ = reinterpret_cast<float*>(take(heads_ * strips_ * 64));
+    sums_ = reinterpret_cast<float*>(take(heads_ * rows_ * dim_ * 4));
+    ahead_ = reinterpret_cast<const char**>(take(heads_ * 2 * kPartGroups * static_cast<int64_t>(sizeof(char*))));
+    ready_ = work;
   }
 
   void run(float* scratch) {
     pack_queries();
     clear();
-    find_part(task_.part_begin);
+    list_ahead(task_.part_begin);
+    ask_at_once();
     for (int64_t index = task_.part_begin; index < task_.part_end; ++index) {
-      Part now = part_;
-      if (index + 1 < task_.part_end) find_part(index + 1);
-      for (int64_t g = 0; g < kPartGroups; ++g) now.next[g] = part_.k[g] == nullptr ? now.v[g] : part_.k[g];
-      if (kStored != Stored::kReady && strips_ > 1) {
-        make_part_ready(now);
-        run_part<Stored::kReady>(now, index, scratch);
-      } else {
-        run_part<kStored>(now, index, scratch);
+      if (index + 1 < task_.part_end) list_ahead(index + 1);
+      for (int64_t head = 0; head < heads_; ++head) {
+        Part part = part_of(index, head);
+        if (kStored != Stored::kReady && strips_ > 1) {
+          make_part_ready(part);
+          run_part<Stored::kReady>(part, index, head, scratch);
+        } else {
+          run_part<kStored>(part, index, head, scratch);
+        }
       }
     }
     if (scratch != nullptr) return;
-    for (int64_t row = 0; row < rows_; ++row) {
-      store_row(call_, task_, row, sums_ + row * dim_, totals_[row / strip_rows_ * 16 + row % strip_rows_]);
+    for (int64_t row = 0; row < heads_ * rows_; ++row) {
+      const int64_t in_head = row % rows_, strip = row / rows_ * strips_ + in_head / strip_rows_;
+      store_row(call_, task_, row / rows_, in_head, sums_ + row * dim_, totals_[strip * 16 + in_head % strip_rows_]);
     }
   }
 
@@ -340,70 +352,114 @@ class Task {
   }
 
   void pack_queries() {
-    for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t head = task_.kv_head * group_ + row % group_;
-      const void* q = element(call_.dtype, call_.q, (task_.row_begin + row / group_) * call_.q_stride + head * dim_);
-      Word* to = queries_ + row * kPitch;
-      if constexpr (Format::kSteps == 2) {
-        std::memcpy(to, q, static_cast<std::size_t>(dim_) * 2);
-      } else {
-        for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load_as_float(call_.dtype, q, d));
+    Word* to = queries_;
+    for (int64_t h = task_.head_begin; h < task_.head_end; ++h) {
+      for (int64_t row = 0; row < rows_; ++row, to += kPitch) {
+        const int64_t at = (task_.row_begin + row / group_) * call_.q_stride + (h * group_ + row % group_) * dim_;
+        const void* q = element(call_.dtype, call_.q, at);
+        if constexpr (Format::kSteps == 2) {
+          std::memcpy(to, q, static_cast<std::size_t>(dim_) * 2);
+        } else {
+          for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load_as_float(call_.dtype, q, d));
+        }
       }
     }
     // Register tiles may have more rows than there are.
-    std::memset(queries_ + rows_ * kPitch, 0, static_cast<std::size_t>(16 * kPitch) * 4);
+    std::memset(to, 0, static_cast<std::size_t>(16 * kPitch) * 4);
   }
 
   void clear() {
-    fill_zero(sums_, sums_ + rows_ * dim_);
-    for (int64_t i = 0; i < strips_ * 16; i += kLanes) {
+    fill_zero(sums_, sums_ + heads_ * rows_ * dim_);
+    for (int64_t i = 0; i < heads_ * strips_ * 16; i += kLanes) {
       store(maxima_ + i, splat(-INFINITY));
       store(totals_ + i, Vec{});
     }
   }
 
-  // The groups of part `index` that the task sees; the others are null.
-  void find_part(int64_t index) {
-    const KVLayout& layout = call_.layout;
+  // --- where a part lies; groups that the task does not see stand for the nearest one that it does
+
+  struct Place {
+    const char* block;
+    int64_t slot;
+  };
+  Place place_of(int64_t group) const {
+    const int64_t seen = smaller(larger(group, begin_ / kGroupKeys), (end_ - 1) / kGroupKeys);
+    const int64_t per_block = call_.layout.block_size / kGroupKeys, block = seen / per_block;
     const int32_t* table = call_.rows.block_table + task_.sequence * call_.rows.table_stride;
+    return {call_.layer_blocks + table[block] * places_.block, (seen - block * per_block) * kGroupKeys};
+  }
+
+  Part part_of(int64_t index, int64_t head) const {
+    Part part;
+    part.k_ahead = ahead_ + head * 2 * kPartGroups;
+    part.v_ahead = part.k_ahead + kPartGroups;
     for (int64_t g = 0; g < kPartGroups; ++g) {
-      const int64_t key = index * kPartKeys + g * kGroupKeys;
-      part_.k[g] = part_.v[g] = nullptr;
-      part_.k_scales[g] = part_.v_scales[g] = nullptr;
-      if (key >= end_ || key + kGroupKeys <= begin_) continue;
-      const int64_t slot = key % layout.block_size;
-      const char* head =
-          call_.layer_blocks + table[key / layout.block_size] * places_.block + task_.kv_head * places_.head;
-      part_.k[g] = head + slot / kGroupKeys * places_.group;
-      part_.v[g] = part_.k[g] + places_.half;
+      const Place place = place_of(index * kPartGroups + g);
+      const char* const base = place.block + (task_.head_begin + head) * places_.head;
+      part.k[g] = base + place.slot / kGroupKeys * places_.group;
+      part.v[g] = part.k[g] + places_.half;
+      part.k_scales[g] = part.v_scales[g] = nullptr;
       if (places_.scale == 0) continue;
-      part_.k_scales[g] = reinterpret_cast<const float*>(head + 2 * places_.half) + slot;
-      part_.v_scales[g] = part_.k_scales[g] + layout.block_size;
+      part.k_scales[g] = reinterpret_cast<const float*>(base + 2 * places_.half) + place.slot;
+      part.v_scales[g] = part.k_scales[g] + call_.layout.block_size;
     }
-    part_.ahead = places_.half;
+    return part;
+  }
+
+  // K and V of the part's groups in the order of memory.
+  void list_ahead(int64_t index) {
+    int64_t count = 0;
+    for (int64_t g = 0; g < kPartGroups;) {
+      const Place place = place_of(index * kPartGroups + g);
+      int64_t run = 1;  // of neighbours
+      for (; g + run < kPartGroups; ++run) {
+        const Place next = place_of(index * kPartGroups + g + run);
+        if (next.block != place.block || next.slot != place.slot + run * kGroupKeys) break;
+      }
+      for (int64_t head = 0; head < heads_; ++head) {
+        const char* const base = place.block + (task_.head_begin + head) * places_.head;
+        for (const int64_t half : {int64_t{0}, places_.half}) {
+          const char* const first = base + half + place.slot / kGroupKeys * places_.group;
+          for (int64_t i = 0; i < run; ++i) ahead_[count++] = first + i * places_.group;
+        }
+        if (places_.scale == 0) continue;
+        const char* const scales = base + 2 * places_.half + place.slot * 4;
+        for (int64_t i = 0; i < run; ++i) __builtin_prefetch(scales + i * kGroupKeys * 4);
+        for (int64_t i = 0; i < run; ++i) __builtin_prefetch(scales + places_.scale + i * kGroupKeys * 4);
+      }
+      g += run;
+    }
+  }
+
+  void ask_at_once() const {
+    for (int64_t i = 0; i < heads_ * 2 * kPartGroups; ++i) {
+      for (int64_t at = 0; at < places_.group; at += 64) __builtin_prefetch(ahead_[i] + at);
+    }
   }
 
   void make_part_ready(Part& part) {
     const int64_t bytes = kGroupKeys * dim_ * (Format::kSteps == 1 ? 4 : 2);
     char* room = ready_;
-    for (int64_t g = 0; g < kPartGroups; ++g) {
-      if (part.k[g] == nullptr) continue;
+    for (int64_t g = 0; g < kPartGroups; ++g, room += 2 * bytes) {
       make_ready<Format, kStored>(part.k[g], dim_ / 2, kGroupKeys, room);
       make_ready<Format, kStored>(part.v[g], kGroupKeys / 2, dim_, room + bytes);
-      part.k[g] = part.next[g] = room;
+      part.k[g] = room;
       part.v[g] = room + bytes;
-      room += 2 * bytes;
     }
-    part.ahead = 0;
+    part.k_ahead = part.k;
+    part.v_ahead = part.v;
   }
 
+  // --- a part of one head
+
   template <Stored kAs>
-  void run_part(const Part& part, int64_t index, float* scratch) {
-    const int64_t start = index * kPartKeys, stats = partial_stats(rows_);
+  void run_part(const Part& part, int64_t index, int64_t head, float* scratch) {
+    const int64_t start = index * kPartKeys, stats = partial_stats(rows_), size = partial_floats(rows_, dim_);
     float* partial = nullptr;
-    if (scratch != nullptr)
-      partial = scratch + task_.partials + (index - task_.part_begin) * partial_floats(rows_, dim_);
-    for (int64_t s = 0, row = 0; row < rows_; ++s, row += strip_rows_) {
+    if (scratch != nullptr) {
+      partial = scratch + task_.partials + ((index - task_.part_begin) * heads_ + head) * size;
+    }
+    for (int64_t s = head * strips_, row = 0; row < rows_; ++s, row += strip_rows_) {
       Strip strip{.rows = smaller(strip_rows_, rows_ - row), .group_begin = 0, .group_end = 0, .scores = scores_};
       const Band low = band_of(row, start), high = band_of(row + strip.rows - 1, start);
       const bool is_blind = high.last <= low.first;
@@ -413,16 +469,16 @@ class Task {
         strip.group_begin = low.first / kGroupKeys;
         strip.group_end = (high.last + kGroupKeys - 1) / kGroupKeys;
         const float factor = call_.scale * kLog2e;
-        with_rows(strip.rows, [&](auto rows) {
-          score<Format, kAs, decltype(rows)::value>(part, strip, queries_ + row * kPitch, dim_, factor);
-        });
+        const Word* queries = queries_ + (head * rows_ + row) * kPitch;
+        with_rows(strip.rows,
+                  [&](auto rows) { score<Format, kAs, decltype(rows)::value>(part, strip, queries, dim_, factor); });
         for (int64_t r = 0; r < strip.rows; ++r) {
           const RowStats found = softmax<Format>(part, strip, band_of(row + r, start), scores_ + r * kPitch);
           part_maxima[r] = found.maximum;
           part_totals[r] = found.total;
         }
       }
-      float* sums = sums_ + row * dim_;
+      float* sums = sums_ + (head * rows_ + row) * dim_;
       if (partial != nullptr) {
         sums = partial + row * dim_;
         fill_zero(sums, sums + strip.rows * dim_);
@@ -448,15 +504,15 @@ class Task {
   const CachedAttention& call_;
   const AttentionTask& task_;
   const KVPlaces places_;
-  const int64_t dim_, group_, rows_, strips_, strip_rows_;
+  const int64_t dim_, group_, heads_, rows_, strips_, strip_rows_;  // rows of one key head
   int64_t first_, end_, begin_;  // positions of the rows; the first key that one of them sees
   float* scores_;                // [16, kPitch]
-  Word* queries_;                // [rows + 16, kPitch]
-  float* maxima_;                // [strips, 16]
+  Word* queries_;                // [heads, rows, kPitch]
+  float* maxima_;                // [heads, strips, 16]
   float* totals_;
-  float* sums_;  // [rows, D]
-  char* ready_;  // K and V of a part
-  Part part_;
+  float* sums_;         // [heads, rows, D]
+  const char** ahead_;  // [heads, 2, kPartGroups]
+  char* ready_;         // K and V of a part
 };
 
 }  // namespace
@@ -481,26 +537,29 @@ void kv_attention_task(const CachedAttention& call, const AttentionTask& task, c
 
 void kv_attention_merge(const CachedAttention& call, const AttentionTask& merge, char* work, const float* scratch) {
   const int64_t dim = call.layout.head_dim, rows = task_rows(call, merge), stats = partial_stats(rows);
+  const int64_t heads = merge.head_end - merge.head_begin, size = partial_floats(rows, dim);
   float* sums = reinterpret_cast<float*>(work);
-  for (int64_t row = 0; row < rows; row += 16) {
-    const int64_t have = smaller<int64_t>(16, rows - row);
-    alignas(64) float maxima[16], totals[16], keep[16], take[16];
-    for (int i = 0; i < 16; ++i) maxima[i] = -INFINITY, totals[i] = 0;
-    fill_zero(sums, sums + have * dim);
-    for (int64_t index = merge.part_begin; index < merge.part_end; ++index) {
-      const float* partial = scratch + merge.partials + (index - merge.part_begin) * partial_floats(rows, dim);
-      const float* part_maxima = partial + rows * dim + row;
-      for (int i = 0; i < 16; i += kLanes) {
-        merge_stats(maxima + i, totals + i, part_maxima + i, part_maxima + stats + i, keep + i, take + i);
-      }
-      for (int64_t r = 0; r < have; ++r) {
-        for (int64_t d = 0; d < dim; d += kLanes) {
-          float* place = sums + r * dim + d;
-          store(place, fused(load(partial + (row + r) * dim + d), splat(take[r]), load(place) * keep[r]));
+  for (int64_t head = 0; head < heads; ++head) {
+    for (int64_t row = 0; row < rows; row += 16) {
+      const int64_t have = smaller<int64_t>(16, rows - row);
+      alignas(64) float maxima[16], totals[16], keep[16], take[16];
+      for (int i = 0; i < 16; ++i) maxima[i] = -INFINITY, totals[i] = 0;
+      fill_zero(sums, sums + have * dim);
+      for (int64_t index = 0; index < merge.part_end - merge.part_begin; ++index) {
+        const float* partial = scratch + merge.partials + (index * heads + head) * size;
+        const float* part_maxima = partial + rows * dim + row;
+        for (int i = 0; i < 16; i += kLanes) {
+          merge_stats(maxima + i, totals + i, part_maxima + i, part_maxima + stats + i, keep + i, take + i);
+        }
+        for (int64_t r = 0; r < have; ++r) {
+          for (int64_t d = 0; d < dim; d += kLanes) {
+            float* place = sums + r * dim + d;
+            store(place, fused(load(partial + (row + r) * dim + d), splat(take[r]), load(place) * keep[r]));
+          }
         }
       }
+      for (int64_t r = 0; r < have; ++r) store_row(call, merge, head, row + r, sums + r * dim, totals[r]);
     }
-    for (int64_t r = 0; r < have; ++r) store_row(call, merge, row + r, sums + r * dim, totals[r]);
   }
 }
 

@@ -35,21 +35,20 @@ struct KVPlaces {
         block(layout.heads * head) {}
 };
 
-// Rows of a task are (token, query head of the group), token first.
+// Rows of a task, per key head, are (token, query head of the group), token first.
 [[maybe_unused]] int64_t task_rows(const CachedAttention& call, const AttentionTask& task) {
   return (task.row_end - task.row_begin) * (call.q_heads / call.layout.heads);
 }
-// A part in the scratch memory: sums [rows, D], maxima and totals [round16(rows)] each.
+// A part of a key head in the scratch memory: sums [rows, D], maxima and totals [round16(rows)] each.
 constexpr int64_t partial_stats(int64_t rows) { return (rows + 15) / 16 * 16; }
 constexpr int64_t partial_floats(int64_t rows, int64_t dim) { return rows * dim + 2 * partial_stats(rows); }
 
-// `work` holds kv_work_bytes(rows, D) bytes, aligned to 64.
+// `work` holds this many bytes, aligned to 64; `rows` of each of the `heads`.
 constexpr int64_t kWorkPitch = kPartKeys + 16;  // words; not a power of two, so that rows do not share cache sets
-constexpr int64_t kv_work_bytes(int64_t rows, int64_t dim) {
-  const int64_t padded = rows + 16;
-  return (padded * (kWorkPitch + dim + 32) + 16 * kWorkPitch + 2 * kPartKeys * dim) * 4;
+constexpr int64_t kv_work_bytes(int64_t heads, int64_t rows, int64_t dim) {
+  const int64_t all = heads * rows + 16;
+  return (all * (kWorkPitch + dim + 32) + 16 * kWorkPitch + heads * 4 * kPartGroups + 2 * kPartKeys * dim) * 4;
 }
-
 }  // namespace
 
 FASTSFT_ISA_DECLARE(void, kv_attention_task, const CachedAttention& call, const AttentionTask& task, char* work,

@@ -280,7 +280,7 @@ TEST(bits_do_not_depend_on_the_division_into_tasks) {
   on_every_isa([&] {
     for (const Type& type : kTypes) {
       for (int64_t window : {int64_t{-1}, int64_t{3000}}) {
-        World world{.layout = {type.format, 1, 32, 32}, .dtype = type.dtype, .group = 3, .window = window};
+        World world{.layout = {type.format, 2, 32, 32}, .dtype = type.dtype, .group = 3, .window = window};
         world.fill({5000});
         (void)world.step({{0, 0, 4900}});
         for (int64_t begin : {4999, 4980, 4900}) {
@@ -315,9 +315,9 @@ TEST(a_plan_without_threads_needs_no_scratch_memory) {
       .rows = 1, .sequences = 2, .cu_seqlens = cu, .context_lens = contexts, .block_table = nullptr, .table_stride = 0};
   CachedAttentionPlan plan;
   plan_cached_attention(layout, rows, 2, -1, 1, plan);
-  CHECK(plan.scratch_bytes == 0 && plan.tasks.size() == 2 && plan.merges.empty());
+  CHECK(plan.scratch_bytes == 0 && plan.tasks.size() == 1 && plan.merges.empty());
   plan_cached_attention(layout, rows, 2, -1, 4, plan);
-  CHECK(plan.scratch_bytes > 0 && plan.tasks.size() > 8 && plan.merges.size() == 2);
+  CHECK(plan.scratch_bytes > 0 && plan.tasks.size() > 8 && plan.merges.size() == 1);
 }
 
 TEST(errors_name_the_argument) {

@@ -77,13 +77,14 @@ struct CachedAttention {
 // How a step's attention is divided. It depends on layout, rows, q_heads, window_left and `threads` alone: the same
 // plan serves every layer that has them. It holds no pointers. Bits do not depend on it.
 struct AttentionTask {
-  int32_t sequence, kv_head;
+  int32_t sequence;
+  int32_t head_begin, head_end;  // key heads
   int32_t row_begin, row_end;    // of the step
   int32_t part_begin, part_end;  // of 256 keys
   int64_t partials;              // where the parts go in the scratch memory, in floats; -1: straight to out
 };
 struct CachedAttentionPlan {
-  std::vector<AttentionTask> tasks;   // costliest first
+  std::vector<AttentionTask> tasks;   // of a prompt the costliest first
   std::vector<AttentionTask> merges;  // of rows whose parts were spread over several tasks
   int64_t scratch_bytes = 0;          // 0 where there are no merges, as always with one thread
 };

@@ -103,6 +103,6 @@ def test_eval_shows_how_far_each_stage_is(
     tasks = write(tmp_path / "tasks.jsonl", [{"task_id": c, "prompt": "say", "check": ""} for c in "abc"])
     options = ["--data", trained / "rows.jsonl", "--tasks", tasks, "--n", "2", "--max-tokens", "2"]
     cli.main([*map(str, ("eval", trained / "run" / "model", *options))])
-    assert list(told) == ["held-out loss", "generating", "executing"]
-    assert told["executing"] == [(done, 6) for done in range(1, 7)]
+    assert list(told) == ["held-out loss", "tasks sampled", "generated", "executed"]
+    assert told["executed"] == [(done, 6) for done in range(1, 7)]
     assert all(steps[-1][0] == steps[-1][1] for steps in told.values())

@@ -50,7 +50,9 @@ class Engine:
         return results
 
 
-def judged_here(pairs: list[tuple[Task, str]], *, workers: int, limits: Limits, progress: Any) -> list[SandboxResult]:
+def judged_here(
+    pairs: list[tuple[Task, str]], *, workers: int, languages: Any, limits: Limits, progress: Any
+) -> list[SandboxResult]:
     """What the sandbox would say."""
     results = []
     for task, code in pairs:

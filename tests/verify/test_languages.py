@@ -151,7 +151,7 @@ def test_a_language_in_a_few_lines(tmp_path: Path) -> None:
     gone = Task("t", "", cases=(("", ""),), language="gone")
     with pytest.raises(RuntimeError, match=r"no-such-command: .*No such file"):
         judge([(gone, "")], languages=own)
-    with pytest.raises(ValueError, match="task t: language: expected one of bash, c, .*got 'gone'"):
+    with pytest.raises(ValueError, match=r"task t: language: expected one of bash, c, .*got 'gone'"):
         judge([(gone, "")])
 
 

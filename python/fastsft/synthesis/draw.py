@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +17,16 @@ import torch
 from fastsft.data.lock import hold
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import PromptError, RequestOutput, SamplingParams
-from fastsft.files import sync
-from fastsft.models.tokenizer import FILES
+from fastsft.synthesis.journal import check_plan, digest_model, digest_tasks, read_whole
 from fastsft.verify.answers import ask, code_of
-from fastsft.verify.judge import failure_kind, judge
+from fastsft.verify.judge import failure_kind, judge, last_words
+from fastsft.verify.languages import Language
 from fastsft.verify.sandbox import Limits
 from fastsft.verify.tasks import Task
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-_PLAN, _SAMPLES = "plan.json", "samples.jsonl"
+_SAMPLES = "samples.jsonl"
 # Sequences of one call of the engine. The work is cut at fixed places, whatever was done before: what is beside a
 # sequence in a batch can change the last bits of its logits, and so, rarely, a draw.
 _GROUP = 256
@@ -54,13 +53,15 @@ class DrawOptions:
 @dataclass(frozen=True)
 class Sample:
     """``finished``: it ended by itself, not at ``max_tokens``. ``logprob``: the sum over its tokens under the model's
-    own distribution, in nats. ``failure``: None if it passed, otherwise how it failed."""
+    own distribution, in nats. ``failure``: None if it passed, otherwise how it failed; ``said``: its last words
+    then."""
 
     text: str
     tokens: int
     finished: bool
     logprob: float
     failure: str | None
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def draw(
     options: DrawOptions,
     *,
     workers: int = 2,
+    languages: Mapping[str, Language] | None = None,
     progress: Progress | None = None,
 ) -> list[Drawn]:
     """Draw ``options.n`` samples for each task and execute them in the sandbox.
@@ -99,6 +101,7 @@ def draw(
         tasks: with different ids.
         folder: ``plan.json`` says what was asked for, ``samples.jsonl`` has one line per task.
         workers: samples executed at once.
+        languages: as for :func:`fastsft.verify.judge.judge`.
 
     Returns:
         One result per task, in order.
@@ -115,16 +118,18 @@ def draw(
     size = max(1, _GROUP // _params(options, "").n)
     place = Path(folder)
     with hold(place):
-        _check_plan(place, {"model": _digest_model(Path(model)), "tasks": _digest_tasks(tasks),
-                            "options": dataclasses.asdict(options)})  # fmt: skip
-        drawn = _read(place / _SAMPLES, ids, size)
+        plan = {"model": digest_model(Path(model)), "tasks": digest_tasks(tasks, languages),
+                "options": dataclasses.asdict(options)}  # fmt: skip
+        check_plan(place, plan, "samples that were drawn")
+        drawn = [_drawn(row) for row in read_whole(place / _SAMPLES, ids, size)]
         if len(drawn) < len(tasks):
+            judged = {"workers": workers, "languages": languages}
             llm = LLM(model, dtype=getattr(torch, options.dtype))
             with open(place / _SAMPLES, "ab") as stream:
                 for begin in range(len(drawn), len(tasks), size):
                     if progress:
                         progress("tasks sampled", begin, len(tasks))
-                    found = _draw_group(llm, tasks[begin : begin + size], options, workers, progress)
+                    found = _draw_group(llm, tasks[begin : begin + size], options, judged, progress)
                     stream.write(b"".join(orjson.dumps(dataclasses.asdict(d)) + b"\n" for d in found))
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -135,7 +140,7 @@ def draw(
 
 
 def _draw_group(
-    llm: LLM, tasks: Sequence[Task], options: DrawOptions, workers: int, progress: Progress | None
+    llm: LLM, tasks: Sequence[Task], options: DrawOptions, judged: dict[str, Any], progress: Progress | None
 ) -> list[Drawn]:
     outputs: dict[str, RequestOutput] = {}
     problems: dict[str, str] = {}
@@ -149,12 +154,12 @@ def _draw_group(
             del fit[error.number]
     pairs = [(t, code_of(o.text, completion=options.completion)) for t in fit for o in outputs[t.task_id].outputs]
     told = None if progress is None else lambda done, total: progress("executed", done, total)
-    results = judge(pairs, workers=workers, limits=Limits(seconds=options.seconds), progress=told)
-    failures = iter([None if r.status == "ok" else failure_kind(r) for r in results])
+    results = judge(pairs, **judged, limits=Limits(seconds=options.seconds), progress=told)
+    failures = iter([(None if r.status == "ok" else failure_kind(r), last_words(r)) for r in results])
     drawn = []
     for task in tasks:
         samples = [
-            Sample(o.text, len(o.token_ids), o.finish_reason == "stop", _logprob(o), next(failures))
+            Sample(o.text, len(o.token_ids), o.finish_reason == "stop", _logprob(o), *next(failures))
             for o in (outputs[task.task_id].outputs if task.task_id in outputs else ())
         ]
         drawn.append(Drawn(task.task_id, tuple(samples), problems.get(task.task_id)))
@@ -180,67 +185,5 @@ def _logprob(output: Any) -> float:
     return math.fsum(at[token] for at, token in zip(output.logprobs, output.token_ids, strict=True))
 
 
-# --- what is on disk ------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path, ids: Sequence[str], size: int) -> list[Drawn]:
-    """The tasks of all groups that are there whole. What a killed process left of another one is cut off."""
-    drawn: list[Drawn] = []
-    ends = [0]
-    if path.is_file():
-        with open(path, "rb") as stream:
-            for line in stream:
-                try:
-                    row = orjson.loads(line) if line.endswith(b"\n") else None
-                except orjson.JSONDecodeError:
-                    row = None
-                if not isinstance(row, dict) or len(drawn) == len(ids) or row.get("task_id") != ids[len(drawn)]:
-                    break
-                samples = tuple(Sample(**s) for s in row["samples"])
-                drawn.append(Drawn(row["task_id"], samples, row["problem"]))
-                ends.append(ends[-1] + len(line))
-        whole = len(drawn) if len(drawn) == len(ids) else len(drawn) // size * size
-        os.truncate(path, ends[whole])
-        sync(path)
-        del drawn[whole:]
-    return drawn
-
-
-def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    path = folder / _PLAN
-    text = orjson.dumps(plan, option=orjson.OPT_INDENT_2) + b"\n"
-    if path.is_file():
-        before, now = orjson.loads(path.read_bytes()), orjson.loads(text)
-        changed = [name for name in ("model", "tasks") if before.get(name) != now[name]]
-        changed += [k for k, value in now["options"].items() if before.get("options", {}).get(k) != value]
-        if changed:
-            raise ValueError(
-                f"{folder}: has samples that were drawn with other settings: {', '.join(changed)}. Restore them, "
-                "choose another output, or remove the folder"
-            )
-        return
-    stage = folder / f".{_PLAN}.tmp"
-    stage.write_bytes(text)
-    sync(stage)
-    stage.replace(path)
-    sync(folder)
-
-
-def _digest_model(folder: Path) -> str:
-    """Of the files that decide what is generated."""
-    digest = hashlib.blake2b(digest_size=16)
-    names = {path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)}
-    for name in sorted(names | {"config.json", *FILES}):
-        path = folder / name
-        if path.is_file():
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            with open(path, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest_tasks(tasks: Sequence[Task]) -> str:
-    # json and not orjson: what a file escapes may be a lone surrogate, which is for the engine to refuse
-    content = json.dumps([dataclasses.astuple(task) for task in tasks])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+def _drawn(row: dict[str, Any]) -> Drawn:
+    return Drawn(row["task_id"], tuple(Sample(**s) for s in row["samples"]), row["problem"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,25 +12,29 @@ from fastsft.verbs.console import UsageError, print_json
 
 if TYPE_CHECKING:
     from fastsft.data.prepare import Progress
-    from fastsft.engine.request import SamplingParams
     from fastsft.models.decoder import Decoder
     from fastsft.models.tokenizer import Tokenizer
-    from fastsft.verify.tasks import Task
 
 
 def evaluate(
-    model: Path,
+    model: Path | None = None,
     /,
     *,
     data: tuple[Path, ...] = (),
     tasks: Path | None = None,
+    samples: Path | None = None,
+    languages: Path | None = None,
+    output: Path | None = None,
     k: tuple[int, ...] = (1,),
     n: int = 1,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     max_tokens: int = 256,
     completion: bool = False,
     stop: tuple[str, ...] = (),
+    seconds: float = 5.0,
+    workers: int | None = None,
     fields: dict[str, str] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     json: bool = False,
@@ -40,40 +45,54 @@ def evaluate(
         model: folder with config.json, weights and tokenizer.
         data: held-out files, in the formats of training data.
         tasks: JSONL(.gz) of tasks: task_id, prompt, and check or cases; or HumanEval's fields.
+        samples: score these instead: JSONL(.gz) of task_id and completion or solution. Needs no model.
+        languages: TOML of languages that the tasks are in, besides the built-in ones.
+        output: folder for samples, results and report. The same command after a kill goes on there.
         k: pass@k for each of these.
         n: samples per task, at least the largest k.
         temperature: 0 is greedy.
+        top_p: draw among the most probable tokens that have this share together.
         seed: of the draws.
         max_tokens: most tokens per sample.
         completion: continue the prompt as it is, not as a chat message.
         stop: strings that end a sample.
+        seconds: time that one run of a sample may take.
+        workers: samples executed at once; one per core by default.
         fields: names used in the files, as in data.fields of a run.
         dtype: of weights and cache.
         json: machine-readable output.
     """
     import torch
 
-    from fastsft.engine.request import SamplingParams
     from fastsft.models.tokenizer import Tokenizer
     from fastsft.models.weights import load_model
     from fastsft.progress import bars
-    from fastsft.verify.tasks import read_tasks
 
     if not data and tasks is None:
         raise UsageError("eval: give --data, --tasks or both")
-    if tasks is not None and not 1 <= min(k, default=0) <= max(k, default=0) <= n:
-        raise UsageError(f"eval: --k: expected numbers from 1 to --n, {n}, got {', '.join(map(str, k)) or 'none'}")
-    params = SamplingParams(n=n, temperature=temperature, seed=seed, stop=stop, max_tokens=max_tokens)
-    rows = [] if tasks is None else read_tasks(tasks)
-    if tasks is not None and not rows:
-        raise UsageError(f"eval: {tasks}: no task")
-    decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
+    if samples is not None and tasks is None:
+        raise UsageError("eval: --samples: expected --tasks with it")
+    if model is None and (data or samples is None):
+        raise UsageError("eval: expected a model")
+    if model is not None and samples is not None:
+        raise UsageError("eval: --samples: expected no model, the samples are drawn already")
+    most = None if samples is not None else n
+    if tasks is not None and not (k and min(k) >= 1 and (most is None or max(k) <= most)):
+        expected = "numbers from 1" if most is None else f"numbers from 1 to --n, {n}"
+        raise UsageError(f"eval: --k: expected {expected}, got {', '.join(map(str, k)) or 'none'}")
     results: dict[str, Any] = {}
     with bars() as tell:
-        if data:
+        if data and model is not None:
+            decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
             results["loss"] = _held_out_loss(decoder, tokenizer, data, fields or {}, tell)
         if tasks is not None:
-            results["tasks"] = _pass_at(decoder, tokenizer, rows, params, k, completion, tell)
+            from fastsft.synthesis.draw import DrawOptions
+            from fastsft.verbs.scoring import Scoring, pass_at
+
+            options = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds)
+            workers = workers or os.cpu_count() or 1
+            scoring = Scoring(model, tasks, samples, output, languages, k, workers, options)
+            results["tasks"] = pass_at(scoring, tell)
     if json:
         print_json(results)
     else:
@@ -98,29 +117,6 @@ def _held_out_loss(
     return {**dataclasses.asdict(result), "samples": len(store), **report}
 
 
-def _pass_at(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    tasks: list[Task],
-    params: SamplingParams,
-    k: tuple[int, ...],
-    completion: bool,
-    tell: Progress,
-) -> dict[str, Any]:
-    from fastsft.engine.llm import LLM
-    from fastsft.engine.request import PromptError
-    from fastsft.verify.answers import ask, codes_of
-    from fastsft.verify.passk import evaluate_tasks
-
-    llm = LLM(decoder, tokenizer)
-    generating, executing = functools.partial(tell, "generating"), functools.partial(tell, "executing")
-    try:
-        outputs = ask(llm, tasks, params, completion=completion, progress=generating)
-    except PromptError as error:
-        raise UsageError(f"eval: task {tasks[error.number].task_id}: {error.problem}") from None
-    return evaluate_tasks(tasks, codes_of(outputs, completion=completion), k=k, progress=executing).to_dict()
-
-
 def _show(results: dict[str, Any]) -> None:
     from fastsft.data.notices import notices
 
@@ -130,6 +126,8 @@ def _show(results: dict[str, Any]) -> None:
             print(line)
     if tasks := results.get("tasks"):
         for size, value in tasks["pass_at"].items():
-            print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks {tasks['statuses']}")
+            print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks")
+        if tasks["failures"]:
+            print(f"failures: {', '.join(f'{kind}: {count}' for kind, count in tasks['failures'].items())}")
         if failed := next((t for t in tasks["tasks"] if t["failure"]), None):
             print(f"failed, e.g. {failed['task_id']}: {failed['failure']}")

@@ -71,6 +71,11 @@ def failure_kind(result: SandboxResult) -> str:
     return result.status
 
 
+def last_words(result: SandboxResult) -> str:
+    """The last line that a sample which did not pass wrote to stderr; empty if it passed."""
+    return "" if result.status == "ok" else result.stderr.strip().rpartition("\n")[2][:500]
+
+
 def _judge_one(task: Task, sample: str, limits: Limits | None, known: Mapping[str, Language]) -> SandboxResult:
     code = task.prefix + sample
     if not task.cases:

@@ -120,3 +120,6 @@ class FakeDrafter:
 
     def forget(self, sequence: Sequence) -> None:
         self._open.pop(sequence, None)
+
+    def measured(self, rows: int, seconds: float) -> None:
+        assert rows > 0

@@ -172,6 +172,9 @@ class Eager:
     def forget(self, sequence: Sequence) -> None:
         pass
 
+    def measured(self, rows: int, seconds: float) -> None:
+        pass
+
 
 def test_drafts_take_no_block_from_anybody_and_give_theirs_back() -> None:
     core = core_of(2, 8, drafter=Eager())

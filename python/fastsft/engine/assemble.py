@@ -16,6 +16,8 @@ class _Continuation:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Assembly:
@@ -43,6 +45,7 @@ class Assembly:
             one.weight_versions.append(update.weight_version)
         one.finish_reason, one.stop_reason = update.finish_reason, update.stop_reason
         one.cumulative_logprob = update.cumulative_logprob
+        one.drafted_tokens, one.accepted_tokens = update.drafted_tokens, update.accepted_tokens
 
     def output(self) -> RequestOutput:
         """Of a finished request."""
@@ -53,7 +56,7 @@ class Assembly:
             CompletionOutput(
                 index, "".join(c.texts), tuple(c.token_ids), c.finish_reason or "length", c.stop_reason,
                 None if params.logprobs is None else tuple(c.logprobs), tuple(c.weight_versions),
-                c.cumulative_logprob,
+                c.cumulative_logprob, c.drafted_tokens, c.accepted_tokens,
             )
             for index, c in enumerate(kept)
         )  # fmt: skip

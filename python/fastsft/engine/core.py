@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -185,6 +186,7 @@ class EngineCore:
 
     def _compute(self) -> list[Sequence]:
         """The sequences that have new tokens."""
+        begin = time.perf_counter()
         step = self._scheduler.schedule(self._drafter)
         for source, target in step.copies:
             self._runner.copy_block(source, target)
@@ -209,6 +211,8 @@ class EngineCore:
             sequence.accepted += right
             self._drafted += len(draft)
             self._accepted += right
+        if self._drafter:
+            self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
 
     def _fork(self, complete: list[Sequence], logits_RV: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:

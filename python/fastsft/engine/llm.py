@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,8 @@ class LLM:
         kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
         max_num_seqs: sequences running at once.
         max_batched_tokens: prompt tokens computed in one step.
+        speculative_config: ``{"method": "ngram"}`` or ``{"method": "suffix"}`` and options: tokens are guessed and
+            checked several at a time; the results are the same, to the bit.
 
     Raises:
         ValueError: a cache too small for one block, a model that is not on the CPU, or arguments that contradict each
@@ -51,11 +53,13 @@ class LLM:
         num_blocks: int | None = None,
         max_num_seqs: int = 64,
         max_batched_tokens: int = 4096,
+        speculative_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.core = load_core(
             model, tokenizer, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
             block_size=block_size, kv_cache_bytes=kv_cache_bytes,
             num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+            speculative_config=speculative_config,
         )  # fmt: skip
         self.tokenizer = self.core.tokenizer
         self._numbers = itertools.count()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from fastsft.engine.core import EngineCore
+from fastsft.engine.draft.speculation import speculation_from
 from fastsft.engine.runner import Runner
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
@@ -30,6 +33,7 @@ def load_core(
     max_batched_tokens: int = 4096,
     max_queued_requests: int | None = None,
     max_queued_tokens: int | None = None,
+    speculative_config: Mapping[str, Any] | None = None,
 ) -> EngineCore:
     """Arguments and errors: :class:`fastsft.LLM` and :class:`EngineCore`."""
     if isinstance(model, Decoder):
@@ -62,6 +66,7 @@ def load_core(
         runner, tokenizer, end_ids=end_ids(packed.config, tokenizer),
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
+        drafter=speculation_from(speculative_config, tokenizer) if speculative_config else None,
     )  # fmt: skip
 
 

@@ -150,7 +150,10 @@ class CompletionOutput:
     logprobs: tuple[dict[int, float], ...] | None = None
     weight_versions: tuple[int, ...] = (0,)
     """Of the weights that its tokens were drawn under, in order: several where they were replaced meanwhile."""
-    cumulative_logprob: float = field(default=0.0, compare=False)  # its last bits may depend on the batch
+    cumulative_logprob: float = 0.0
+    drafted_tokens: int = field(default=0, compare=False)
+    """Guesses checked (speculative decoding), and how many of them were right: how it came about, not what it is."""
+    accepted_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,9 @@ class Update:
     weight_version: int
     cumulative_logprob: float
     """Of all tokens of the continuation so far."""
+    drafted_tokens: int = 0
+    """Guesses checked so far (speculative decoding), and how many of them were right."""
+    accepted_tokens: int = 0
 
 
 class RequestError(ValueError):

@@ -33,6 +33,9 @@ class Drafter(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended or was given up."""
 
+    def measured(self, rows: int, seconds: float) -> None:
+        """A step that drew tokens is over: the rows that it computed, and how long all of it took."""
+
 
 @dataclass(frozen=True)
 class Work:

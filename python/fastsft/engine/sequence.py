@@ -103,6 +103,8 @@ class Sequence:
             self.stop_reason,
             weight_version,
             self.cumulative_logprob,
+            self.drafted,
+            self.accepted,
         )
 
     def _final_characters(self) -> int:

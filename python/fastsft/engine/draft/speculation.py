@@ -1,0 +1,115 @@
+"""Speculative decoding of an engine: a guess for each continuation, as long as pays. Results never depend on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastsft.engine.draft.length import DraftLength, Shares
+from fastsft.engine.draft.ngram import NgramGuess
+from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
+from fastsft.engine.sequence import Sequence
+from fastsft.models.tokenizer import Tokenizer
+
+
+class Guess(Protocol):
+    """What may follow one text."""
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """At most ``limit`` tokens; ``tokens`` begins with those of the call before."""
+
+
+@dataclass
+class _State:
+    guess: Guess
+    shares: Shares
+
+
+class Speculation:
+    """The engine's :class:`~fastsft.engine.scheduler.Drafter`.
+
+    Args:
+        make: a guess for a new text.
+        most: drafts of one continuation in a step.
+        adaptive: False drafts ``most`` tokens whenever there is a guess.
+    """
+
+    def __init__(self, make: Callable[[], Guess], *, most: int = 8, adaptive: bool = True) -> None:
+        self._make, self._most, self._adaptive = make, most, adaptive
+        self._length = DraftLength(most)
+        self._states: dict[Sequence, _State] = {}
+
+    def propose(self, sequence: Sequence, limit: int) -> list[int]:
+        state = self._states.get(sequence)
+        if state is None:
+            state = self._states[sequence] = _State(self._make(), Shares(self._most, self._length.shares))
+        count = self._length.choose(state.shares, limit) if self._adaptive else min(limit, self._most)
+        if count == 0:
+            return []
+        begin = time.perf_counter()
+        draft = state.guess.propose(sequence.tokens, count)
+        self._length.proposed(state.shares, len(draft), time.perf_counter() - begin)
+        return draft
+
+    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+        self._length.observe(self._states[sequence].shares, proposed, accepted)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._states.pop(sequence, None)
+
+    def measured(self, rows: int, seconds: float) -> None:
+        self._length.measured(rows, seconds)
+
+
+# method -> its further options and their defaults
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
+    "suffix": {"corpus": (), "min_match": 2},
+}
+_COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
+
+
+def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer) -> Speculation:
+    """From ``speculative_config``; names as in vLLM.
+
+    Raises:
+        ValueError: an unknown method or option, or a value out of range; the message names it.
+    """
+    method = config.get("method")
+    if method not in _OPTIONS:
+        raise ValueError(f"speculative_config: method: expected one of {', '.join(_OPTIONS)}, got {method!r}")
+    options = {**_COMMON, **_OPTIONS[method]}
+    for name in config:
+        if name != "method" and name not in options:
+            raise ValueError(f"speculative_config: {name}: unknown to {method}; it has {', '.join(options)}")
+    options.update({k: v for k, v in config.items() if k != "method"})
+
+    def integer(name: str, low: int) -> int:
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"speculative_config: {name}: expected an integer >= {low}, got {value!r}")
+        return value
+
+    most = integer("num_speculative_tokens", 1)
+    if not isinstance(options["adaptive"], bool):
+        raise ValueError(f"speculative_config: adaptive: expected True or False, got {options['adaptive']!r}")
+    make: Callable[[], Guess]
+    if method == "ngram":
+        shortest = integer("prompt_lookup_min", 1)
+        longest = integer("prompt_lookup_max", shortest)
+
+        def make() -> Guess:
+            return NgramGuess(longest, shortest)
+    else:
+        texts = options["corpus"]
+        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"speculative_config: corpus: expected a list of texts, got {texts!r:.100}")
+        corpus = corpus_automaton(tokenizer.encode_text(list(texts))) if texts else None
+        match = integer("min_match", 1)
+
+        def make() -> Guess:
+            return SuffixGuess(corpus, match)
+
+    return Speculation(make, most=most, adaptive=options["adaptive"])

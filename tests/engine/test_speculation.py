@@ -1,0 +1,171 @@
+"""Guesses against their definitions, lengths against simulated machines, and an engine with and without drafts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_cases import as_prompts, engine, prompts_of, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsft.engine.draft.length import DraftLength, Shares
+from fastsft.engine.draft.ngram import NgramGuess
+from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import RequestOutput, SamplingParams
+
+# --- guesses --------------------------------------------------------------------------------------------------------
+
+
+def look_up(text: list[int], longest: int, shortest: int, limit: int) -> list[int]:
+    for n in range(longest, shortest - 1, -1):
+        for place in range(len(text) - 1, n - 1, -1):
+            if text[place - n : place] == text[len(text) - n :]:
+                return text[place : place + limit]
+    return []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 2), st.integers(1, 5))
+def test_prompt_look_up(text: list[int], shortest: int, more: int, step: int) -> None:
+    guess = NgramGuess(shortest + more, shortest)
+    for end in [*range(1, len(text), step), len(text)]:
+        assert guess.propose(text[:end], 4) == look_up(text[:end], shortest + more, shortest, 4)
+
+
+def test_the_corpus_is_asked_where_it_matches_more() -> None:
+    corpus = corpus_automaton([[1, 2, 3, 4, 5], [7, 8, 9]])
+    assert SuffixGuess(corpus, 2).propose([2, 3], 3) == [4, 5]
+    assert SuffixGuess(corpus, 3).propose([2, 3], 3) == []
+    assert SuffixGuess(corpus, 2).propose([3, 4, 6, 3, 4], 2) == [6, 3]  # as long in the text itself
+    assert SuffixGuess(corpus, 2).propose([7, 8, 9], 2) == []
+    assert SuffixGuess(None, 2).propose([3, 4, 6, 3, 4], 2) == [6, 3]
+    grown = SuffixGuess(corpus, 2)
+    assert grown.propose([2], 3) == []
+    assert grown.propose([2, 3, 4], 3) == [5]
+
+
+# --- lengths --------------------------------------------------------------------------------------------------------
+
+
+def simulate(cost: Callable[[int], float], share: Callable[[int], float], steps: int = 4000) -> tuple[float, float]:
+    """(time for each token over that of plain steps, mean drafts of a step)."""
+    rng = random.Random(1)
+    length = DraftLength(8)
+    shares = Shares(8, length.shares)
+    time = plain = 0.0
+    tokens = drafts = 0
+    for step in range(steps):
+        count = length.choose(shares, 8)
+        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03)
+        accepted = 0
+        while accepted < count and rng.random() < share(step):
+            accepted += 1
+        length.proposed(shares, count, 0.0)
+        if count:
+            length.observe(shares, count, accepted)
+        length.measured(1 + count, seconds)
+        time += seconds
+        tokens += 1 + accepted
+        drafts += count
+        plain = tokens * cost(1)
+    return time / plain, drafts / steps
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("slope", [0.02, 0.3, 1.0])
+def test_never_slower_than_plain_steps_by_two_percent(slope: float, share: float) -> None:
+    ratio, _ = simulate(lambda rows: 1 + slope * (rows - 1), lambda step: share)
+    assert ratio <= 1.02
+
+
+def test_never_slower_where_a_second_row_costs_a_jump() -> None:
+    ratio, _ = simulate(lambda rows: 1.0 if rows == 1 else 2.5, lambda step: 0.5)
+    assert ratio <= 1.02
+
+
+def test_drafts_that_hold_are_used() -> None:
+    ratio, drafts = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.95)
+    assert ratio < 0.2
+    assert drafts > 6
+    ratio, drafts = simulate(lambda rows: 1 + 0.3 * (rows - 1), lambda step: 0.7)  # the best: 1 to 2 drafts
+    assert ratio < 0.9
+    assert 0.8 < drafts < 3.5
+
+
+def test_a_change_is_noticed() -> None:
+    ratio, _ = simulate(lambda rows: 1 + 0.1 * (rows - 1), lambda step: 0.9 if step < 200 else 0.0)
+    assert ratio <= 1.02
+    ratio, _ = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.0 if step < 1000 else 0.9)
+    assert ratio < 0.5
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ngram": {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False},
+    "suffix": {"method": "suffix", "min_match": 1, "adaptive": False, "num_speculative_tokens": 5},
+    "corpus": {"method": "suffix", "min_match": 1, "corpus": ["the cat sat on the mat", "abc"], "adaptive": False},
+    "adaptive": {"method": "ngram", "prompt_lookup_min": 1},
+}
+LENGTHS = [1, 16, 33, 5]
+PARAMS = [
+    SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2),
+    SamplingParams(max_tokens=30, temperature=0.7, seed=4, n=3, logprobs=0),
+    SamplingParams(
+        max_tokens=35, temperature=1.0, seed=9, repetition_penalty=1.2, logit_bias={70: 3.0}, min_tokens=20, logprobs=1
+    ),
+    SamplingParams(max_tokens=45, allowed_token_ids=[60, 61, 62], temperature=1.0, seed=2, stop=["<=<=<", "===="]),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Any) -> list[RequestOutput]:
+    return engine(folder).generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 8, "block_size": 16}, {"max_num_seqs": 2}])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_results_are_those_of_plain_decoding_to_the_bit(
+    config: str, options: dict[str, int], folder: Any, plain: list[RequestOutput]
+) -> None:
+    llm: LLM = engine(folder, speculative_config=CONFIGS[config], **options)
+    found = llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
+    assert found == plain  # texts, ids, reasons and log-probabilities
+    stats = llm.core.stats()
+    each = [o for request in found for o in request.outputs]
+    assert stats.drafted_tokens == sum(o.drafted_tokens for o in each)
+    assert stats.accepted_tokens == sum(o.accepted_tokens for o in each)
+    if not CONFIGS[config].get("adaptive", True):
+        assert 0 < stats.accepted_tokens < stats.drafted_tokens
+        assert stats.steps < engine_steps(folder, options)
+
+
+def engine_steps(folder: Any, options: dict[str, int]) -> int:
+    llm: LLM = engine(folder, **options)
+    llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
+    return llm.core.stats().steps
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"method": "magic"}, "method"),
+        ({"method": "ngram", "min_match": 2}, "min_match"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens"),
+        ({"method": "ngram", "prompt_lookup_max": 1}, "prompt_lookup_max"),
+        ({"method": "suffix", "corpus": "text"}, "corpus"),
+        ({"method": "suffix", "adaptive": 1}, "adaptive"),
+    ],
+)
+def test_wrong_configurations(config: dict[str, Any], named: str, folder: Any) -> None:
+    with pytest.raises(ValueError, match=f"speculative_config: {named}"):
+        engine(folder, speculative_config=config)

@@ -172,7 +172,7 @@ class EngineCore:
     def step(self) -> list[Update]:
         """Run one step: what it added to each continuation that advanced. Nothing if there is nothing to do.
 
-        An error leaves the core in order: nothing is lost, and the next call computes again what was running.
+        An error of the model leaves the core in order: the next call computes again what was running.
         """
         if not self.busy:
             return []

@@ -43,6 +43,9 @@ class RandomDrafts:
     def forget(self, sequence: Sequence) -> None:
         pass
 
+    def measured(self, rows: int, seconds: float) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,8 +27,7 @@ from fastsft.verify.tasks import Task
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 _SAMPLES = "samples.jsonl"
-# Sequences of one call of the engine. The work is cut at fixed places, whatever was done before: what is beside a
-# sequence in a batch can change the last bits of its logits, and so, rarely, a draw.
+# Sequences of one call of the engine: what a killed run has to draw again at most.
 _GROUP = 256
 
 

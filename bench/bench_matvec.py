@@ -32,7 +32,7 @@ def plain(packed: PackedWeight, dtype: torch.dtype) -> Product:
 
 def integers(packed: PackedWeight) -> torch.Tensor:
     values = torch.empty(packed.shape, dtype=torch.int8)
-    _C.pack_weight(packed.format, values, packed.data, True)
+    _C.unpack_weight(packed.format, packed.data, values)
     return values
 
 

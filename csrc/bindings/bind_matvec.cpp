@@ -57,15 +57,38 @@ PackedWeight weight_of(const char* op, const std::string& format_name, int64_t g
 
 namespace {
 
-// `pack` [values -> data] or back.
-void pack_checked(const std::string& format_name, py::handle values_tensor, py::handle data_tensor, bool inverse) {
-  Check check("pack_weight");
+void unpack_checked(const std::string& format_name, py::handle data_tensor, py::handle values_tensor) {
+  Check check("unpack_weight");
   const WeightFormat format = format_of(check, format_name);
   void* const values = values_of(check, format, values_tensor);
   const int64_t n = check.size("N"), k = check.size("K");
-  void* const data = data_of(check, format, data_tensor, n, k);
+  const void* const data = data_of(check, format, data_tensor, n, k);
   py::gil_scoped_release release;
-  inverse ? unpack_weight(format, n, k, data, values) : pack_weight(format, n, k, values, data);
+  unpack_weight(format, n, k, data, values);
+}
+
+// `parts` are stacked: matrices [rows, K] of one type whose last dimension is contiguous.
+void pack_checked(const py::list& parts, const std::string& format_name, int64_t group, int64_t n, int64_t k,
+                  py::handle data, py::handle scales) {
+  std::vector<const void*> rows;
+  DType dtype = DType::kFloat32;
+  for (const py::handle part : parts) {
+    Check check("pack_weight");
+    const TensorView view = check.floats("weight", part, "N K", Layout::kRows);
+    check.require(!check.on_cuda() && check.size("K") == k, "weight", "[N, " + std::to_string(k) + "] on the CPU",
+                  view.describe());
+    check.require(rows.empty() || dtype == Check::dtype_of(view), "weight", dtype_name(dtype), view.describe());
+    dtype = Check::dtype_of(view);
+    for (int64_t i = 0; i < view.shape[0]; ++i) {
+      rows.push_back(static_cast<const char*>(view.data) +
+                     i * view.strides[0] * static_cast<int64_t>(dtype_size(dtype)));
+    }
+  }
+  FASTSFT_CHECK(static_cast<int64_t>(rows.size()) == n, "pack_weight: weight: expected ", n, " rows, got ",
+                rows.size());
+  const PackedWeight to = weight_of("pack_weight", format_name, group, n, k, data, scales);
+  py::gil_scoped_release release;
+  pack_weight(to, {.dtype = dtype, .rows = rows.data()});
 }
 
 void packed_linear_checked(py::handle x_tensor, const std::string& format_name, int64_t group, py::handle data,
@@ -97,7 +120,9 @@ void register_matvec(py::module_& m) {
         return packed_bytes(format_of(Check("pack_weight"), format), n, k);
       },
       py::arg("format"), py::arg("n"), py::arg("k"));
-  m.def("pack_weight", &pack_checked, py::arg("format"), py::arg("values"), py::arg("data"), py::arg("inverse"));
+  m.def("pack_weight", &pack_checked, py::arg("parts"), py::arg("format"), py::arg("group"), py::arg("n"), py::arg("k"),
+        py::arg("data"), py::arg("scales"));
+  m.def("unpack_weight", &unpack_checked, py::arg("format"), py::arg("data"), py::arg("values"));
   m.def("packed_linear", &packed_linear_checked, py::arg("x"), py::arg("format"), py::arg("group"), py::arg("data"),
         py::arg("scales"), py::arg("bias"), py::arg("out"));
 }

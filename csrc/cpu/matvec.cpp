@@ -42,26 +42,14 @@ int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k) {
   return panel_count(n) * panel_lines(format, k) * kLineBytes;
 }
 
-void pack_weight(WeightFormat format, int64_t n, int64_t k, const void* values, void* data) {
-  const int64_t bytes = packed_bytes(format, n, k);
-  if (bytes == 0) return;
-  advise_huge_pages(data, bytes);
-  parallel_for(slab_count(n), 1, [&](int64_t slab, int64_t) {
-    const int64_t begin = slab * slab_bytes(format, k), end = std::min(bytes, begin + slab_bytes(format, k));
-    char* const out = static_cast<char*>(data) + begin;
-    std::memset(out, 0, static_cast<std::size_t>(end - begin));
-    if (format == WeightFormat::kInt4) {
-      const auto* const in = static_cast<const int8_t*>(values);
-      for_each(format, n, k, slab, [&](int64_t byte, int64_t shift, int64_t index) {
-        out[byte] = static_cast<char>(out[byte] | (in[index] & 15) << shift);
-      });
-      return;
-    }
-    const std::size_t size = format == WeightFormat::kFloat32 ? 4 : format == WeightFormat::kBFloat16 ? 2 : 1;
-    const auto* const in = static_cast<const char*>(values);
-    for_each(format, n, k, slab, [&](int64_t byte, int64_t, int64_t index) {
-      std::memcpy(out + byte, in + index * static_cast<int64_t>(size), size);
-    });
+void pack_weight(const PackedWeight& to, const WeightRows& from) {
+  FASTSFT_CHECK(to.format != WeightFormat::kInt4 || to.group == 32 || to.group == 64,
+                "pack_weight: group: expected 32 or 64, got ", to.group);
+  const int64_t bytes = packed_bytes(to.format, to.n, to.k);
+  advise_huge_pages(const_cast<void*>(to.data), bytes);
+  const auto slabs = FASTSFT_ISA_SELECT(matvec_pack_slabs);
+  parallel_for(slab_count(to.n), 1, [&](int64_t begin, int64_t end) {
+    FASTSFT_CHECK(slabs(to, from, begin, end), "pack_weight: weight: expected finite values, got a NaN or an infinity");
   });
 }
 

@@ -27,6 +27,8 @@ constexpr int64_t slab_bytes(WeightFormat format, int64_t k) {  // of a full one
   return panel_lines(format, k) * kLineBytes * kSlabPanels;
 }
 
+FASTSFT_ISA_DECLARE(bool, matvec_pack_slabs, const PackedWeight& to, const WeightRows& from, int64_t begin, int64_t end)
+
 constexpr int64_t kMaxRows = 16;  // of a pass
 
 // x as the kernels want it: 4-byte words with the rows of a pass side by side; passes [begin, end).

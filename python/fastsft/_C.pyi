@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'unpack_weight', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class Decoder:
     def __init__(self, embedding: typing.Any, norm: typing.Any, head: typing.Any, heads: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, intermediate: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
         ...
@@ -227,7 +227,7 @@ def pack_best_fit(lengths: typing.Any, capacity: typing.SupportsInt | typing.Sup
     """
     Fills order and offsets; returns the number of bins.
     """
-def pack_weight(format: str, values: typing.Any, data: typing.Any, inverse: bool) -> None:
+def pack_weight(parts: list, format: str, group: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, data: typing.Any, scales: typing.Any) -> None:
     ...
 def packed_bytes(format: str, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex) -> int:
     ...
@@ -269,6 +269,8 @@ def text_digests(texts: typing.Any, offsets: typing.Any, digests: typing.Any) ->
     """
     Fills digests, uint64 [N, 2].
     """
+def unpack_weight(format: str, data: typing.Any, values: typing.Any) -> None:
+    ...
 def varlen_attention_bwd(dout: typing.Any, q: typing.Any, k: typing.Any, v: typing.Any, out: typing.Any, lse: typing.Any, dlse: typing.Any, cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, plan: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, delta: typing.Any, dq: typing.Any, dk: typing.Any, dv: typing.Any) -> None:
     ...
 def varlen_attention_fwd(q: typing.Any, k: typing.Any, v: typing.Any, cu_seqlens_q: typing.Any, cu_seqlens_k: typing.Any, plan: typing.Any, causal: bool, scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, out: typing.Any, lse: typing.Any) -> None:

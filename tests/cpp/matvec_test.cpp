@@ -41,7 +41,7 @@ struct Weight {
   WeightFormat format;
   int64_t n, k, group;
   std::vector<float> values;  // with their scales, powers of two
-  std::vector<char> stored, data, scales;
+  std::vector<char> stored, expected_scales, data, scales;
 
   Weight(WeightFormat f, int64_t rows, int64_t columns, int64_t group_size = 32)
       : format(f), n(rows), k(columns), group(group_size), values(n * k), data(packed_bytes(f, n, k)) {
@@ -49,6 +49,13 @@ struct Weight {
     std::uniform_int_distribution<int> small(-8, 7);
     std::vector<int8_t> integers(n * k);
     for (auto& v : integers) v = static_cast<int8_t>(small(random));
+    // What makes packing find these very integers and scales.
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t i = 0; i < k; i += group) {
+        if (format == WeightFormat::kInt4) integers[c * k + i] = -8;
+      }
+      if (k > 0 && (format == WeightFormat::kInt8 || format == WeightFormat::kW8A8)) integers[c * k + c % k] = -127;
+    }
     for (int64_t i = 0; i < n * k; ++i) values[i] = integers[i];
     const int64_t slabs = (n + 63) / 64, groups = (k + group - 1) / group;
     const auto scale = [](int64_t i) { return std::ldexp(1.0f, static_cast<int>(i % 5) - 2); };
@@ -64,10 +71,10 @@ struct Weight {
     if (format == WeightFormat::kInt8 || format == WeightFormat::kW8A8) {
       std::vector<float> all(slabs * 64);
       for (int64_t c = 0; c < n; ++c) {
-        all[c] = scale(c);
+        all[c] = k == 0 ? 0 : scale(c);  // of a channel of nothing
         for (int64_t i = 0; i < k; ++i) values[c * k + i] *= all[c];
       }
-      scales = bytes_of(all);
+      expected_scales = bytes_of(all);
     }
     if (format == WeightFormat::kInt4) {
       std::vector<uint16_t> all(slabs * groups * 64);
@@ -75,9 +82,17 @@ struct Weight {
         for (int64_t g = 0; g < groups; ++g) all[(c / 64 * groups + g) * 64 + c % 64] = bfloat16_bits(scale(c + 3 * g));
         for (int64_t i = 0; i < k; ++i) values[c * k + i] *= scale(c + 3 * (i / group));
       }
-      scales = bytes_of(all);
+      expected_scales = bytes_of(all);
     }
-    pack_weight(format, n, k, stored.data(), data.data());
+    scales.assign(expected_scales.size(), 1);
+    pack();
+  }
+
+  void pack() {
+    std::vector<const void*> rows;
+    for (int64_t c = 0; c < n; ++c) rows.push_back(values.data() + c * k);
+    std::fill(data.begin(), data.end(), char{1});
+    pack_weight(view(), {DType::kFloat32, rows.data()});
   }
 
   PackedWeight view() const { return {format, n, k, group, data.data(), scales.data()}; }
@@ -164,10 +179,15 @@ TEST(every_format_type_and_edge) {
 TEST(unpacking_gives_the_values_back) {
   for (const auto& [n, k] : kSizes) {
     for (WeightFormat format : kFormats) {
-      const Weight w(format, n, k);
-      std::vector<char> back(w.stored.size(), 1);
-      unpack_weight(format, n, k, w.data.data(), back.data());
-      CHECK(back == w.stored);
+      Weight w(format, n, k);
+      for (Isa isa : available_isas()) {
+        set_isa(isa);
+        w.pack();
+        CHECK(w.scales == w.expected_scales);
+        std::vector<char> back(w.stored.size(), 1);
+        unpack_weight(format, n, k, w.data.data(), back.data());
+        CHECK(back == w.stored);
+      }
     }
   }
 }
@@ -178,10 +198,8 @@ TEST(a_line_is_64_bytes_and_the_rest_of_a_panel_is_zero) {
   CHECK(packed_bytes(WeightFormat::kInt8, 17, 5) == 2 * 2 * 64);
   CHECK(packed_bytes(WeightFormat::kInt4, 16, 8) == 64);
   CHECK(packed_bytes(WeightFormat::kInt4, 0, 8) == 0);
-  std::vector<char> data(packed_bytes(WeightFormat::kInt8, 1, 1), 1);
-  const int8_t value = 5;
-  pack_weight(WeightFormat::kInt8, 1, 1, &value, data.data());
-  for (std::size_t i = 0; i < data.size(); ++i) CHECK(data[i] == (i == 0 ? 5 : 0));
+  const Weight one(WeightFormat::kInt8, 1, 1);
+  for (std::size_t i = 0; i < one.data.size(); ++i) CHECK(one.data[i] == (i == 0 ? -127 : 0));
 }
 
 TEST(rows_and_threads_do_not_change_the_bits) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -31,14 +32,19 @@ def test_packed_weights_stand_for_what_the_formula_says(format: str, group: int,
         assert torch.equal(ops.pack_weight(weight, format, group=group).dequantize(), expected), (n, k)
 
 
-def test_strided_weights_and_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = randn(70, 300).t()
-    whole = [ops.pack_weight(weight, format) for format in FORMATS]
-    monkeypatch.setattr(matvec, "_ELEMENTS", 1)
-    for packed in whole:
-        piecewise = ops.pack_weight(weight.contiguous(), packed.format)
-        assert torch.equal(packed.data, piecewise.data)
-        assert torch.equal(packed.scales, piecewise.scales)
+@pytest.mark.parametrize("format", FORMATS)
+def test_strided_weights_and_several_parts(isa: str, format: str) -> None:
+    for n, k in SHAPES:
+        weight = randn(k, n).t()
+        whole = ops.pack_weight(weight, format)
+        wide = torch.cat([randn(n, 3, seed=5), weight], 1)[:, 3:]  # rows further apart
+        cuts = [0, n // 3, n // 3, n]
+        parts = ops.pack_weight([wide[a:b] for a, b in itertools.pairwise(cuts)], format)
+        into = ops.pack_weight(randn(n, k, seed=6), format)
+        assert ops.pack_weight([weight], format, out=into) is into
+        for other in (parts, into):
+            assert torch.equal(whole.data, other.data)
+            assert torch.equal(whole.scales, other.scales)
 
 
 def test_a_packed_weight_is_a_copy_and_takes_no_gradient() -> None:
@@ -71,11 +77,11 @@ def test_int4_extremes() -> None:
         weight[0, 0] *= 1.5
         packed = ops.pack_weight(weight, "int4")
         values = torch.empty(1, 32, dtype=torch.int8)
-        _C.pack_weight("int4", values, packed.data, True)
+        _C.unpack_weight("int4", packed.data, values)
         assert (values[0, 0], values.max(), values.min()) == (-8, 5, -8)
     symmetric = torch.cat([row, -row])[None]
     values = torch.empty(1, 64, dtype=torch.int8)
-    _C.pack_weight("int4", values, ops.pack_weight(symmetric, "int4").data, True)
+    _C.unpack_weight("int4", ops.pack_weight(symmetric, "int4").data, values)
     assert (values.min(), values.max()) == (-8, 7)
 
 
@@ -212,6 +218,12 @@ def test_messages() -> None:
         (lambda: ops.pack_weight(weight.double(), "int8"), "pack_weight: weight: .*float64"),
         (lambda: ops.pack_weight(weight, "int5"), "pack_weight: format: expected one of float32, .*, got 'int5'"),
         (lambda: ops.pack_weight(weight, "int4", group=48), "pack_weight: group: expected 32 or 64, got 48"),
+        (lambda: ops.pack_weight([], "int8"), r"pack_weight: weight: expected floats \[N, K\] .*, got none"),
+        (lambda: ops.pack_weight([weight, weight[:, 1:]], "int8"), r"pack_weight: weight: .*\[8, 15\]"),
+        (
+            lambda: ops.pack_weight(weight, "int8", out=ops.pack_weight(weight, "int4")),
+            "pack_weight: out: expected int8",
+        ),
         (lambda: ops.pack_weight(weight * torch.nan, "int8"), "pack_weight: weight: expected finite values"),
         (lambda: ops.pack_weight(weight * torch.inf, "int4"), "pack_weight: weight: expected finite values"),
     ]:

@@ -33,9 +33,19 @@ struct PackedWeight {
 
 int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 
-// Between row-major values [n, k] and `data`. The values are float, bfloat16 words, or int8_t; for int4 these must lie
-// in [-8, 7].
-void pack_weight(WeightFormat format, int64_t n, int64_t k, const void* values, void* data);
+// The rows of a weight as a model holds them, each contiguous.
+struct WeightRows {
+  DType dtype;
+  const void* const* rows;  // [n]
+};
+
+// Fills the memory behind to.data and to.scales. int8 and W8A8: a channel's scale is its largest magnitude / 127, and
+// values are rounded to v / scale. int4: a group's scale is its element of largest magnitude (the negative one of two)
+// / -8, rounded to bfloat16, and values are rounded to v / scale and clamped to [-8, 7]. Ties go to even; a scale of 0
+// stands for zeros. Throws Error for a NaN or infinity where values are quantised; the memory is then undefined.
+void pack_weight(const PackedWeight& to, const WeightRows& from);
+
+// The row-major values [n, k] behind `data`, without their scales: float, bfloat16 words, or int8_t.
 void unpack_weight(WeightFormat format, int64_t n, int64_t k, const void* data, void* values);
 
 struct PackedLinear {

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastsft import _C
 from fastsft.ops._library import define
@@ -19,7 +18,6 @@ _PER_CHANNEL = ("int8", "w8a8")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INPUTS = (torch.float32, torch.bfloat16)
 _SLAB = 64  # output channels that are packed together
-_ELEMENTS = 1 << 22  # quantised at a time, which bounds the memory beside the weight
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class PackedWeight:
         """The weight this stands for, float32 [N, K]: minus the original it is the quantisation error."""
         n, k = self.shape
         values = torch.empty(n, k, dtype=_stored(self.format))
-        _C.pack_weight(self.format, values, self.data, True)
+        _C.unpack_weight(self.format, self.data, values)
         if self.format in _PER_CHANNEL:
             return values * self.scales.flatten()[:n, None]
         if self.format == "int4":
@@ -66,53 +64,45 @@ def pack_weight(
     fast as int8; with 8 or 16 rows it takes two thirds to half of int8's time where the CPU has 8-bit dot products.
 
     Args:
-        weight: [N, K], float32, bfloat16 or float16, on the CPU.
+        weight: [N, K], float32, bfloat16 or float16, on the CPU; or several, of one type, to be stacked along N.
         format: "float32", "bfloat16", "int8", "int4" or "w8a8".
         group: 32 or 64; for int4 only.
+        out: a packed weight of the same shape, format and group, whose memory is written and which is returned.
 
     Returns:
         A copy: later changes to ``weight`` do not reach it.
 
     Raises:
-        ValueError: shape, type, format or group out of contract; a NaN or infinity to be quantised.
+        ValueError: shape, type, format or group out of contract; a NaN or infinity to be quantised (``out`` is then
+            undefined).
     """
-    if not isinstance(weight, Tensor):
-        weight = torch.cat([w.detach() for w in weight])
-    if weight.dim() != 2 or weight.dtype not in _FLOATS or weight.device.type != "cpu":
-        got = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
-        raise ValueError(f"pack_weight: weight: expected floats [N, K] on the CPU, got {got}")
+    parts = [weight.detach()] if isinstance(weight, Tensor) else [w.detach() for w in weight]
+    for w in parts:
+        if w.dim() != 2 or (w.dtype, w.shape[1]) != (parts[0].dtype, parts[0].shape[1]) or not _packable(w):
+            got = f"{w.dtype} {list(w.shape)} on {w.device}"
+            raise ValueError(f"pack_weight: weight: expected floats [N, K] on the CPU, got {got}")
+    if not parts:
+        raise ValueError("pack_weight: weight: expected floats [N, K] on the CPU, got none")
     if format not in FORMATS:
         raise ValueError(f"pack_weight: format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if group not in (32, 64):
         raise ValueError(f"pack_weight: group: expected 32 or 64, got {group}")
-    (n, k), weight = weight.shape, weight.detach()
-    data = torch.empty(_C.packed_bytes(format, n, k), dtype=torch.uint8)
-    slabs = -(-n // _SLAB)
-    scales = torch.empty(0)
-    if format in _PER_CHANNEL:
-        scales = torch.zeros(slabs, _SLAB)
-    elif format == "int4":
-        scales = torch.zeros(slabs, -(-k // group), _SLAB, dtype=torch.bfloat16)
-    step = max(1, _ELEMENTS // max(1, k) // _SLAB) * _SLAB
-    for first in range(0, n, step):
-        rows = weight[first : first + step]
+    n, k = sum(len(w) for w in parts), parts[0].shape[1]
+    mine = (format, (n, k), group if format == "int4" else 0)
+    if out is None:
+        slabs = -(-n // _SLAB)
+        scales = torch.empty(0)
         if format in _PER_CHANNEL:
-            values, scale = _quantise_int8(rows.float())
+            scales = torch.empty(slabs, _SLAB)
         elif format == "int4":
-            values, scale = _quantise_int4(rows.float(), group)
-        else:
-            values, scale = rows.to(_stored(format)), None
-        if scale is not None:
-            padded = functional.pad(scale, (0, 0, 0, -len(rows) % _SLAB))
-            mine = scales[first // _SLAB : -(-(first + len(rows)) // _SLAB)]
-            mine.copy_(torch.stack(torch.split(padded, _SLAB)).transpose(1, 2).reshape(mine.shape))
-        begin, end = (_C.packed_bytes(format, row, k) for row in (first, first + len(rows)))
-        _C.pack_weight(format, values.contiguous(), data[begin:end], False)
-    if out is not None:
-        out.data.copy_(data)
-        out.scales.copy_(scales)
-        return out
-    return PackedWeight(format, (n, k), group if format == "int4" else 0, data, scales)
+            scales = torch.empty(slabs, -(-k // group), _SLAB, dtype=torch.bfloat16)
+        out = PackedWeight(*mine, torch.empty(_C.packed_bytes(format, n, k), dtype=torch.uint8), scales)
+    if (out.format, out.shape, out.group) != mine:
+        got = f"{out.format} {list(out.shape)}, group {out.group}"
+        raise ValueError(f"pack_weight: out: expected {format} {[n, k]}, group {mine[2]}, got {got}")
+    rows = [w if w.stride(1) == 1 or k <= 1 else w.contiguous() for w in parts]
+    _C.pack_weight(rows, *mine[::2], n, k, out.data, out.scales)
+    return out
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -152,29 +142,8 @@ def _stored(format: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(format, torch.int8)
 
 
-def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in [-127, 127] and a scale per row, [rows, 1]; a row of zeros has scale 0."""
-    scale = _finite(rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)) / 127
-    return _rounded(rows, scale, -127, 127), scale
-
-
-def _quantise_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Values in [-8, 7], rounded on the scale as it is stored, and a bfloat16 scale per group, [rows, groups]."""
-    k = rows.shape[1]
-    grouped = functional.pad(rows, (0, -k % group)).view(len(rows), -(-k // group), group)
-    low, high = grouped.aminmax(dim=2) if k else (grouped.new_zeros(grouped.shape[:2]),) * 2
-    scale = (_finite(torch.where(high > -low, high, low)) / -8).to(torch.bfloat16)
-    return _rounded(grouped, scale.float()[..., None], -8, 7).flatten(1)[:, :k], scale
-
-
-def _finite(extreme: Tensor) -> Tensor:
-    if not extreme.isfinite().all():
-        raise ValueError("pack_weight: weight: expected finite values, got a NaN or an infinity")
-    return extreme
-
-
-def _rounded(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return (values / torch.where(scale == 0, 1.0, scale)).round_().clamp_(low, high).to(torch.int8)
+def _packable(weight: Tensor) -> bool:
+    return weight.dtype in _FLOATS and weight.is_cpu
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -199,4 +168,4 @@ _packed_linear = define(
     cpu=_native,
     cuda_is=_CUDA_IS,
 )
-record("pack_weight", cpu=Implementation("native", "C++ layout, values quantised by torch"), cuda=_CUDA_IS)
+record("pack_weight", cpu=Implementation("native", "C++ kernel"), cuda=_CUDA_IS)

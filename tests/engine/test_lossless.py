@@ -57,6 +57,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {40: 9.0, 41: 9.0, 42: -50.0}, "logprobs": 0},
     "allowed": {"allowed_token_ids": [40, 41, 42, 43, 2], "min_tokens": 9},
     "bad words": {"bad_words": ["ab", "c", "the cat"], "allowed_token_ids": list(range(60, 110))},
+    "guide": {"structured_outputs": {"regex": "([ab]|the cat ){5,9}"}, "logprobs": 1},
     "min tokens": {"min_tokens": 25, "logit_bias": {0: 50.0}},
     "stop string": {"stop": ["a", "b", "zq"]},
     "stop token": {"stop_token_ids": [90, 91, 92, 93, 94], "min_tokens": 4},
@@ -86,6 +87,8 @@ def drafters(truth: list[int], seed: int) -> dict[str, Guess]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("case", PARAMS)
 def test_text_and_logprobs_are_those_of_plain_decoding(case: str, temperature: float) -> None:
+    if case == "guide":
+        pytest.importorskip("llguidance")
     params = SamplingParams(temperature=temperature, max_tokens=40, **PARAMS[case])
     plain, none, _ = run(params, lambda text, limit: [])
     assert none == 0

@@ -57,6 +57,17 @@ def test_penalties(llm: LLM) -> None:
         assert all(a != b for a, b in zip(ids(llm, **ever), ids(llm, **ever, **penalty), strict=True))
 
 
+def test_reported_logprobs_are_of_the_unmodified_distribution(llm: LLM) -> None:
+    plain = llm.generate(PROMPTS, SamplingParams(max_tokens=1, logprobs=20, ignore_eos=True))
+    for prompt, request in zip(PROMPTS, plain, strict=True):
+        (shown,) = request.outputs[0].logprobs or ()
+        token, logprob = sorted(shown.items(), key=lambda item: item[1])[3]
+        biased = llm.generate(prompt, SamplingParams(max_tokens=1, logprobs=2, logit_bias={token: 100.0}))[0].outputs[0]
+        assert biased.token_ids == (token,)
+        assert (biased.logprobs or ())[0][token] == logprob
+        assert biased.cumulative_logprob == pytest.approx(logprob, rel=1e-5)
+
+
 def test_an_empty_choice_ends_with_an_error_and_leaves_the_others(llm: LLM) -> None:
     params = [
         SamplingParams(allowed_token_ids=[0], min_tokens=3, max_tokens=5),

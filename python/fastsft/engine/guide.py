@@ -122,8 +122,6 @@ class Guide:
             if self._matcher.try_consume_tokens([token]) == 0:
                 break
             ahead += 1
-            if self._matcher.is_stopped():
-                break
             masks.append(self._mask())
         self._matcher.rollback(ahead)
         return masks

@@ -123,6 +123,7 @@ def test_new_weights_find_nothing_of_the_old() -> None:
     assert core.update_weights(None) == 1  # type: ignore[arg-type]
     (update,) = core.step()
     assert update.weight_version == 1
+    assert core.stats().preemptions == 0, "that is for want of room"
     assert core.stats().found_tokens == 0
     (sequence,) = core._live["x"]
     assert sequence.tokens[10] == next_token(1, sequence.tokens[:10], 1.0, 0, 1)

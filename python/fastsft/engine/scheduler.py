@@ -231,7 +231,7 @@ class Scheduler:
 
     def give_up(self) -> None:
         """A step that was scheduled did not run: compute everything again, and find nothing that it was to fill."""
-        self._preempt_all()
+        self._restart_all()
         self.allocator.forget()
 
     def renew(self, version: int) -> None:
@@ -239,12 +239,13 @@ class Scheduler:
 
         What the old ones left can no longer be found, and is evicted first: all of it was let go before anything new.
         """
-        self._preempt_all()
+        self._restart_all()
         self._root = f"weights {version}".encode()
 
-    def _preempt_all(self) -> None:
-        while self.running:
-            self._preempt(self.running[-1])
+    def _restart_all(self) -> None:
+        for sequence in list(self.running):
+            self.remove(sequence)
+            self.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and return its blocks."""

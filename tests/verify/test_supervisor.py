@@ -108,3 +108,18 @@ def test_time_runs_out_while_others_run() -> None:
         slow = threads.submit(run, "while True: pass", limits=Limits(seconds=0.5))
         assert run("pass").status == "ok"
         assert slow.result().status == "timeout"
+
+
+def test_nothing_piles_up() -> None:
+    """Neither mounts nor descriptors nor processes, whatever the runs did."""
+
+    def held() -> tuple[int, int, int]:
+        process = Path(f"/proc/{idle()}")
+        mounts = (process / "mountinfo").read_text().count("\n")
+        return mounts, len(list((process / "fd").iterdir())), len(_children(int(process.name)))
+
+    run("pass")
+    before = held()
+    for code in ("pass", "1 / 0", "while True: pass", "while True: print(1)", "import os; os._exit(1)"):
+        run(code, limits=Limits(seconds=0.2))
+    assert held() == before

@@ -106,14 +106,11 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[Any, list[Supervisor]] = {}
-        self._owner = os.getpid()
 
     @contextlib.contextmanager
     def lease(self, readable: Sequence[str]) -> Iterator[Supervisor]:
         key = (_START, tuple(readable))
         with self._lock:
-            if self._owner != os.getpid():
-                self._idle, self._owner = {}, os.getpid()
             idle = self._idle.setdefault(key, [])
             supervisor = idle.pop() if idle else None
         supervisor = supervisor or Supervisor(readable)
@@ -128,10 +125,9 @@ class _Pool:
     def close(self) -> None:
         """End the idle ones."""
         with self._lock:
-            if self._owner == os.getpid():
-                for idle in self._idle.values():
-                    while idle:
-                        idle.pop().close()
+            for idle in self._idle.values():
+                while idle:
+                    idle.pop().close()
 
 
 POOL = _Pool()

@@ -1,8 +1,8 @@
 """A step of the packed decoder, against the machine's read bandwidth and against a step of one row.
 
 Decoders of 39 M and 100 M parameters, a context of 256 tokens, one thread. ``share_of_read``: bytes of weights, keys
-and values per second by the rate at which torch sums a large tensor, in the same rounds; ``times_one_row``: the time of a
-step of 4, 8 or 16 rows of one sequence by that of one; prompts of 512 tokens in tokens per second; ``update_ms``: new
+and values per second by the rate at which torch sums a large tensor, in the same rounds; ``times_one_row``: the time of
+a step of 4, 8 or 16 rows of one sequence by that of one; prompts of 512 tokens in tokens per second; ``update_ms``: new
 weights into the same memory.
 """
 

@@ -54,6 +54,8 @@ PARAMS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": 3},
     "top": {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4, "logprobs": 1},
+    "penalties on few tokens": {"allowed_token_ids": list(range(40, 46)), "frequency_penalty": 2.0},
+    "phrases of few tokens": {"allowed_token_ids": [70, 71, 72, 73], "bad_words": ["ab", "ba", "cc", "dab"]},
     "bias": {"logit_bias": {40: 9.0, 41: 9.0, 42: -50.0}, "logprobs": 0},
     "allowed": {"allowed_token_ids": [40, 41, 42, 43, 2], "min_tokens": 9},
     "bad words": {"bad_words": ["ab", "c", "the cat"], "allowed_token_ids": list(range(60, 110))},

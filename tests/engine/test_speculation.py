@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_cases import as_prompts, engine, prompts_of, write_model
+from engine_cases import VOCAB, as_prompts, engine, prompts_of, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from fastsft.engine.draft.ngram import NgramGuess
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import RequestOutput, SamplingParams
+from fastsft.models.tokenizer import Tokenizer
 
 # --- guesses --------------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,39 @@ def engine_steps(folder: Any, options: dict[str, int]) -> int:
     return llm.core.stats().steps
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Another model of the same tokenizer."""
+    return write_model(tmp_path_factory.mktemp("small"), "qwen3")
+
+
+@pytest.mark.parametrize("which", ["small", "same"])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_draft_model(which: str, adaptive: bool, small: Any, folder: Any, plain: list[RequestOutput]) -> None:
+    config = {"method": "draft_model", "model": small if which == "small" else folder, "adaptive": adaptive}
+    llm: LLM = engine(folder, speculative_config=config | {"num_speculative_tokens": 4})
+    found = llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
+    assert found == plain
+    if which == "same" and not adaptive:  # the same weights in bfloat16; bias and penalties do not reach its draws
+        each = [o for request in found[:2] for o in request.outputs]
+        assert sum(o.accepted_tokens for o in each) > 0.7 * sum(o.drafted_tokens for o in each)
+    draft = llm.core._drafter._make.__closure__[0].cell_contents  # type: ignore[union-attr]
+    assert draft.allocator.num_free == draft.allocator.num_blocks
+
+
+def test_a_draft_model_whose_cache_is_full(folder: Any, plain: list[RequestOutput]) -> None:
+    config = {"method": "draft_model", "model": folder, "adaptive": False, "kv_cache_bytes": 60_000}
+    llm: LLM = engine(folder, speculative_config=config)
+    assert llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS) == plain
+
+
+def test_a_draft_model_with_another_tokenizer(folder: Any, tmp_path: Any) -> None:
+    write_model(tmp_path, "llama")
+    Tokenizer.train(["another text altogether"], VOCAB).save(tmp_path)
+    with pytest.raises(ValueError, match="same tokenizer, but token 3 is"):
+        engine(folder, speculative_config={"method": "draft_model", "model": tmp_path})
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -164,6 +198,7 @@ def engine_steps(folder: Any, options: dict[str, int]) -> int:
         ({"method": "ngram", "prompt_lookup_max": 1}, "prompt_lookup_max"),
         ({"method": "suffix", "corpus": "text"}, "corpus"),
         ({"method": "suffix", "adaptive": 1}, "adaptive"),
+        ({"method": "draft_model"}, "model"),
     ],
 )
 def test_wrong_configurations(config: dict[str, Any], named: str, folder: Any) -> None:

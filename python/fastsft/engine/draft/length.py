@@ -84,6 +84,8 @@ class DraftLength:
         self._times = StepTimes()
         self._base = 0  # continuations of the last step
         self._steps = 0
+        self._draft_costs: deque[float] = deque(maxlen=15)
+        self._draft_seconds = 0.0
         self._time = self._lost = 0.0
         self._begin()
 
@@ -101,7 +103,8 @@ class DraftLength:
             return 0
         best, best_rate, survives, gain = 0, 0.0, 1.0, 0.0
         for count in range(min(limit, self.most) + 1):
-            rate = (base + self._expected + gain) / self._times[base + self._drafted + count]
+            seconds = self._times[base + self._drafted + count] + self._proposing + count * self._draft_seconds
+            rate = (base + self._expected + gain) / seconds
             if rate > best_rate:
                 best, best_rate = count, rate
             if count < self.most:
@@ -116,6 +119,9 @@ class DraftLength:
         """So many drafts came, after so long."""
         self._drafted += count
         self._proposing += seconds
+        if count:  # a first call also reads the prompt: the median leaves it out
+            self._draft_costs.append(seconds / count)
+            self._draft_seconds = statistics.median(self._draft_costs)
         survives = 1.0
         for place in range(count):
             survives *= shares[place]

@@ -31,3 +31,6 @@ class NgramGuess:
             if place is not None:
                 return list(tokens[place : place + limit])
         return []
+
+    def close(self) -> None:
+        """Nothing is held beside the object itself."""

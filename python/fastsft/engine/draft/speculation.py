@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastsft.engine.draft.length import DraftLength, Shares
+from fastsft.engine.draft.model import DraftModel, ModelGuess
 from fastsft.engine.draft.ngram import NgramGuess
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.sequence import Sequence
@@ -20,6 +22,9 @@ class Guess(Protocol):
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """At most ``limit`` tokens; ``tokens`` begins with those of the call before."""
 
+    def close(self) -> None:
+        """The text has ended."""
+
 
 @dataclass
 class _State:
@@ -31,12 +36,12 @@ class Speculation:
     """The engine's :class:`~fastsft.engine.scheduler.Drafter`.
 
     Args:
-        make: a guess for a new text.
+        make: a guess for the text of a sequence.
         most: drafts of one continuation in a step.
         adaptive: False drafts ``most`` tokens whenever there is a guess.
     """
 
-    def __init__(self, make: Callable[[], Guess], *, most: int = 8, adaptive: bool = True) -> None:
+    def __init__(self, make: Callable[[Sequence], Guess], *, most: int = 8, adaptive: bool = True) -> None:
         self._make, self._most, self._adaptive = make, most, adaptive
         self._length = DraftLength(most)
         self._states: dict[Sequence, _State] = {}
@@ -44,7 +49,7 @@ class Speculation:
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         state = self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = _State(self._make(), Shares(self._most, self._length.shares))
+            state = self._states[sequence] = _State(self._make(sequence), Shares(self._most, self._length.shares))
         count = self._length.choose(state.shares, limit) if self._adaptive else min(limit, self._most)
         if count == 0:
             return []
@@ -57,7 +62,8 @@ class Speculation:
         self._length.observe(self._states[sequence].shares, proposed, accepted)
 
     def forget(self, sequence: Sequence) -> None:
-        self._states.pop(sequence, None)
+        if (state := self._states.pop(sequence, None)) is not None:
+            state.guess.close()
 
     def measured(self, rows: int, seconds: float) -> None:
         self._length.measured(rows, seconds)
@@ -67,11 +73,12 @@ class Speculation:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
     "suffix": {"corpus": (), "min_match": 2},
+    "draft_model": {"model": None, "kv_cache_bytes": 64 << 20},
 }
 _COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
 
 
-def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer) -> Speculation:
+def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> Speculation:
     """From ``speculative_config``; names as in vLLM.
 
     Raises:
@@ -95,13 +102,20 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer) -> Specula
     most = integer("num_speculative_tokens", 1)
     if not isinstance(options["adaptive"], bool):
         raise ValueError(f"speculative_config: adaptive: expected True or False, got {options['adaptive']!r}")
-    make: Callable[[], Guess]
+    make: Callable[[Sequence], Guess]
     if method == "ngram":
         shortest = integer("prompt_lookup_min", 1)
         longest = integer("prompt_lookup_max", shortest)
 
-        def make() -> Guess:
+        def make(sequence: Sequence) -> Guess:
             return NgramGuess(longest, shortest)
+    elif method == "draft_model":
+        if not isinstance(options["model"], str | os.PathLike):
+            raise ValueError(f"speculative_config: model: expected a folder, got {options['model']!r}")
+        draft = DraftModel(options["model"], tokenizer, vocab_size, kv_cache_bytes=integer("kv_cache_bytes", 1))
+
+        def make(sequence: Sequence) -> Guess:
+            return ModelGuess(draft, sequence)
     else:
         texts = options["corpus"]
         if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
@@ -109,7 +123,7 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer) -> Specula
         corpus = corpus_automaton(tokenizer.encode_text(list(texts))) if texts else None
         match = integer("min_match", 1)
 
-        def make() -> Guess:
+        def make(sequence: Sequence) -> Guess:
             return SuffixGuess(corpus, match)
 
     return Speculation(make, most=most, adaptive=options["adaptive"])

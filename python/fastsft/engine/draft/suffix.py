@@ -37,3 +37,6 @@ class SuffixGuess:
             if self._cursor.matched > max(self._own.repeated, self._shortest - 1):
                 return self._cursor.propose(limit)
         return self._own.propose(limit) if self._own.repeated >= self._shortest else []
+
+    def close(self) -> None:
+        """Nothing is held beside the object itself."""

@@ -1,0 +1,124 @@
+"""Drafts from a smaller model of the same tokenizer, drawn with the noise of the tokens that they guess.
+
+Where the two models' distributions agree, so do their draws: the guess of a sampled token holds far more often than a
+draw of its own would, and of a greedy one as often as the most probable tokens are the same.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastsft import ops
+from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
+from fastsft.engine.runner import Inputs, Runner
+from fastsft.engine.sequence import Sequence
+from fastsft.models.packed import pack_decoder
+from fastsft.models.tokenizer import Tokenizer
+
+
+class DraftModel:
+    """The model, in bfloat16, and a cache of its own for all texts.
+
+    Args:
+        folder: a Hugging Face folder.
+        tokenizer: of the model that the drafts are for.
+        vocab_size: that model's.
+
+    Raises:
+        ValueError: another tokenizer; the message names the first token that differs. Or a cache without a block.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size: int, *, kv_cache_bytes: int
+    ) -> None:
+        check_same_tokens(tokenizer, Tokenizer.from_folder(folder))
+        packed = pack_decoder(folder, "bfloat16")
+        if packed.config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"speculative_config: model: expected at least {tokenizer.vocab_size} tokens, the tokenizer's, got "
+                f"{packed.config.vocab_size}"
+            )
+        self.block_size = 16
+        per_block = packed.config.num_hidden_layers * packed.cache_block_bytes("bfloat16", self.block_size)
+        if kv_cache_bytes < per_block:
+            raise ValueError(
+                f"speculative_config: kv_cache_bytes: expected at least {per_block}, one block, got {kv_cache_bytes}"
+            )
+        blocks = kv_cache_bytes // per_block
+        self.runner = Runner(packed, kv_format="bfloat16", block_size=self.block_size, num_blocks=blocks)
+        self.allocator = BlockAllocator(blocks)
+        self.vocab_size = min(vocab_size, packed.config.vocab_size)
+
+
+def check_same_tokens(ours: Tokenizer, theirs: Tokenizer) -> None:
+    """Raises ValueError where an id is not the same token in both."""
+    a, b = ({i: t for t, i in x.backend.get_vocab(with_added_tokens=True).items()} for x in (ours, theirs))
+    for i in sorted(a.keys() | b.keys()):
+        if a.get(i) != b.get(i):
+            raise ValueError(
+                f"speculative_config: model: expected the same tokenizer, but token {i} is {a.get(i)!r} here and "
+                f"{b.get(i)!r} in the draft model's"
+            )
+
+
+class ModelGuess:
+    """Of one text. What it holds in the cache follows the text: drafts that did not hold are written over."""
+
+    def __init__(self, draft: DraftModel, sequence: Sequence) -> None:
+        self._draft, self._sequence = draft, sequence
+        self._blocks: list[int] = []
+        self._known: list[int] = []  # tokens whose keys and values the cache has
+        self._agreed = 0  # how many of them were the text's at the last call
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """At most ``limit`` tokens; fewer where the cache or the model's context is full."""
+        agreed = self._agreed
+        while agreed < min(len(self._known), len(tokens) - 1) and self._known[agreed] == tokens[agreed]:
+            agreed += 1
+        del self._known[agreed:]
+        self._agreed, new, found = agreed, tokens[agreed:], list[int]()
+        while len(found) < limit and self._has_room(len(self._known) + len(new)):
+            if max(new) >= self._draft.runner.vocab_size:  # one of the ids that only pad the other model's vocabulary
+                break
+            found.append(self._next(new, len(found)))
+            new = found[-1:]
+        return found
+
+    def _has_room(self, count: int) -> bool:
+        draft = self._draft
+        if count > draft.runner.max_position_embeddings:
+            return False
+        try:
+            self._blocks += draft.allocator.allocate(max(0, -(-count // draft.block_size) - len(self._blocks)))
+        except OutOfBlocks:
+            return False
+        return True
+
+    def _next(self, new: list[int], place: int) -> int:
+        """Compute ``new`` and draw what follows."""
+        self._known += new
+        inputs = Inputs(
+            torch.tensor(new, dtype=torch.int64),
+            torch.tensor([0, len(new)], dtype=torch.int32),
+            torch.tensor([len(self._known)], dtype=torch.int32),
+            torch.tensor([self._blocks], dtype=torch.int32),
+        )
+        logits_1V = self._draft.runner.forward(inputs, torch.tensor([len(new) - 1]))[:, : self._draft.vocab_size]
+        params = self._sequence.params
+        ids, _ = ops.sample(
+            logits_1V.contiguous(),
+            temperature=torch.tensor([params.temperature], dtype=torch.float32),
+            top_k=torch.tensor([params.top_k], dtype=torch.int32),
+            top_p=torch.tensor([params.top_p], dtype=torch.float32),
+            min_p=torch.tensor([params.min_p], dtype=torch.float32),
+            seeds=torch.tensor([self._sequence.seed], dtype=torch.int64),
+            positions=torch.tensor([self._sequence.generated + place], dtype=torch.int64),
+        )
+        return int(ids[0])
+
+    def close(self) -> None:
+        """Give the blocks back."""
+        self._draft.allocator.release(self._blocks)
+        self._blocks, self._known, self._agreed = [], [], 0

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "train": (verbs.train, True),
     "report": (verbs.report, False),
     "generate": (verbs.generate, False),
+    "serve": (verbs.serve, False),
     "eval": (verbs.evaluate, False),
     "sample": (verbs.sample, False),
     "iterate": (verbs.iterate, False),

@@ -35,9 +35,11 @@ ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 OPTIONAL = {
     "pyarrow", "datasets", "matplotlib", "transformers", "triton", "cuda", "fastapi", "uvicorn", "ray",
     "tree_sitter", "tree_sitter_python", "bitsandbytes", "peft", "wandb", "trackio", "tensorboard",
+    "starlette", "prometheus_client",
 }  # fmt: skip
-# made of kernels, which Triton reads as source at the top of a module: imported as an optional package is
-KERNELS = "fastsft.ops._triton"
+# made of optional packages, at the top of their modules: imported as those are. Kernels, which Triton reads as source,
+# and the server's endpoints
+WHOLLY_OPTIONAL = ("fastsft.ops._triton", "fastsft.engine.server")
 
 
 def sources() -> list[Path]:
@@ -75,7 +77,7 @@ def test_python_layers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_optional_packages_are_imported_where_used(path: Path) -> None:
-    if path.relative_to(PACKAGE).parts[:-1] == ("ops", "_triton"):
+    if ".".join(("fastsft", *path.relative_to(PACKAGE).parts[:-1])) in WHOLLY_OPTIONAL:
         return
     tree = ast.parse(path.read_text())
     inside = {
@@ -88,7 +90,7 @@ def test_optional_packages_are_imported_where_used(path: Path) -> None:
         for n in ast.walk(f)
     }
     for name, node in imports(tree):
-        if name.split(".")[0] in OPTIONAL or f"{name}.".startswith(f"{KERNELS}."):
+        if name.split(".")[0] in OPTIONAL or f"{name}.".startswith(tuple(f"{p}." for p in WHOLLY_OPTIONAL)):
             assert id(node) in inside | typing_only, (
                 f"{path}:{node.lineno}: import {name} inside the function that uses it"
             )

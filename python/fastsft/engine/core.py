@@ -92,6 +92,12 @@ class EngineCore:
         """Whether :meth:`step` has anything to do."""
         return self._scheduler.busy
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its continuation can have together."""
+        runner = self._runner
+        return min(runner.num_blocks * runner.block_size, runner.max_position_embeddings)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 

@@ -60,7 +60,7 @@ class ByteBpe:
         # The tokenizer takes these out of a text before it splits it.
         self._added = re.compile("|".join(re.escape(token["content"]) for token in added.values()) or "(?!)")
         self._normalizer = backend.normalizer
-        byte_of = _bytes_of_letters()
+        byte_of = bytes_of_letters()
         vocabulary: dict[str, int] = model["vocab"]
         size = 1 + max([*vocabulary.values(), *added])
         token_bytes = [b""] * size
@@ -139,7 +139,7 @@ def _classes() -> npt.NDArray[np.uint8]:
 
 
 @functools.cache
-def _bytes_of_letters() -> dict[int, int]:
+def bytes_of_letters() -> dict[int, int]:
     """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest is moved behind U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [b for b in range(256) if b not in plain]

@@ -14,6 +14,7 @@ from fastsft.verbs.merging import restore_layers, soup
 from fastsft.verbs.model import generate, train
 from fastsft.verbs.reporting import report
 from fastsft.verbs.sampling import sample
+from fastsft.verbs.serving import serve
 
 __all__ = [
     "UsageError",
@@ -29,6 +30,7 @@ __all__ = [
     "report",
     "restore_layers",
     "sample",
+    "serve",
     "soup",
     "train",
 ]

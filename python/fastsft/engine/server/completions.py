@@ -1,0 +1,146 @@
+"""``/v1/completions``: prompts as text or ids, one or several, and infills by ``suffix``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive
+
+from fastsft.engine.prompts import encode_infill
+from fastsft.engine.request import SamplingParams, Update
+from fastsft.engine.server.async_engine import EngineFailed, Stream, TimedOut
+from fastsft.engine.server.context import Context, api_error
+from fastsft.engine.server.errors import ApiError, json_response
+from fastsft.engine.server.protocol import CompletionBody
+from fastsft.engine.server.sse import EventStream, unless_gone
+
+
+@dataclass
+class _Choice:
+    """A continuation, as far as it has come."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    characters: int = 0  # of what was sent before ``text``
+
+
+async def complete(context: Context, body: CompletionBody, receive: Receive) -> Response:
+    context.check_model(body.model)
+    prompts, params = await _prompts_and_params(context, body)
+    stream = await context.submit(prompts, params)
+    one = _Completion(context, body, params, prompts, stream)
+    if body.stream:
+        return EventStream(one.events(), stream.close, ping_seconds=context.settings.ping_seconds)
+    with stream:
+        return json_response(await unless_gone(receive, one.whole()))
+
+
+async def _prompts_and_params(context: Context, body: CompletionBody) -> tuple[list[list[int]], SamplingParams]:
+    several: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if several and isinstance(several[0], int):
+        several = [several]
+    if not several:
+        raise ApiError(400, "prompt: expected at least one, got an empty list", param="prompt")
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens: expected at least 1, or echo beside it, got 0", param="max_tokens")
+    # The text alone was asked for; the engine has no way to generate nothing, so one token is left out.
+    own: dict[str, Any] = {"n": body.n, "max_tokens": body.max_tokens or 1, "logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "logprobs: not together with echo", param="logprobs")
+    params = body.sampling(**own)
+    if body.suffix is None:
+        return [await context.encode(prompt) for prompt in several], params
+    if body.echo or not all(isinstance(prompt, str) for prompt in several):
+        raise ApiError(400, "suffix: only beside a prompt of text, without echo", param="suffix")
+    prompts: list[list[int]] = []
+    ends: tuple[int, ...] = ()
+    for prompt in several:
+        ids, ends = await context.tokenize(partial(encode_infill, context.tokenizer, prompt, body.suffix), "suffix")
+        prompts.append(ids)
+    return prompts, ending_with(params, ends)
+
+
+def ending_with(params: SamplingParams, ends: tuple[int, ...]) -> SamplingParams:
+    """The tokens of an infill's format end it, besides the model's own."""
+    if params.ignore_eos:
+        return params
+    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+
+
+class _Completion:
+    """One request's answer, whole or piece by piece."""
+
+    def __init__(
+        self, context: Context, body: CompletionBody, params: SamplingParams, prompts: list[list[int]], stream: Stream
+    ) -> None:
+        self._context, self._body, self._prompts, self._stream = context, body, prompts, stream
+        self._identity = {
+            **context.identity("cmpl"), "object": "text_completion", "created": int(time.time()),
+        }  # fmt: skip
+        self._first = {r.request_id: i * params.n for i, r in enumerate(stream.requests)}
+        self._choices = [_Choice(i) for i in range(len(prompts) * params.n)]
+        self._generated = 0
+
+    async def whole(self) -> dict[str, Any]:
+        try:
+            async for update in self._stream:
+                self._take(update)
+        except (EngineFailed, TimedOut) as error:
+            raise api_error(error) from None
+        choices = [self._shown(choice) for choice in self._choices]
+        return {**self._identity, "choices": choices, "usage": self._usage()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        body = self._body
+        with_usage = body.stream_options.include_usage
+        more = {"usage": None} if with_usage else {}
+        try:
+            async for update in self._stream:
+                choice = self._take(update)
+                if choice.text or choice.finish_reason or body.logprobs is not None:
+                    yield {**self._identity, "choices": [self._shown(choice)], **more}
+                choice.characters += len(choice.text)
+                choice.text, choice.tokens, choice.logprobs = "", [], []
+        except (EngineFailed, TimedOut) as error:
+            raise api_error(error) from None
+        if with_usage:
+            yield {**self._identity, "choices": [], "usage": self._usage()}
+
+    def _take(self, update: Update) -> _Choice:
+        first = self._first[update.request_id]
+        choice, body = self._choices[first + update.index], self._body
+        if body.echo and not choice.characters and not choice.tokens:
+            prompt = self._prompts[first // body.n]
+            choice.text = self._context.tokenizer.decode(prompt, skip_special_tokens=False)
+            choice.tokens += prompt
+        if body.max_tokens:
+            choice.text += update.text
+            choice.tokens += update.token_ids
+            choice.logprobs += update.logprobs or ()
+        self._generated += len(update.token_ids) if body.max_tokens else 0
+        choice.finish_reason = update.finish_reason
+        return choice
+
+    def _shown(self, choice: _Choice) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = self._context.pieces.completion_logprobs(
+                choice.tokens, choice.logprobs, self._body.logprobs, choice.characters
+            )
+        return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(map(len, self._prompts)), self._generated)
+
+
+def usage(prompt: int, generated: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

@@ -1,0 +1,91 @@
+"""What the endpoints of a server share, and how each of them gets its requests into the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fastsft.engine.prompts import encode_prompt
+from fastsft.engine.request import PromptError, QueueFull, Request, RequestError, SamplingParams
+from fastsft.engine.server.async_engine import AsyncEngine, EngineFailed, Stream, TimedOut
+from fastsft.engine.server.errors import ApiError, invalid
+from fastsft.engine.server.metrics import Metrics
+from fastsft.engine.server.pieces import Pieces
+from fastsft.engine.server.settings import ServerSettings
+
+T = TypeVar("T")
+_SECONDS_TO_RETRY = 1  # a queue changes with every step
+
+
+class Context:
+    """One server's engine, metrics and settings."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings, max_model_len: int) -> None:
+        self.engine, self.settings, self.max_model_len = engine, settings, max_model_len
+        self.tokenizer = engine.tokenizer
+        self.started = int(time.time())
+        self.metrics = Metrics(engine, settings.model)
+        self.pieces = Pieces(engine.tokenizer)
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.settings.model):
+            message = f"model: expected {self.settings.model!r}, got {name!r:.200}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def encode(self, prompt: str | list[int], name: str = "prompt") -> list[int]:
+        """Ids of a prompt, with what the tokenizer puts before every text."""
+        if not isinstance(prompt, str):
+            return prompt
+        return (await self.tokenize(lambda: encode_prompt(self.tokenizer, prompt), name))[1]
+
+    async def tokenize(self, work: Callable[[], T], name: str) -> T:
+        """Long texts take their time: it is not the loop's."""
+        try:
+            return await asyncio.to_thread(work)
+        except PromptError as error:
+            raise ApiError(400, f"{name}: {error.problem}", param=name) from None
+        except ValueError as error:  # TemplateError among them
+            raise invalid(error, name) from None
+
+    async def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, name: str = "prompt") -> Stream:
+        """Queue a request for each prompt. Whoever gets the stream must close it.
+
+        Raises:
+            ApiError: what the engine says of them.
+        """
+        count, most = len(prompts) * params.n, self.settings.max_choices
+        if count > most:
+            message = f"n: expected at most {most} continuations of all prompts together, got {count}"
+            raise ApiError(400, message, param="n")
+        requests = [Request(uuid.uuid4().hex, tuple(ids), params) for ids in prompts]
+        try:
+            return await self.engine.submit(
+                requests, seconds=self.settings.request_seconds, observe=self.metrics.observer(requests)
+            )
+        except Exception as error:
+            raise api_error(error, name) from None
+
+    def identity(self, kind: str) -> dict[str, Any]:
+        """What every answer of OpenAI's API begins with."""
+        return {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "model": self.settings.model,
+            "system_fingerprint": f"weights-{self.engine.snapshot.weight_version}",
+        }
+
+
+def api_error(error: Exception, name: str = "prompt") -> ApiError:
+    """Of what the engine raised."""
+    if isinstance(error, RequestError):
+        return ApiError(400, f"{name}: {error}", param=name, code="invalid_prompt")
+    if isinstance(error, QueueFull):
+        retry = {"Retry-After": str(_SECONDS_TO_RETRY)}
+        return ApiError(503, f"the queue is full: {error}", code="queue_full", headers=retry)
+    if isinstance(error, TimedOut):
+        return ApiError(504, str(error), code="timeout")
+    if isinstance(error, EngineFailed):
+        return ApiError(503, str(error), code="engine_failed")
+    raise error

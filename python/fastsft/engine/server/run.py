@@ -1,0 +1,57 @@
+"""Runs a server until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+
+import uvicorn
+
+from fastsft.engine.core import EngineCore
+from fastsft.engine.server.app import make_app
+from fastsft.engine.server.async_engine import AsyncEngine
+from fastsft.engine.server.settings import ServerSettings
+
+_AFTER_DRAIN = 5  # seconds for the last events to be sent
+
+
+class _Server(uvicorn.Server):
+    """On SIGTERM and SIGINT it accepts no more connections, lets requests finish, and stops."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, settings: ServerSettings) -> None:
+        super().__init__(config)
+        self._engine, self._drain_seconds = engine, settings.drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drain = asyncio.ensure_future(self._engine.drain(self._drain_seconds))
+        await super().shutdown(sockets)
+        await drain
+
+
+def make_server(core: EngineCore, settings: ServerSettings) -> uvicorn.Server:
+    """A server for listening sockets that its ``run`` is given."""
+    app = make_app(core, settings)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=int(settings.drain_seconds) + _AFTER_DRAIN,
+    )  # fmt: skip
+    return _Server(config, app.state.engine, settings)
+
+
+def run(core: EngineCore, settings: ServerSettings) -> None:
+    """Serve; returns when a signal has stopped it.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        server = make_server(core, settings)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"fastsft: {settings.model} on http://{host}:{listener.getsockname()[1]}/", flush=True)
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
+            signal.signal(number, lambda *_: None)
+        server.run(sockets=[listener])

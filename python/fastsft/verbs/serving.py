@@ -1,0 +1,72 @@
+"""``fastsft serve``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from fastsft.verbs.console import UsageError
+
+_KEY = "FASTSFT_API_KEY"
+
+
+def serve(
+    model: Path,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    kv_cache_mib: int = 256,
+    max_num_seqs: int = 64,
+    max_batched_tokens: int = 512,
+    max_queued_requests: int = 1024,
+    max_queued_tokens: int = 1 << 20,
+    requests_per_minute: int | None = None,
+    max_body_mib: int = 8,
+    request_seconds: float = 600.0,
+    drain_seconds: float = 30.0,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does.
+
+    The environment variable FASTSFT_API_KEY holds the keys that clients need, separated by commas; a host that other
+    machines can reach needs one.
+
+    Args:
+        model: folder with config.json, weights and tokenizer.
+        host: address to listen on; the default can be reached from this machine alone.
+        port: port to listen on; 0 takes a free one.
+        name: what clients call the model; the folder's name by default.
+        dtype: of weights and cache.
+        kv_cache_mib: memory of the cache.
+        max_num_seqs: continuations running at once.
+        max_batched_tokens: prompt tokens computed in one step: what is being generated waits for so many.
+        max_queued_requests: so many may wait; others are told to come again.
+        max_queued_tokens: the same in tokens.
+        requests_per_minute: of each key, or of each address where there are no keys.
+        max_body_mib: largest request.
+        request_seconds: time in which a request must be answered.
+        drain_seconds: time that requests in progress have after SIGTERM.
+    """
+    import torch
+
+    from fastsft.engine.load import load_core
+
+    try:
+        from fastsft.engine.server.run import run
+        from fastsft.engine.server.settings import ServerSettings
+    except ImportError as error:
+        raise UsageError(f"serve: needs {error.name}: pip install 'fastsft[serve]'") from None
+    keys = tuple(filter(None, (key.strip() for key in os.environ.get(_KEY, "").split(","))))
+    settings = ServerSettings(
+        name or model.resolve().name, host=host, port=port, api_keys=keys, max_body_bytes=max_body_mib << 20,
+        requests_per_minute=requests_per_minute, request_seconds=request_seconds, drain_seconds=drain_seconds,
+    )  # fmt: skip
+    core = load_core(
+        model, dtype=getattr(torch, dtype), kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs,
+        max_batched_tokens=max_batched_tokens, max_queued_requests=max_queued_requests,
+        max_queued_tokens=max_queued_tokens,
+    )  # fmt: skip
+    run(core, settings)

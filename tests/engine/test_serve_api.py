@@ -1,0 +1,195 @@
+"""The server's answers: the same as the engine's own, in the shapes that OpenAI's client and editors read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from engine_cases import tokenizer, write_model
+from serve_cases import MODEL, Running, serving
+
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import SamplingParams
+
+TEXTS = ["the cat sat on", "on the mat the cat", "x = 1\n"]
+DRAW: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("served") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, num_blocks=64)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    with serving(folder) as running:
+        yield running
+
+
+def test_completions_are_the_engines(server: Running, llm: LLM) -> None:
+    expected = llm.generate(TEXTS, SamplingParams(n=2, **DRAW))
+    answer = server.openai.completions.create(model=MODEL, prompt=TEXTS, n=2, **DRAW)
+    assert answer.object == "text_completion"
+    assert [c.index for c in answer.choices] == list(range(6))
+    outputs = [o for one in expected for o in one.outputs]
+    assert [(c.text, c.finish_reason) for c in answer.choices] == [(o.text, o.finish_reason) for o in outputs]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(len(one.prompt_token_ids) for one in expected)
+    assert answer.usage.completion_tokens == sum(len(o.token_ids) for o in outputs)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_prompts_may_be_ids(server: Running) -> None:
+    ids = [tokenizer().encode(text) for text in TEXTS]
+    texts = [c.text for c in server.openai.completions.create(model=MODEL, prompt=TEXTS, **DRAW).choices]
+    assert [c.text for c in server.openai.completions.create(model=MODEL, prompt=ids, **DRAW).choices] == texts
+    assert server.openai.completions.create(model=MODEL, prompt=ids[1], **DRAW).choices[0].text == texts[1]
+
+
+def test_streams_add_up(server: Running) -> None:
+    options: dict[str, Any] = {"model": MODEL, "prompt": TEXTS, "n": 2, "logprobs": 2, **DRAW}
+    whole = server.openai.completions.create(**options)
+    chunks = list(server.openai.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        mine = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
+        assert choice.logprobs is not None
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            parts = [item for c in mine for item in getattr(c.logprobs, name)]
+            if name == "token_logprobs":
+                assert parts == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
+            elif name == "tokens":
+                assert parts == choice.logprobs.tokens
+            else:
+                assert [sorted(p) for p in parts] == [sorted(p) for p in choice.logprobs.top_logprobs or ()]
+    assert len({c.id for c in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_a_stream_is_server_sent_events(server: Running) -> None:
+    body = {"model": MODEL, "prompt": TEXTS[0], "stream": True, **DRAW}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        text = response.read().decode()
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    for event in events[:-2]:
+        assert json.loads(event.removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_echo_repeats_the_prompt(server: Running) -> None:
+    plain = server.complete(prompt=TEXTS, **DRAW)
+    echoed = server.complete(prompt=TEXTS, echo=True, **DRAW)
+    expected = [text + c["text"] for text, c in zip(TEXTS, plain["choices"], strict=True)]
+    assert [c["text"] for c in echoed["choices"]] == expected
+    alone = server.complete(prompt=TEXTS[0], echo=True, max_tokens=0)
+    assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == (TEXTS[0], 0)
+
+
+def test_chat_is_the_engines(server: Running, llm: LLM) -> None:
+    messages: list[Any] = [{"role": "system", "content": "cat"}, {"role": "user", "content": "the mat"}]
+    expected = llm.chat(messages, SamplingParams(n=2, logprobs=3, **DRAW))[0]
+    options: dict[str, Any] = {"model": MODEL, "n": 2, "logprobs": True, "top_logprobs": 3, **DRAW}
+    answer = server.openai.chat.completions.create(messages=messages, **options)
+    parts: list[Any] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    chunks = list(server.openai.chat.completions.create(messages=parts, stream=True, **options))
+    for choice, output in zip(answer.choices, expected.outputs, strict=True):
+        assert (choice.message.role, choice.message.content) == ("assistant", output.text)
+        assert choice.finish_reason == output.finish_reason
+        assert choice.logprobs is not None
+        entries = choice.logprobs.content or []
+        assert output.logprobs is not None
+        chosen = [shown[t] for t, shown in zip(output.token_ids, output.logprobs, strict=True)]
+        assert [e.logprob for e in entries] == pytest.approx(chosen, abs=1e-4)
+        assert all(len(e.top_logprobs) == 3 for e in entries)
+        best = [sorted(shown.values(), reverse=True)[:3] for shown in output.logprobs]
+        assert [[t.logprob for t in e.top_logprobs] for e in entries] == [pytest.approx(b, abs=1e-4) for b in best]
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in mine) == output.text
+        assert mine[-1].finish_reason == output.finish_reason
+    assert server.openai.chat.completions.create(model=MODEL, messages=messages, temperature=0).usage is not None
+
+
+def test_bytes_of_tokens_make_the_text(server: Running) -> None:
+    """Also where a character is spread over several tokens, whose texts alone say nothing."""
+    answer = server.openai.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "é"}], logprobs=True, extra_body={"ignore_eos": True}, **DRAW
+    )
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content or []
+    whole = b"".join(bytes(e.bytes or []) for e in entries)
+    special = [t for t in tokenizer().control.names if t.encode() in whole]
+    for token in special:
+        whole = whole.replace(token.encode(), b"")
+    assert whole.decode(errors="replace") == answer.choices[0].message.content
+    one = server.complete(prompt=[tokenizer().encode("é")], max_tokens=1, temperature=0, logprobs=1)
+    assert one["choices"][0]["logprobs"]["text_offset"] == [0]
+
+
+def test_suffix_and_infill_fill_the_middle(server: Running, llm: LLM) -> None:
+    expected = llm.infill("the cat ", " the mat", SamplingParams(max_tokens=12)).outputs[0]
+    given = server.openai.completions.create(
+        model=MODEL, prompt="the cat ", suffix=" the mat", max_tokens=12, temperature=0
+    )
+    assert given.choices[0].text == expected.text
+    body = {"input_prefix": "the cat ", "input_suffix": " the mat", "n_predict": 12, "cache_prompt": True}
+    found = server.post("/infill", **body).json()
+    assert (found["content"], found["tokens_predicted"]) == (expected.text, len(expected.token_ids))
+    assert found["stop_type"] == ("limit" if expected.finish_reason == "length" else "eos")
+    chosen = server.post("/infill", **body, response_fields=["content", "timings/prompt_n", "nothing"]).json()
+    assert chosen == {"content": expected.text, "timings/prompt_n": found["tokens_evaluated"]}
+    with server.http.stream("POST", "/infill", json={**body, "stream": True}) as response:
+        events = [json.loads(e.removeprefix("data: ")) for e in response.read().decode().split("\n\n") if e]
+    assert "".join(e["content"] for e in events) == expected.text
+    assert [e["stop"] for e in events] == [False] * (len(events) - 1) + [True]
+
+
+def test_infill_begins_the_middle_and_names_other_files(server: Running, llm: LLM) -> None:
+    prompt = tokenizer().encode("<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>the ")
+    snippet = tokenizer().encode("\n\n--- snippet ---\n\nthe mat")
+    expected = llm.generate({"prompt_token_ids": snippet + prompt}, SamplingParams(max_tokens=6, ignore_eos=True))[0]
+    body = {"input_prefix": "a", "input_suffix": "b", "prompt": "the ", "n_predict": 6, "ignore_eos": True}
+    found = server.post("/infill", **body, input_extra=[{"filename": "m", "text": "the mat"}]).json()
+    assert found["tokens"] == list(expected.outputs[0].token_ids)
+
+
+def test_tokens_there_and_back(server: Running) -> None:
+    ids = tokenizer().encode("the cat")
+    assert server.post("/tokenize", prompt="the cat").json() == {"tokens": ids, "count": len(ids), "max_model_len": 256}
+    assert server.post("/tokenize", content="the cat").json()["tokens"] == ids
+    assert server.post("/detokenize", tokens=ids).json()["prompt"] == "the cat"
+    chat = server.post("/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
+    assert chat == tokenizer().encode_chat([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+
+
+def test_models_and_health(server: Running) -> None:
+    assert [m.id for m in server.openai.models.list()] == [MODEL]
+    assert server.openai.models.retrieve(MODEL).id == MODEL
+    assert server.http.get("/health").json() == {"status": "ok"}
+    with pytest.raises(openai.NotFoundError, match="expected 'tiny', got 'gpt'"):
+        server.openai.completions.create(model="gpt", prompt="x")
+
+
+def test_metrics_count(server: Running) -> None:
+    names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total",
+             "time_to_first_token_seconds_count", "inter_token_latency_seconds_count")  # fmt: skip
+    before = [server.metric(name) for name in names]
+    usage = server.complete(prompt=TEXTS, n=2, ignore_eos=True, **DRAW)["usage"]
+    after = [server.metric(name) for name in names]
+    generated = usage["completion_tokens"]
+    expected = [usage["prompt_tokens"], generated, 6, 6, generated - 6]
+    assert [b - a for a, b in zip(before, after, strict=True)] == expected
+    assert server.metric("kv_cache_usage_perc") == 0

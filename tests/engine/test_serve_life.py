@@ -1,0 +1,193 @@
+"""What happens to requests when clients leave, steps fail and the server is told to stop; and many of them at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engine_cases import engine, prompts_of, write_model
+from serve_cases import Running, serving, slow_down, wait_for
+
+from fastsft.engine.request import SamplingParams
+
+LONG: dict[str, Any] = {"prompt": "the cat", "max_tokens": 200, "ignore_eos": True, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("living") / "llama", "llama")
+
+
+def send(server: Running, path: str, body: dict[str, Any]) -> socket.socket:
+    """A request over a socket of its own, to be closed at any time."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/infill"])
+def test_a_client_that_leaves_frees_its_blocks(path: str, stream: bool, folder: Path) -> None:
+    bodies = {
+        "/v1/completions": {**LONG, "n": 3},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 200, "ignore_eos": True},
+        "/infill": {"input_prefix": "a", "n_predict": 200, "ignore_eos": True},
+    }
+    with serving(folder, max_num_seqs=2) as server:
+        slow_down(server.core, 0.02)
+        connection = send(server, path, {**bodies[path], "stream": stream})
+        wait_for(lambda: server.core.stats().generated_tokens > 3)
+        assert server.core.stats().free_blocks < server.core.stats().blocks
+        connection.close()
+        wait_for(server.settled)
+        assert server.core.stats().generated_tokens < 150
+
+
+def test_a_client_that_leaves_the_queue(folder: Path) -> None:
+    with serving(folder, max_num_seqs=1) as server:
+        slow_down(server.core, 0.02)
+        first = send(server, "/v1/completions", LONG)
+        wait_for(lambda: server.core.stats().running == 1)
+        second = send(server, "/v1/completions", LONG)
+        wait_for(lambda: server.core.stats().waiting == 1)
+        second.close()
+        wait_for(lambda: server.core.stats().waiting == 0)
+        assert server.core.stats().running == 1
+        first.close()
+        wait_for(server.settled)
+
+
+def test_silence_is_broken_by_pings(folder: Path) -> None:
+    with serving(folder, settings={"ping_seconds": 0.05}) as server:
+        slow_down(server.core, 0.4)
+        body = {**LONG, "max_tokens": 2, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            events = response.read().decode().split("\n\n")
+        assert events.count(": ping") >= 4
+        assert events[-2] == "data: [DONE]"
+        chunks = list(server.openai.completions.create(model="tiny", prompt="a", max_tokens=2, stream=True, seed=1))
+        assert chunks[-1].choices[0].finish_reason
+
+
+def test_a_failed_step_fails_its_requests_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(folder) as server:
+        expected = server.complete(**LONG)["choices"]
+        step, calls = server.core.step, iter(range(1000))
+
+        def failing() -> Any:
+            if server.core.busy and next(calls) == 3:
+                raise MemoryError("no room for scratch")
+            return step()
+
+        server.core.step = failing  # type: ignore[method-assign]
+        error = server.refused(503, **LONG)
+        assert (error["code"], "log says why" in error["message"]) == ("engine_failed", True)
+        assert "no room for scratch" in caplog.text
+        wait_for(server.settled)
+        assert server.metric("engine_failures_total") == 1
+        assert server.complete(**LONG)["choices"] == expected
+        assert server.http.get("/health").status_code == 200
+
+
+def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "fastsft", "serve", str(folder), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://[\d.:]+", line)
+    assert found, line + process.communicate()[1]
+    return process, found[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_finish(number: signal.Signals, folder: Path) -> None:
+    process, url = start(folder)
+    try:
+        for _ in range(400):  # listening comes before serving
+            try:
+                whole = httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).json()["choices"][0]["text"]
+                break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        texts: list[str] = []
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+            texts.append(json.loads(next(lines))["choices"][0]["text"])
+            process.send_signal(number)
+            for line in lines:
+                texts.append("" if line == "[DONE]" else json.loads(line)["choices"][0]["text"])
+        assert line == "[DONE]"
+        assert "".join(texts) == whole
+        assert process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_outlasts_the_drain_is_told(folder: Path) -> None:
+    with serving(folder, settings={"drain_seconds": 0.2}) as server:
+        slow_down(server.core, 0.05)
+        with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+            parts = response.iter_lines()
+            next(parts)
+            server.stop()
+            rest = "\n".join(parts)
+        assert "the server is shutting down" in rest
+        assert rest.rstrip().endswith("data: [DONE]")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_soak(seed: int, folder: Path) -> None:
+    """Some hundred requests with clients that leave, wrong bodies and a small cache: each answer is what the request
+    gets alone, and nothing is held at the end (the fixture looks)."""
+    rng = random.Random(seed)
+    prompts = prompts_of([rng.randrange(1, 60) for _ in range(12)], seed)
+    alone = engine(folder)
+    wanted = {}
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(n=2, seed=i, temperature=1.0, max_tokens=20)
+        wanted[i] = [o.text for o in alone.generate({"prompt_token_ids": prompt}, params)[0].outputs]
+
+    def one(task: tuple[int, str]) -> bool:
+        i, kind = task
+        body = {"prompt": prompts[i], "n": 2, "seed": i, "max_tokens": 20}
+        if kind == "whole":
+            return [c["text"] for c in server.complete(**body)["choices"]] == wanted[i]
+        if kind == "stream":
+            texts = ["", ""]
+            for chunk in server.openai.completions.create(model="tiny", stream=True, **body):  # type: ignore[call-overload]
+                texts[chunk.choices[0].index] += chunk.choices[0].text
+            return texts == wanted[i]
+        if kind == "leave":
+            with send(server, "/v1/completions", {**body, "stream": bool(i % 2), "max_tokens": 190}) as connection:
+                connection.settimeout(0.02)
+                with contextlib.suppress(TimeoutError):
+                    connection.recv(1 << 12)
+            return True
+        wrong: list[dict[str, Any]] = [{"prompt": [300]}, {"n": 0}, {"prompt": 5}, {"zzz": 1}, {"stop": [""]}]
+        return server.post("/v1/completions", **{**body, **wrong[i % 5]}).status_code == 400
+
+    kinds = ["whole", "stream", "leave", "wrong"]
+    with serving(folder, num_blocks=24, max_num_seqs=6, max_batched_tokens=40) as server:
+        tasks = [(rng.randrange(12), kinds[k % 4]) for k in range(200)]
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(one, tasks))
+        wait_for(server.settled)
+        assert server.core.stats().preemptions > 0
+        assert server.metric("num_requests_running") == 0

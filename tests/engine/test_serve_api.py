@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from engine_cases import tokenizer, write_model
+from engine_cases import Reference, tokenizer, write_model
 from serve_cases import MODEL, Running, serving
 
 from fastsft.engine.llm import LLM
@@ -96,6 +96,44 @@ def test_echo_repeats_the_prompt(server: Running) -> None:
     assert [c["text"] for c in echoed["choices"]] == expected
     alone = server.complete(prompt=TEXTS[0], echo=True, max_tokens=0)
     assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == (TEXTS[0], 0)
+
+
+def test_best_of_returns_the_most_probable(server: Running, llm: LLM) -> None:
+    params = SamplingParams(n=2, best_of=5, **DRAW)
+    expected = [o.text for one in llm.generate(TEXTS, params) for o in one.outputs]
+    answer = server.openai.completions.create(model=MODEL, prompt=TEXTS, n=2, best_of=5, **DRAW)
+    assert [(c.index, c.text) for c in answer.choices] == list(enumerate(expected))
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 2 * 2 * 3
+
+
+def test_a_bias_reaches_the_draw(server: Running) -> None:
+    answer = server.openai.completions.create(model=MODEL, prompt="a", max_tokens=3, logit_bias={"70": 100})
+    assert answer.choices[0].text == tokenizer().decode([70] * 3)
+
+
+def test_echoed_logprobs_score_the_prompt(server: Running, folder: Path) -> None:
+    """As lm-eval asks for them: ids, one token more, the most probable one beside each."""
+    prompts = [tokenizer().encode(text) for text in [*TEXTS, "the mat " * 40]]
+    model = Reference(folder)
+    for stream in (False, True):
+        body = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True, "temperature": 0}
+        if stream:
+            shown: list[Any] = [{"logprobs": {"token_logprobs": [], "top_logprobs": []}} for _ in prompts]
+            for chunk in server.openai.completions.create(model=MODEL, stream=True, **body):  # type: ignore[call-overload]
+                for name, parts in shown[chunk.choices[0].index]["logprobs"].items():
+                    parts += getattr(chunk.choices[0].logprobs, name)
+        else:
+            shown = server.complete(**body)["choices"]
+        for ids, choice in zip(prompts, shown, strict=True):
+            found = choice["logprobs"]
+            expected = model.logprobs(ids)
+            own = [float(expected[t, i]) for t, i in enumerate(ids[1:])]
+            assert found["token_logprobs"][0] is None
+            assert found["token_logprobs"][1:-1] == pytest.approx(own, abs=1e-4)
+            best = expected.max(-1).values.tolist()
+            assert [max(top.values()) for top in found["top_logprobs"][1:]] == pytest.approx(best, abs=1e-4)
+            assert len(found["token_logprobs"]) == len(ids) + 1
 
 
 def test_chat_is_the_engines(server: Running, llm: LLM) -> None:

@@ -184,7 +184,7 @@ def test_soak(seed: int, folder: Path) -> None:
         return server.post("/v1/completions", **{**body, **wrong[i % 5]}).status_code == 400
 
     kinds = ["whole", "stream", "leave", "wrong"]
-    with serving(folder, num_blocks=24, max_num_seqs=6, max_batched_tokens=40) as server:
+    with serving(folder, num_blocks=16, max_num_seqs=6, max_batched_tokens=40) as server:
         tasks = [(rng.randrange(12), kinds[k % 4]) for k in range(200)]
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(one, tasks))

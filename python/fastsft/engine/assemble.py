@@ -25,6 +25,7 @@ class Assembly:
 
     def __init__(self, request: Request, prompt: str | None = None) -> None:
         self.request, self._prompt = request, prompt
+        self._prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
         self._all = [_Continuation() for _ in range(request.params.best_of or request.params.n)]
 
     @property
@@ -41,6 +42,7 @@ class Assembly:
         one.token_ids += update.token_ids
         one.texts.append(update.text)
         one.logprobs += update.logprobs or ()
+        self._prompt_logprobs = update.prompt_logprobs or self._prompt_logprobs
         if update.token_ids and update.weight_version not in one.weight_versions[-1:]:
             one.weight_versions.append(update.weight_version)
         one.finish_reason, one.stop_reason = update.finish_reason, update.stop_reason
@@ -60,4 +62,4 @@ class Assembly:
             )
             for index, c in enumerate(kept)
         )  # fmt: skip
-        return RequestOutput(self._prompt, self.request.prompt_token_ids, outputs)
+        return RequestOutput(self._prompt, self.request.prompt_token_ids, outputs, self._prompt_logprobs)

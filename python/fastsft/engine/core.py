@@ -15,8 +15,8 @@ from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.processors import ProcessorFactory
 from fastsft.engine.request import QueueFull, Request, RequestError, Update
 from fastsft.engine.runner import Inputs, Runner
-from fastsft.engine.sampling import draw
-from fastsft.engine.scheduler import Drafter, Scheduler
+from fastsft.engine.sampling import draw, score
+from fastsft.engine.scheduler import Drafter, Scheduler, Work
 from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
@@ -198,9 +198,11 @@ class EngineCore:
             self._runner.copy_block(source, target)
         inputs = Inputs.build([(w.sequence, w.count) for w in step.work])
         ends = inputs.cu_seqlens.tolist()[1:]
-        wanted = [range(end - w.rows, end) for end, w in zip(ends, step.work, strict=True)]
+        wanted = [range(end - (w.count if w.scores else w.rows), end) for end, w in zip(ends, step.work, strict=True)]
         rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)
         logits_RV = self._runner.forward(inputs, rows_R)
+        if any(w.scores for w in step.work):
+            logits_RV = self._score(step.work, logits_RV)
         for w in step.work:
             w.sequence.computed += w.count
         complete = [w.sequence for w in step.work if w.rows]
@@ -220,6 +222,18 @@ class EngineCore:
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
+
+    def _score(self, work: list[Work], logits_RV: torch.Tensor) -> torch.Tensor:
+        """Take the log-probabilities of prompts; what is left are the rows to draw from."""
+        kept: list[int] = []
+        row = 0
+        for w in work:
+            rows = w.count if w.scores else w.rows
+            if w.scores:
+                score(w.sequence, logits_RV[row : row + rows], w.sequence.computed)
+            row += rows
+            kept += range(row - w.rows, row)
+        return logits_RV[kept]
 
     def _fork(self, complete: list[Sequence], logits_RV: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
         """Let the siblings of a computed prompt draw from the same logits."""

@@ -26,6 +26,7 @@ class SamplingParams:
         ignore_eos: go on past the model's end tokens.
         max_tokens, min_tokens: limits on the number of generated tokens.
         logprobs: None, or the number of most probable tokens to report beside the chosen one; True means 0, False None.
+        prompt_logprobs: the same for the tokens of the prompt, all of which are then computed.
         repetition_penalty: above 1, tokens of the prompt and the text become less probable (CTRL, 1909.05858).
         presence_penalty, frequency_penalty: taken from the logits of tokens of the text, once and per occurrence.
         logit_bias: token id -> added to its logit, from -100 to 100.
@@ -49,6 +50,7 @@ class SamplingParams:
     max_tokens: int = 128
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     best_of: int | None = None
     repetition_penalty: float = 1.0
@@ -82,10 +84,11 @@ class SamplingParams:
         integer("min_tokens", 0, self.max_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
         if self.seed is not None:
             integer("seed", 0, 2**62 - 1, "None or an integer in [0, 2**62)")
-        if isinstance(self.logprobs, bool):
-            object.__setattr__(self, "logprobs", 0 if self.logprobs else None)
-        if self.logprobs is not None:
-            integer("logprobs", 0, 20, "None, a boolean or an integer from 0 to 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(value := getattr(self, name), bool):
+                object.__setattr__(self, name, 0 if value else None)
+            if getattr(self, name) is not None:
+                integer(name, 0, 20, "None, a boolean or an integer from 0 to 20")
         if self.best_of is not None:
             integer("best_of", self.n, 2**31 - 1, f"None or an integer >= n ({self.n})")
         r = self.repetition_penalty
@@ -161,6 +164,8 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    """Per token of the prompt; None for the first one, which nothing is before."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,8 @@ class Update:
     drafted_tokens: int = 0
     """Guesses checked so far (speculative decoding), and how many of them were right."""
     accepted_tokens: int = 0
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    """In the first update of the first continuation, if they were asked for."""
 
 
 class RequestError(ValueError):

@@ -80,6 +80,17 @@ def report(logits_V: torch.Tensor, token: int, count: int) -> dict[int, float]:
     return {i: float(logprobs_V[i]) for i in shown}
 
 
+def score(sequence: Sequence, logits_KV: torch.Tensor, begin: int) -> None:
+    """Take the log-probabilities of the prompt from the logits after its tokens ``begin`` to ``begin + K``."""
+    known, count = len(sequence.prompt_logprobs), sequence.params.prompt_logprobs or 0
+    scored = sequence.tokens[known : min(begin + 1 + len(logits_KV), sequence.prompt_len)]
+    logprobs_KV = torch.log_softmax(logits_KV[known - begin - 1 :][: len(scored)], -1)
+    top_KN = logprobs_KV.topk(min(count, logprobs_KV.shape[-1]))
+    own = logprobs_KV.gather(1, torch.tensor(scored, dtype=torch.int64)[:, None]).flatten().tolist()
+    for token, logprob, ids, values in zip(scored, own, top_KN.indices.tolist(), top_KN.values.tolist(), strict=True):
+        sequence.prompt_logprobs.append({token: logprob, **dict(zip(ids, values, strict=True))})
+
+
 def _sample(
     sequences: Ordered[Sequence], drafts: Ordered[Ordered[int]], logits_RV: torch.Tensor
 ) -> tuple[list[int], list[float]]:

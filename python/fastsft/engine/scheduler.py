@@ -20,6 +20,8 @@ from typing import Protocol
 from fastsft.engine.blocks import BlockAllocator, chain_key
 from fastsft.engine.sequence import Sequence
 
+_SCORED_TOKENS = 256  # of a prompt in one step: each has logits over the whole vocabulary
+
 
 class Drafter(Protocol):
     """Guesses what follows. A guess costs a row of a step; it holds where the draw equals it, and changes no result."""
@@ -39,11 +41,13 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """``count`` tokens of a sequence, its drafts last; logits are wanted after the last ``rows`` of them."""
+    """``count`` tokens of a sequence, its drafts last; logits are wanted after the last ``rows`` of them, and after all
+    where they score the prompt."""
 
     sequence: Sequence
     count: int
     rows: int
+    scores: bool = False
 
 
 @dataclass
@@ -131,8 +135,8 @@ class Scheduler:
         work = []
         for sequence in self._in_order():
             left = len(sequence.tokens) - sequence.computed
-            count = min(left, budget)
-            work.append(Work(sequence, count, int(count == left)))
+            count = min(left, budget, _SCORED_TOKENS if sequence.scoring else left)
+            work.append(Work(sequence, count, int(count == left), sequence.scoring))
             self._publish(sequence, sequence.computed + count)
             budget -= count
             if not budget:
@@ -167,7 +171,8 @@ class Scheduler:
 
         Its last token is always computed: the logits after it are wanted.
         """
-        found = self.allocator.find(self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size))
+        wanted = 0 if sequence.scoring else (len(sequence.tokens) - 1) // self.block_size
+        found = self.allocator.find(self._keys(sequence, wanted))
         unheld = sum(not self.allocator.references(b) for b in found)
         needed = self._blocks_for(len(sequence.tokens)) - len(found)
         return found if needed <= self.allocator.num_free - unheld else None
@@ -240,6 +245,9 @@ class Scheduler:
         What the old ones left can no longer be found, and is evicted first: all of it was let go before anything new.
         """
         self._restart_all()
+        for sequence in self.waiting:
+            if not sequence.generated:
+                sequence.prompt_logprobs = [None]  # all of them from the same weights
         self._root = f"weights {version}".encode()
 
     def _restart_all(self) -> None:

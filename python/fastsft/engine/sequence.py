@@ -38,6 +38,9 @@ class Sequence:
     accepted: int = 0
     siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] = field(
+        default_factory=lambda: [None]
+    )  # nothing is before the first
     processors: Processors | None = None  # what the request changes in its logits
     cumulative_logprob: float = 0.0  # of the generated tokens, under the unmodified distribution
     finish_reason: str | None = None
@@ -47,6 +50,12 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted and not there yet. The first continuation has them."""
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
+        return wanted and len(self.prompt_logprobs) < self.prompt_len
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` tokens to compute, drafts included."""
@@ -105,6 +114,7 @@ class Sequence:
             self.cumulative_logprob,
             self.drafted,
             self.accepted,
+            None if tokens or self.index or self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
     def _final_characters(self) -> int:

@@ -19,6 +19,9 @@ def serve(
     port: int = 8000,
     name: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    quantization: Literal["int8", "w8a8", "int4"] | None = None,
+    speculative: Literal["ngram", "suffix"] | None = None,
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
     kv_cache_mib: int = 256,
     max_num_seqs: int = 64,
     max_batched_tokens: int = 512,
@@ -40,6 +43,9 @@ def serve(
         port: port to listen on; 0 takes a free one.
         name: what clients call the model; the folder's name by default.
         dtype: of weights and cache.
+        quantization: of the weights, packed when they are loaded.
+        speculative: guess tokens from the text so far; no answer changes.
+        kv_cache_dtype: auto is the one of the weights.
         kv_cache_mib: memory of the cache.
         max_num_seqs: continuations running at once.
         max_batched_tokens: prompt tokens computed in one step: what is being generated waits for so many.
@@ -65,8 +71,9 @@ def serve(
         requests_per_minute=requests_per_minute, request_seconds=request_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     core = load_core(
-        model, dtype=getattr(torch, dtype), kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs,
-        max_batched_tokens=max_batched_tokens, max_queued_requests=max_queued_requests,
-        max_queued_tokens=max_queued_tokens,
+        model, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
+        kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+        max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
+        speculative_config={"method": speculative} if speculative else None,
     )  # fmt: skip
     run(core, settings)

@@ -39,7 +39,7 @@ class Stream:
         self.requests = tuple(requests)
         self._engine, self._observe = engine, observe
         self._queue: asyncio.Queue[Update | Exception] = asyncio.Queue()
-        self._left = sum(r.params.n for r in requests)
+        self._left = sum(r.params.best_of or r.params.n for r in requests)
         self.timer: asyncio.TimerHandle | None = None
 
     @property

@@ -65,7 +65,7 @@ def _params(context: Context, body: ChatBody, prompt: int) -> SamplingParams:
         raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = max(1, context.max_model_len - prompt) if asked is None else asked
-    return body.sampling(n=body.n, max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    return body.sampling(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
 
 class _Answer:

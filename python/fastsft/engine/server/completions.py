@@ -31,6 +31,8 @@ class _Choice:
     logprobs: list[dict[int, float] | None] = field(default_factory=list)
     finish_reason: str | None = None
     characters: int = 0  # of what was sent before ``text``
+    score: float = 0.0
+    begun: bool = False
 
 
 async def complete(context: Context, body: CompletionBody, receive: Receive) -> Response:
@@ -53,10 +55,8 @@ async def _prompts_and_params(context: Context, body: CompletionBody) -> tuple[l
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens: expected at least 1, or echo beside it, got 0", param="max_tokens")
     # The text alone was asked for; the engine has no way to generate nothing, so one token is left out.
-    own: dict[str, Any] = {"n": body.n, "max_tokens": body.max_tokens or 1, "logprobs": body.logprobs}
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs: not together with echo", param="logprobs")
-    params = body.sampling(**own)
+    echoed = body.logprobs if body.echo else None
+    params = body.sampling(max_tokens=body.max_tokens or 1, logprobs=body.logprobs, prompt_logprobs=echoed)
     if body.suffix is None:
         return [await context.encode(prompt) for prompt in several], params
     if body.echo or not all(isinstance(prompt, str) for prompt in several):
@@ -86,8 +86,10 @@ class _Completion:
         self._identity = {
             **context.identity("cmpl"), "object": "text_completion", "created": int(time.time()),
         }  # fmt: skip
-        self._first = {r.request_id: i * params.n for i, r in enumerate(stream.requests)}
-        self._choices = [_Choice(i) for i in range(len(prompts) * params.n)]
+        self._draws = params.best_of or params.n
+        self._place = {r.request_id: i for i, r in enumerate(stream.requests)}
+        self._choices = [_Choice(i) for i in range(len(prompts) * self._draws)]
+        self._of_prompt: dict[str, tuple[dict[int, float] | None, ...]] = {}
         self._generated = 0
 
     async def whole(self) -> dict[str, Any]:
@@ -96,8 +98,16 @@ class _Completion:
                 self._take(update)
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
-        choices = [self._shown(choice) for choice in self._choices]
-        return {**self._identity, "choices": choices, "usage": self._usage()}
+        return {**self._identity, "choices": [self._shown(c) for c in self._best()], "usage": self._usage()}
+
+    def _best(self) -> list[_Choice]:
+        """Of each prompt's draws as many as were asked for."""
+        if self._draws == self._body.n:
+            return self._choices
+        kept: list[_Choice] = []
+        for begin in range(0, len(self._choices), self._draws):
+            kept += sorted(self._choices[begin : begin + self._draws], key=lambda c: -c.score)[: self._body.n]
+        return [dataclasses.replace(choice, index=i) for i, choice in enumerate(kept)]
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         body = self._body
@@ -116,18 +126,22 @@ class _Completion:
             yield {**self._identity, "choices": [], "usage": self._usage()}
 
     def _take(self, update: Update) -> _Choice:
-        first = self._first[update.request_id]
-        choice, body = self._choices[first + update.index], self._body
-        if body.echo and not choice.characters and not choice.tokens:
-            prompt = self._prompts[first // body.n]
-            choice.text = self._context.tokenizer.decode(prompt, skip_special_tokens=False)
-            choice.tokens += prompt
+        body, place = self._body, self._place[update.request_id]
+        choice = self._choices[place * self._draws + update.index]
+        if update.prompt_logprobs is not None:
+            self._of_prompt[update.request_id] = update.prompt_logprobs
+        if body.echo and not choice.begun:
+            choice.text = self._context.tokenizer.decode(self._prompts[place], skip_special_tokens=False)
+            choice.tokens += self._prompts[place]
+            choice.logprobs += self._of_prompt.get(update.request_id, ())
+        choice.begun = True
         if body.max_tokens:
             choice.text += update.text
             choice.tokens += update.token_ids
             choice.logprobs += update.logprobs or ()
-        self._generated += len(update.token_ids) if body.max_tokens else 0
-        choice.finish_reason = update.finish_reason
+            self._generated += len(update.token_ids)
+        choice.finish_reason = update.finish_reason if body.max_tokens else "length"
+        choice.score = update.cumulative_logprob
         return choice
 
     def _shown(self, choice: _Choice) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Context:
         Raises:
             ApiError: what the engine says of them.
         """
-        count, most = len(prompts) * params.n, self.settings.max_choices
+        count, most = len(prompts) * (params.best_of or params.n), self.settings.max_choices
         if count > most:
             message = f"n: expected at most {most} continuations of all prompts together, got {count}"
             raise ApiError(400, message, param="n")
@@ -84,6 +84,8 @@ def api_error(error: Exception, name: str = "prompt") -> ApiError:
     if isinstance(error, QueueFull):
         retry = {"Retry-After": str(_SECONDS_TO_RETRY)}
         return ApiError(503, f"the queue is full: {error}", code="queue_full", headers=retry)
+    if isinstance(error, ImportError):  # of a package that only some requests need
+        return ApiError(501, str(error))
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, EngineFailed):

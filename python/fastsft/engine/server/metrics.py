@@ -97,6 +97,10 @@ class _OfEngine(Collector):
             "num_preemptions": ("Continuations that had to give up their blocks", stats.preemptions),
             "prompt_tokens": ("Tokens of prompts", stats.prompt_tokens),
             "generation_tokens": ("Generated tokens", stats.generated_tokens),
+            "prefix_cache_queries": ("Tokens of prompts that were looked for in the cache", stats.prompt_tokens),
+            "prefix_cache_hits": ("Tokens that were found in the cache", stats.found_tokens),
+            "spec_decode_num_draft_tokens": ("Guessed tokens that were checked", stats.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Guessed tokens that were right", stats.accepted_tokens),
         }
         for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in values.items():

@@ -23,7 +23,7 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-    "modalities": (["text"],), "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }  # fmt: skip
 # llama.cpp's: how it goes about its work, and its order of samplers.
 _OF_LLAMA_CPP = {"id_slot", "cache_prompt", "t_max_prompt_ms", "samplers", "timings_per_token"}
@@ -101,12 +101,37 @@ class StreamOptions(pydantic.BaseModel):
 class OpenAIBody(Body):
     n: int = 1
     stream_options: StreamOptions = StreamOptions()
+    response_format: dict[str, Any] = {"type": "text"}
 
     @pydantic.model_validator(mode="after")
     def _options_of_a_stream(self) -> OpenAIBody:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise ValueError("stream_options: only with stream")
         return self
+
+    def sampling(self, **own: Any) -> SamplingParams:
+        if (schema := self._schema()) is not None:
+            if "structured_outputs" in (self.model_extra or {}):
+                message = "response_format: structured_outputs says the same, got both"
+                raise ApiError(400, message, param="response_format")
+            own["structured_outputs"] = {"json": schema}
+        params = super().sampling(n=self.n, **own)
+        if self.stream and (params.best_of or self.n) > self.n:
+            raise ApiError(400, "best_of: not with stream: the best one is known at the end", param="best_of")
+        return params
+
+    def _schema(self) -> dict[str, Any] | None:
+        """That the text must match."""
+        match self.response_format:
+            case {"type": "text"}:
+                return None
+            case {"type": "json_object"}:
+                return {"type": "object"}
+            case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+                return schema
+        expected = "text, json_object, or json_schema with a schema"
+        message = f"response_format: expected {expected}, got {self.response_format!r:.200}"
+        raise ApiError(400, message, param="response_format")
 
 
 class CompletionBody(OpenAIBody):

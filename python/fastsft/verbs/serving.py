@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
-from fastsft.verbs.console import UsageError
+from fastsft.verbs.console import UsageError, print_json
 
 _KEY = "FASTSFT_API_KEY"
 
@@ -31,6 +32,7 @@ def serve(
     max_body_mib: int = 8,
     request_seconds: float = 600.0,
     drain_seconds: float = 30.0,
+    json: bool = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
 
@@ -55,6 +57,7 @@ def serve(
         max_body_mib: largest request.
         request_seconds: time in which a request must be answered.
         drain_seconds: time that requests in progress have after SIGTERM.
+        json: print the address as JSON.
     """
     import torch
 
@@ -76,4 +79,12 @@ def serve(
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         speculative_config={"method": speculative} if speculative else None,
     )  # fmt: skip
-    run(core, settings)
+
+    def announce(url: str) -> None:
+        if json:
+            print_json({"model": settings.model, "url": url})
+        else:
+            print(f"{settings.model}: {url}")
+        sys.stdout.flush()
+
+    run(core, settings, announce)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -39,8 +40,8 @@ def make_server(core: EngineCore, settings: ServerSettings) -> uvicorn.Server:
     return _Server(config, app.state.engine, settings)
 
 
-def run(core: EngineCore, settings: ServerSettings) -> None:
-    """Serve; returns when a signal has stopped it.
+def run(core: EngineCore, settings: ServerSettings, announce: Callable[[str], None]) -> None:
+    """Serve; returns when a signal has stopped it. ``announce`` is told the address as soon as clients can connect.
 
     Raises:
         OSError: the address cannot be bound.
@@ -51,7 +52,8 @@ def run(core: EngineCore, settings: ServerSettings) -> None:
         listener.bind((settings.host, settings.port))
         server = make_server(core, settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"fastsft: {settings.model} on http://{host}:{listener.getsockname()[1]}/", flush=True)
+        listener.listen()
+        announce(f"http://{host}:{listener.getsockname()[1]}")
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
             signal.signal(number, lambda *_: None)
         server.run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""Greedy generation against llama.cpp, OpenVINO GenAI, CTranslate2 and transformers: decoding, prompts, drafts verified.
+"""Greedy generation against llama.cpp, OpenVINO GenAI, CTranslate2 and transformers: decoding, prompts, drafts.
 
 Randomly initialised Qwen2-style models. Every contestant is a process of its own (``engine_contestants.py``) and they
 take turns, each round on other prompts. FASTSFT_ENGINE_RIVALS names the Python of an environment with llama-cpp-python

@@ -53,6 +53,20 @@ def prompts(size: str, count: int, length: int, seed: int) -> list[list[int]]:
     return [[generator.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
 
+def requests(size: str, count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts that begin with the same 256 tokens, and the number of tokens that each is to be continued by; both
+    log-normal, as chats are: most are short, and a static batch waits for its longest."""
+    generator = random.Random(0)
+    vocabulary = model_config(size)["vocab_size"]
+
+    def tokens(length: int) -> list[int]:
+        return [generator.randrange(vocabulary) for _ in range(length)]
+
+    system = tokens(256)
+    asked = [system + tokens(min(400, max(8, round(generator.lognormvariate(3.7, 0.7))))) for _ in range(count)]
+    return asked, [min(256, max(4, round(generator.lognormvariate(3.2, 1.0)))) for _ in range(count)]
+
+
 def write_model(size: str, folder: Path) -> None:
     """A randomly initialised model with a small tokenizer, which no contestant needs but some insist on."""
     from fastsft.models.tokenizer import Tokenizer

@@ -61,7 +61,7 @@ class Child:
         threads = str(case.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "FASTSFT_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
         command = [interpreter(contestant), CHILD, contestant, case.size, case.format, threads, model(case.size)]
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
         )

@@ -37,7 +37,8 @@ class Fastsft:
         from fastsft import LLM
 
         self.case = case
-        self.llm = LLM(folder, dtype=getattr(torch, case.activations))
+        quantization = {"int8": "w8a8", "int4": "int4"}.get(case.format)
+        self.llm = LLM(folder, dtype=getattr(torch, case.activations), quantization=quantization)
 
     def generate(self, prompts: list[list[int]], new: int) -> Trace:
         from fastsft import SamplingParams
@@ -54,6 +55,15 @@ class Fastsft:
                 found[int(update.request_id)] += update.token_ids
             clock.step(all(found))
         return clock.trace(found)
+
+    def serve(self, prompts: list[list[int]], news: list[int]) -> Trace:
+        """All at once; ``prefill`` is the whole time."""
+        from fastsft import SamplingParams
+
+        params = [SamplingParams(max_tokens=new, ignore_eos=True) for new in news]
+        start = time.perf_counter()
+        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        return Trace([list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - start, [])
 
     def read_rate(self) -> float:
         """Bytes per second at which memory is read: the sum of an array that no cache holds."""
@@ -94,6 +104,24 @@ class Transformers:
         )  # fmt: skip
         return clock.trace(out[:, ids.shape[1] :].tolist())
 
+    def serve(self, prompts: list[list[int]], news: list[int], batch: int) -> Trace:
+        """In batches of ``batch``, in order of arrival, padded on the left and run until the longest is done."""
+        import torch
+
+        found: list[list[int]] = []
+        start = time.perf_counter()
+        for first in range(0, len(prompts), batch):
+            those, theirs = prompts[first : first + batch], news[first : first + batch]
+            width, new = max(map(len, those)), max(theirs)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in those])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in those])
+            out = self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None,
+                pad_token_id=0,
+            )  # fmt: skip
+            found += [row[:n] for row, n in zip(out[:, width:].tolist(), theirs, strict=True)]
+        return Trace(found, time.perf_counter() - start, [])
+
 
 class LlamaCpp:
     """Through its C interface: one call of llama_decode a step, and numpy's argmax of the logits."""
@@ -119,7 +147,7 @@ class LlamaCpp:
 
 
 class OpenVino:
-    """GenAI's continuous batching, stepped by hand. Its cache is in 8 bits unless weights are float32, as by default."""
+    """GenAI's continuous batching, stepped by hand. Its cache is int8, as by default, except in float32."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         import openvino_genai

@@ -75,7 +75,7 @@ def _gguf_name(name: str) -> str:
 
 
 def openvino(folder: Path, format: str) -> Path:
-    """float32 (computed in bfloat16 where asked for), or symmetric int8 per channel or int4 in groups, head included."""
+    """float32 (also for bfloat16, which is how it computes then), symmetric int8 per channel, or int4 in groups."""
 
     def write(path: Path) -> None:
         from openvino import save_model

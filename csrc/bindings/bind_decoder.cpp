@@ -25,6 +25,19 @@ PackedWeight weight_in(const char* name, py::handle weight, int64_t n, int64_t k
                    weight.attr("data"), weight.attr("scales"));
 }
 
+// A decoder's adapter, with the tensors that it points into kept alive.
+struct NativeAdapter {
+  Adapter adapter;
+  const void* owner;  // the decoder whose sizes it has
+  py::object kept;
+};
+
+LowRank low_rank_in(const char* name, py::handle part, int64_t n, int64_t k) {
+  if (part.is_none()) return {};
+  const auto rank = part.attr("a").attr("shape").cast<std::pair<int64_t, int64_t>>().first;
+  return {.a = weight_in(name, part.attr("a"), rank, k), .b = weight_in(name, part.attr("b"), n, rank)};
+}
+
 // A decoder's description, with the tensors it points into kept alive, and what its steps work in.
 class NativeDecoder {
  public:
@@ -73,13 +86,31 @@ class NativeDecoder {
     keep({layer});
   }
 
+  NativeAdapter adapter(const py::list& layers) const {
+    const Decoder& d = decoder_;
+    const int64_t attended = d.heads * d.head_dim, qkv = attended + 2 * d.kv_heads * d.head_dim;
+    Check("Decoder").require(layers.size() == d.layers.size(), "adapter", std::to_string(d.layers.size()) + " layers",
+                             std::to_string(layers.size()));
+    NativeAdapter made{.adapter = {}, .owner = this, .kept = layers};
+    for (const py::handle layer : layers) {
+      const auto part = [&](const char* name, int64_t n, int64_t k) {
+        return low_rank_in(name, layer.attr(name), n, k);
+      };
+      made.adapter.layers.push_back({.qkv = part("qkv", qkv, d.hidden),
+                                     .o = part("o", d.hidden, attended),
+                                     .gate_up = part("gate_up", 2 * d.intermediate, d.hidden),
+                                     .down = part("down", d.hidden, d.intermediate)});
+    }
+    return made;
+  }
+
   int64_t block_bytes(const std::string& kv_format, int64_t block_size) const {
     return kv_block_bytes(layout_of(Check("Decoder"), kv_format, block_size));
   }
 
   void step(py::handle ids, py::handle cos, py::handle sin, const std::string& kv_format, py::handle cache,
             int64_t block_size, py::handle cu_seqlens, py::handle context_lens, py::handle block_table,
-            py::handle wanted, py::handle logits) {
+            const std::vector<const NativeAdapter*>& adapters, py::handle wanted, py::handle logits) {
     Check check("decoder_step");
     DecoderStep call{};
     call.ids = check.in<int64_t>("ids", ids, "T");
@@ -105,6 +136,15 @@ class NativeDecoder {
     call.rows.rows = check.size("T");
     call.rows.sequences = check.size("B");
     call.rows.table_stride = check.size("M");
+    std::vector<const Adapter*> chosen;
+    for (const NativeAdapter* const one : adapters) {
+      check.require(one == nullptr || one->owner == this, "adapters", "adapters of these weights", "another's");
+      chosen.push_back(one == nullptr ? nullptr : &one->adapter);
+    }
+    check.require(chosen.empty() || static_cast<int64_t>(chosen.size()) == call.rows.sequences, "adapters",
+                  "none, or one for each of " + std::to_string(call.rows.sequences) + " sequences",
+                  std::to_string(chosen.size()));
+    call.adapters = chosen.empty() ? nullptr : chosen.data();
     call.wanted = check.in<int64_t>("wanted", wanted, "R_");
     call.num_wanted = check.size("R_");
     call.logits = check.in<float>("logits", logits, "R_ V");
@@ -140,15 +180,17 @@ class NativeDecoder {
 }  // namespace
 
 void register_decoder(py::module_& m) {
+  py::class_<NativeAdapter>(m, "DecoderAdapter");
   py::class_<NativeDecoder>(m, "Decoder")
       .def(py::init<py::handle, py::handle, py::handle, int64_t, int64_t, int64_t, int64_t, float>(),
            py::arg("embedding"), py::arg("norm"), py::arg("head"), py::arg("heads"), py::arg("kv_heads"),
            py::arg("head_dim"), py::arg("intermediate"), py::arg("eps"))
       .def("add_layer", &NativeDecoder::add_layer, py::arg("layer"))
+      .def("adapter", &NativeDecoder::adapter, py::arg("layers"))
       .def("kv_block_bytes", &NativeDecoder::block_bytes, py::arg("kv_format"), py::arg("block_size"))
       .def("step", &NativeDecoder::step, py::arg("ids"), py::arg("cos"), py::arg("sin"), py::arg("kv_format"),
            py::arg("cache"), py::arg("block_size"), py::arg("cu_seqlens"), py::arg("context_lens"),
-           py::arg("block_table"), py::arg("wanted"), py::arg("logits"));
+           py::arg("block_table"), py::arg("adapters"), py::arg("wanted"), py::arg("logits"));
 }
 
 }  // namespace fastsft::bindings

@@ -55,6 +55,12 @@ void check(const Decoder& d, const DecoderStep& step) {
   }
 }
 
+// Rows [begin, end) of a step.
+struct Adapted {
+  const Adapter* adapter;
+  int64_t begin, end;
+};
+
 // One step under way.
 class Run {
  public:
@@ -66,6 +72,7 @@ class Run {
       const int64_t end = rows.cu_seqlens[b + 1];
       for (int64_t i = rows.cu_seqlens[b]; i < end; ++i) workspace.positions[i] = rows.context_lens[b] - end + i;
     }
+    find_adapted();
     plan_attention();
     Arena arena;
     lay_out(arena);
@@ -78,12 +85,14 @@ class Run {
     for (std::size_t i = 0; i < d_.layers.size(); ++i) {
       const DecoderLayer& layer = d_.layers[i];
       char* const blocks = step_.cache + static_cast<int64_t>(i) * step_.num_blocks * kv_block_bytes(step_.layout);
-      for (int64_t row = 0; row < step_.rows.rows; row += kChunkRows) project(layer, blocks, row);
+      for (int64_t row = 0; row < step_.rows.rows; row += kChunkRows) project(i, blocks, row);
       attend(plans_[i], blocks, layer.window_left);
       for (int64_t row = 0; row < step_.rows.rows; row += kChunkRows) {
         const int64_t count = std::min(kChunkRows, step_.rows.rows - row);
-        linear(layer.o, layer.o_bias, at(attended_, row, attended_width()), count, at(x_, row, d_.hidden), true);
-        feed_forward(layer, row, count);
+        const char* const attended = at(attended_, row, attended_width());
+        linear(layer.o, layer.o_bias, attended, count, at(x_, row, d_.hidden), true);
+        adapt(i, &AdapterLayer::o, attended, row, count, at(x_, row, d_.hidden));
+        feed_forward(i, row, count);
       }
     }
     head();
@@ -93,6 +102,23 @@ class Run {
   int64_t qkv_width() const { return (d_.heads + 2 * d_.kv_heads) * d_.head_dim; }
   int64_t attended_width() const { return d_.heads * d_.head_dim; }
   char* at(void* base, int64_t row, int64_t width) const { return static_cast<char*>(base) + row * width * size_; }
+
+  // Sequences beside each other that share an adapter go through it together.
+  void find_adapted() {
+    for (int64_t b = 0; step_.adapters != nullptr && b < step_.rows.sequences; ++b) {
+      const Adapter* const adapter = step_.adapters[b];
+      if (adapter == nullptr) continue;
+      const int64_t begin = step_.rows.cu_seqlens[b], end = step_.rows.cu_seqlens[b + 1];
+      if (!adapted_.empty() && adapted_.back().adapter == adapter && adapted_.back().end == begin) {
+        adapted_.back().end = end;
+        continue;
+      }
+      adapted_.push_back({adapter, begin, end});
+      for (const AdapterLayer& layer : adapter->layers) {
+        rank_ = std::max({rank_, layer.qkv.a.n, layer.o.a.n, layer.gate_up.a.n, layer.down.a.n});
+      }
+    }
+  }
 
   // A plan per window of the layers.
   void plan_attention() {
@@ -118,6 +144,7 @@ class Run {
     normal_ = arena.take(chunk * d_.hidden * size_);
     gate_up_ = arena.take(std::min(rows, kChunkRows) * 2 * d_.intermediate * size_);
     hidden_ = arena.take(std::min(rows, kChunkRows) * d_.intermediate * size_);
+    low_ = arena.take(std::min(rows, kChunkRows) * rank_ * size_);
     scales_ = arena.take<float>(std::max({chunk, rows * d_.heads}) * 4);
     partials_ = arena.take<float>(partial_bytes_);
   }
@@ -150,11 +177,25 @@ class Run {
                    .out = out});
   }
 
+  // out += what the adapters add to the product with x, where rows `first` and on of the step have one.
+  void adapt(std::size_t layer, LowRank AdapterLayer::* part, const void* x, int64_t first, int64_t rows, void* out) {
+    for (const Adapted& run : adapted_) {
+      const LowRank& low = run.adapter->layers[layer].*part;
+      const int64_t begin = std::max(run.begin, first), end = std::min(run.end, first + rows);
+      if (begin >= end || low.a.n == 0) continue;
+      const char* const in = static_cast<const char*>(x) + (begin - first) * low.a.k * size_;
+      linear(low.a, nullptr, in, end - begin, low_, false);
+      linear(low.b, nullptr, low_, end - begin, at(out, begin - first, low.b.n), true);
+    }
+  }
+
   // Queries, keys and values of the chunk from row `first` on; keys and values into the cache.
-  void project(const DecoderLayer& layer, char* blocks, int64_t first) {
+  void project(std::size_t index, char* blocks, int64_t first) {
+    const DecoderLayer& layer = d_.layers[index];
     const int64_t rows = std::min(kChunkRows, step_.rows.rows - first), width = qkv_width(), size = d_.head_dim;
     norm(layer.attention_norm, at(x_, first, d_.hidden), rows);
     linear(layer.qkv, layer.qkv_bias, normal_, rows, at(qkv_, first, width), false);
+    adapt(index, &AdapterLayer::qkv, normal_, first, rows, at(qkv_, first, width));
     parallel_for(rows, rows_of_task(width), [&](int64_t begin, int64_t end) {
       for (int64_t row = first + begin; row < first + end; ++row) {
         char* const q = at(qkv_, row, width);
@@ -205,11 +246,13 @@ class Run {
     });
   }
 
-  void feed_forward(const DecoderLayer& layer, int64_t first, int64_t rows) {
+  void feed_forward(std::size_t index, int64_t first, int64_t rows) {
+    const DecoderLayer& layer = d_.layers[index];
     const int64_t width = d_.intermediate;
     char* const x = at(x_, first, d_.hidden);
     norm(layer.mlp_norm, x, rows);
     linear(layer.gate_up, layer.gate_up_bias, normal_, rows, gate_up_, false);
+    adapt(index, &AdapterLayer::gate_up, normal_, first, rows, gate_up_);
     parallel_for(rows, rows_of_task(width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const char* const gate = at(gate_up_, row, 2 * width);
@@ -218,6 +261,7 @@ class Run {
       }
     });
     linear(layer.down, layer.down_bias, hidden_, rows, x, true);
+    adapt(index, &AdapterLayer::down, hidden_, first, rows, x);
   }
 
   void head() {
@@ -245,9 +289,12 @@ class Run {
   DecoderWorkspace& workspace_;
   const int64_t size_;              // bytes of an activation
   std::vector<std::size_t> plans_;  // of each layer
+  std::vector<Adapted> adapted_;    // in the order of their rows
+  int64_t rank_ = 0;                // the largest of theirs
   int64_t partial_bytes_ = 0;
   void *x_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr;         // [rows, ...]
   void *normal_ = nullptr, *gate_up_ = nullptr, *hidden_ = nullptr;  // [chunk, ...]
+  void* low_ = nullptr;                                              // [chunk, rank]
   float *scales_ = nullptr, *partials_ = nullptr;
 };
 

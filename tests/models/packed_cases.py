@@ -17,6 +17,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.packed import PackedDecoder
 from fastsft.models.weights import init_model
 from fastsft.ops import reference
+from fastsft.ops.decoder import DecoderAdapter
 
 BLOCK = 16
 SHAPE = {
@@ -100,6 +101,7 @@ class Session:
         self.cache.fill_(0xCD)
         self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
         self.blocks: dict[Any, list[int]] = {}
+        self.adapters: dict[Any, DecoderAdapter] = {}
         self.computed: dict[Any, int] = {}
 
     def step(self, work: dict[Any, list[int]]) -> dict[Any, Tensor]:
@@ -120,12 +122,15 @@ class Session:
             torch.arange(bounds[-1]),
             kv_format=self.kv_format,
             block_size=BLOCK,
+            adapters=[self.adapters.get(name) for name in work] if self.adapters else [],
         )
         return {name: out[a:b] for name, (a, b) in zip(work, itertools.pairwise(bounds), strict=True)}
 
-    def run(self, tokens: list[int], *sizes: int) -> Tensor:
+    def run(self, tokens: list[int], *sizes: int, adapter: DecoderAdapter | None = None) -> Tensor:
         """All logits [T, V] of a new sequence computed in pieces of these sizes, the last one repeated."""
         name, parts, begin = object(), [], 0
+        if adapter:
+            self.adapters[name] = adapter
         for size in itertools.chain(sizes or (len(tokens),), itertools.repeat(sizes[-1] if sizes else 1)):
             if begin >= len(tokens):
                 return torch.cat(parts)

@@ -42,11 +42,27 @@ struct Decoder {
   PackedWeight head;  // [vocab, hidden]
 };
 
+// What an adapter (LoRA, arXiv 2106.09685) adds to a product with x: b (a x), each product rounded to the decoder's
+// dtype. Of products stacked along n, such as qkv, a stacks theirs and b has theirs on its diagonal, zero elsewhere.
+struct LowRank {
+  PackedWeight a;  // [rank, k]; rank 0: nothing is added
+  PackedWeight b;  // [n, rank], the adapter's scale in it
+};
+
+struct AdapterLayer {
+  LowRank qkv, o, gate_up, down;
+};
+
+struct Adapter {
+  std::vector<AdapterLayer> layers;  // as many as the decoder has
+};
+
 struct DecoderStep {
   CacheRows rows;
-  const int64_t* ids;     // [rows]
-  const void *cos, *sin;  // [positions, head_dim / 2] of the decoder's dtype
-  int64_t positions;      // at least the longest context
+  const Adapter* const* adapters;  // [sequences], null where none; or null
+  const int64_t* ids;              // [rows]
+  const void *cos, *sin;           // [positions, head_dim / 2] of the decoder's dtype
+  int64_t positions;               // at least the longest context
   KVLayout layout;
   char* cache;  // [layers, num_blocks, kv_block_bytes]
   int64_t num_blocks;

@@ -94,23 +94,40 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> LoraConfig:
             is named), tensors that are missing, unexpected, of another shape, not floating point or, of whole modules,
             different, or a model with other adapters. The model is as before.
     """
+    config, stored = read_adapter(model, path)
+    adapted = dict(lora_layers(model))
+    if any(layer.config != config for layer in adapted.values()):
+        raise ValueError(f"{path}: expected the adapters that the model has, got {config}")
+    if not adapted:
+        add_lora(model, config, seed=0)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            for parameter, value in zip((layer.lora_A, layer.lora_B), stored[name], strict=True):
+                parameter.copy_(value)
+    return config
+
+
+def read_adapter(
+    model: Decoder, path: str | os.PathLike[str]
+) -> tuple[LoraConfig, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """A PEFT folder's adapters of a model, as they are stored, by the names of its layers: A [R, in] and B [out, R].
+
+    Args:
+        model: the base model; on the meta device, tensors of whole modules cannot be compared and are refused.
+        path: the folder.
+
+    Raises:
+        ValueError: as for :func:`load_adapter`.
+    """
     folder = Path(path)
     config = _config(folder / CONFIG)
     try:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS}: not a readable safetensors file: {error}") from error
-    adapted = dict(lora_layers(model))
-    if any(layer.config != config for layer in adapted.values()):
-        raise ValueError(f"{folder}: expected the adapters that the model has, got {config}")
     layers = target_layers(model, config.targets)
     _check(model, stored, _shapes(layers, config.rank), folder)
-    if not adapted:
-        add_lora(model, config, seed=0)
-    with torch.no_grad():
-        for name, parameter in _parameters(dict(lora_layers(model))).items():
-            parameter.copy_(stored[name])
-    return config
+    return config, {n: (stored[_name(n, "lora_A")], stored[_name(n, "lora_B")]) for n in layers}
 
 
 def _config(file: Path) -> LoraConfig:
@@ -174,6 +191,8 @@ def _check(model: Decoder, stored: Mapping[str, torch.Tensor], shapes: Mapping[s
         if name not in shapes:
             if name not in own:
                 problems.append(f"unexpected: {name}")
+            elif own[name].is_meta:
+                problems.append(f"whole module: {name}: expected adapters alone")
             elif own[name].shape != tensor.shape or not torch.equal(own[name].cpu(), tensor.to(own[name].dtype)):
                 problems.append(f"whole module: {name}: expected the base model's own values")
         elif list(tensor.shape) != shapes[name]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.lora import lora_layers
 from fastsft.models.rope import RotaryTable
 from fastsft.models.stored import check_tied, match, open_tensors
-from fastsft.ops.decoder import DecoderLayer, DecoderWeights, decoder_step
+from fastsft.ops.decoder import DecoderAdapter, DecoderLayer, DecoderWeights, decoder_step
 from fastsft.ops.matvec import FORMATS, PackedWeight, pack_weight
 
 
@@ -59,11 +59,12 @@ class PackedDecoder:
         *,
         kv_format: str,
         block_size: int,
+        adapters: Sequence[DecoderAdapter | None] = (),
     ) -> Tensor:
         """Logits float32 [R, V] of the rows ``wanted``; see :func:`fastsft.ops.decoder.decoder_step`."""
         return decoder_step(
             self.weights, ids, cache, block_table, cu_seqlens, context_lens, wanted,
-            kv_format=kv_format, block_size=block_size,
+            kv_format=kv_format, block_size=block_size, adapters=adapters,
         )  # fmt: skip
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
@@ -77,9 +78,7 @@ class PackedDecoder:
         """
         with ExitStack() as stack:
             source = _Source(model, stack)
-            for name, mine in _sizes(self.config).items():
-                if (its := _sizes(source.config)[name]) != mine:
-                    raise ValueError(f"update: model: expected {name}={mine}, got {its}")
+            check_sizes("update", self.config, source.config)
             _Packer(source, self.group, self.weights).all(self.format, self.head_format)
 
 
@@ -117,14 +116,16 @@ def pack_decoder(
     return PackedDecoder(source.config, weights, format, head_format, group)
 
 
-def _sizes(config: ModelConfig) -> dict[str, object]:
-    """What another state of a model has to share with it."""
+def check_sizes(what: str, mine: ModelConfig, its: ModelConfig) -> None:
+    """Raise a ValueError that names the first thing which another state of a model has to share with it and does not."""
     names = (
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias",
         "qk_norm", "windows", "rope",
     )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    for name in names:
+        if (got := getattr(its, name)) != (expected := getattr(mine, name)):
+            raise ValueError(f"{what}: model: expected {name}={expected}, got {got}")
 
 
 class _Source:

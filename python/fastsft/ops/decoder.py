@@ -32,6 +32,27 @@ class DecoderLayer:
     window_left: int  # keys seen before a token's own; -1: all
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a product with x: b (a x), each product rounded to the activations' type.
+
+    Of products that are stacked, as in ``qkv``, a stacks theirs, and b has theirs on its diagonal.
+    """
+
+    a: PackedWeight  # [rank, K]
+    b: PackedWeight  # [N, rank], the adapter's scale in it
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer's additions; None where nothing is added."""
+
+    qkv: LowRank | None
+    o: LowRank | None
+    gate_up: LowRank | None
+    down: LowRank | None
+
+
 class DecoderWeights:
     """Everything :func:`decoder_step` multiplies with. The tensors may be overwritten in place between steps.
 
@@ -79,6 +100,17 @@ class DecoderWeights:
         return self.native.kv_block_bytes(kv_format, block_size)
 
 
+class DecoderAdapter:
+    """An adapter (LoRA, arXiv 2106.09685) of these weights, for the sequences that :func:`decoder_step` names.
+
+    Raises:
+        ValueError: another number of layers, or shapes that do not fit the weights.
+    """
+
+    def __init__(self, weights: DecoderWeights, layers: Sequence[AdapterLayer]) -> None:
+        self.native = weights.native.adapter(list(layers))
+
+
 def decoder_step(
     weights: DecoderWeights,
     ids: Tensor,
@@ -90,11 +122,13 @@ def decoder_step(
     *,
     kv_format: str,
     block_size: int,
+    adapters: Sequence[DecoderAdapter | None] = (),
 ) -> Tensor:
     """Compute the next tokens of some sequences: their keys and values go to the cache, logits of some rows come back.
 
     A row's logits, and the bytes it leaves in the cache, are the same whatever shares the step, however a prompt was
-    split into steps and on any number of threads; they depend on the weights, the tokens and the instruction set.
+    split into steps and on any number of threads; they depend on the weights, the sequence's adapter, its tokens and
+    the instruction set.
 
     Args:
         weights: the model.
@@ -106,6 +140,7 @@ def decoder_step(
         wanted: int64 [R], rows of the step.
         kv_format: "float32" or "bfloat16", as the activations are, or "int8".
         block_size: tokens of a block, a multiple of 16.
+        adapters: of each sequence, or none at all; neighbours with the same one go through it together.
 
     Returns:
         float32 [R, V].
@@ -117,8 +152,9 @@ def decoder_step(
     longest = int(context_lens.max()) if context_lens.shape[0] else 0
     cos, sin = weights.angles(longest)
     weights.native.step(
-        ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table, wanted, logits
-    )
+        ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table,
+        [a and a.native for a in adapters], wanted, logits,
+    )  # fmt: skip
     return logits
 
 

@@ -110,7 +110,7 @@ class NativeDecoder {
 
   void step(py::handle ids, py::handle cos, py::handle sin, const std::string& kv_format, py::handle cache,
             int64_t block_size, py::handle cu_seqlens, py::handle context_lens, py::handle block_table,
-            const std::vector<const NativeAdapter*>& adapters, py::handle wanted, py::handle logits) {
+            const py::list& adapters, py::handle wanted, py::handle logits) {
     Check check("decoder_step");
     DecoderStep call{};
     call.ids = check.in<int64_t>("ids", ids, "T");
@@ -137,7 +137,8 @@ class NativeDecoder {
     call.rows.sequences = check.size("B");
     call.rows.table_stride = check.size("M");
     std::vector<const Adapter*> chosen;
-    for (const NativeAdapter* const one : adapters) {
+    for (const py::handle adapter : adapters) {
+      const auto* const one = adapter.cast<const NativeAdapter*>();  // of None: null
       check.require(one == nullptr || one->owner == this, "adapters", "adapters of these weights", "another's");
       chosen.push_back(one == nullptr ? nullptr : &one->adapter);
     }

@@ -6,15 +6,19 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'unpack_weight', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'DecoderAdapter', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'unpack_weight', 'varlen_attention_bwd', 'varlen_attention_fwd']
+class DecoderAdapter:
+    pass
 class Decoder:
     def __init__(self, embedding: typing.Any, norm: typing.Any, head: typing.Any, heads: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, intermediate: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        ...
+    def adapter(self, layers: list) -> DecoderAdapter:
         ...
     def add_layer(self, layer: typing.Any) -> None:
         ...
     def kv_block_bytes(self, kv_format: str, block_size: typing.SupportsInt | typing.SupportsIndex) -> int:
         ...
-    def step(self, ids: typing.Any, cos: typing.Any, sin: typing.Any, kv_format: str, cache: typing.Any, block_size: typing.SupportsInt | typing.SupportsIndex, cu_seqlens: typing.Any, context_lens: typing.Any, block_table: typing.Any, wanted: typing.Any, logits: typing.Any) -> None:
+    def step(self, ids: typing.Any, cos: typing.Any, sin: typing.Any, kv_format: str, cache: typing.Any, block_size: typing.SupportsInt | typing.SupportsIndex, cu_seqlens: typing.Any, context_lens: typing.Any, block_table: typing.Any, adapters: list, wanted: typing.Any, logits: typing.Any) -> None:
         ...
 class ByteBpe:
     """

@@ -62,7 +62,9 @@ def test_a_folder_is_the_model_that_it_was_saved_from(tmp_path: Path) -> None:
     model, (tokens,) = adapted(CONFIGS["some"], 7), tokens_of(20)
     save_adapter(model, tmp_path / "adapter")
     packed = pack_decoder(model_of("biases"), "int8")
-    first, second = (Session(packed).run(tokens, adapter=pack_adapter(packed, a)) for a in (model, tmp_path / "adapter"))
+    first, second = (
+        Session(packed).run(tokens, adapter=pack_adapter(packed, a)) for a in (model, tmp_path / "adapter")
+    )
     assert torch.equal(first, second)
 
 

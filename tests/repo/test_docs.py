@@ -126,7 +126,9 @@ def test_the_readme_has_commands() -> None:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model under runs/run/model of a folder."""
+    """A tiny model under runs/run/model of a folder, and one of its adapters under runs/run/adapter."""
+    from fastsft.models.adapter import save_adapter
+    from fastsft.models.lora import LoraConfig, add_lora
     from fastsft.models.tokenizer import Tokenizer
     from fastsft.models.weights import init_model, save_model
 
@@ -139,8 +141,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    save_model(init_model(fields, seed=0), target)
+    model = init_model(fields, seed=0)
+    save_model(model, target)
     tokenizer.save(target)
+    add_lora(model, LoraConfig(rank=2), seed=0)
+    save_adapter(model, folder / "runs" / "run" / "adapter")
     return folder
 
 

@@ -17,7 +17,7 @@ from fastsft.engine.request import QueueFull, Request, RequestError, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Drafter, Scheduler, Work
-from fastsft.engine.sequence import Sequence
+from fastsft.engine.sequence import Adapter, Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
 
@@ -86,6 +86,8 @@ class EngineCore:
         self._version = 0
         self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
         self._arrivals = itertools.count()
+        self._adapters: dict[str, Adapter] = {}
+        self._adapter_numbers = itertools.count(1)
 
     @property
     def busy(self) -> bool:
@@ -112,6 +114,9 @@ class EngineCore:
             raise RequestError("expected at least one token, got an empty prompt")
         if (problem := self._unknown(ids)) is not None:
             raise RequestError(problem)
+        if request.adapter is not None and request.adapter not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise RequestError(f"expected an adapter of the engine ({known}), got {request.adapter!r}")
         count = params.n if params.best_of is None else params.best_of
         try:
             processors = [self._processors.make(params, ids) for _ in range(count)]
@@ -125,7 +130,7 @@ class EngineCore:
             Sequence(
                 request.request_id, i, list(ids), len(ids), limit, params,
                 Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival,
-                processors=own,
+                self._adapters[request.adapter] if request.adapter is not None else None, processors=own,
             )
             for i, own in enumerate(processors)
         ]  # fmt: skip
@@ -196,6 +201,8 @@ class EngineCore:
         step = self._scheduler.schedule(self._drafter)
         for source, target in step.copies:
             self._runner.copy_block(source, target)
+        # Those of an adapter beside each other go through it together.
+        step.work.sort(key=lambda w: w.sequence.adapter.number if w.sequence.adapter else 0)
         inputs = Inputs.build([(w.sequence, w.count) for w in step.work])
         ends = inputs.cu_seqlens.tolist()[1:]
         wanted = [range(end - (w.count if w.scores else w.rows), end) for end, w in zip(ends, step.work, strict=True)]
@@ -276,6 +283,36 @@ class EngineCore:
         self._version += 1
         self._scheduler.renew(self._version)
         return self._version
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that a request may give."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, adapter: str | os.PathLike[str] | Decoder) -> None:
+        """Let requests name an adapter (LoRA): their rows of a step go through it, whatever the others' go through.
+
+        Args:
+            name: a new one, or that of an adapter which it replaces: requests in progress go on with the old one.
+            adapter: a folder as PEFT and ``fastsft train`` write it, or a decoder with the adapter on it, which is
+                copied.
+
+        Raises:
+            ValueError: an empty name, a folder that cannot be read, or an adapter that does not fit the model.
+        """
+        if not name:
+            raise ValueError("add_adapter: name: expected a text, got an empty one")
+        self._adapters[name] = Adapter(name, next(self._adapter_numbers), self._runner.pack_adapter(adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Requests can no longer name it; those in progress go on with it.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self._adapters:
+            raise ValueError(f"remove_adapter: name: expected one of {list(self._adapters)}, got {name!r}")
+        del self._adapters[name]
 
     def stats(self) -> Stats:
         scheduler = self._scheduler

@@ -34,6 +34,7 @@ class LLM:
         max_batched_tokens: prompt tokens computed in one step.
         speculative_config: ``{"method": "ngram"}`` or ``{"method": "suffix"}`` and options: tokens are guessed and
             checked several at a time; the results are the same, to the bit.
+        adapters: name -> folder of an adapter (LoRA) as PEFT and ``fastsft train`` write it; see :meth:`generate`.
 
     Raises:
         ValueError: a cache too small for one block, a model that is not on the CPU, or arguments that contradict each
@@ -54,6 +55,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_batched_tokens: int = 4096,
         speculative_config: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str] | Decoder] | None = None,
     ) -> None:
         self.core = load_core(
             model, tokenizer, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
@@ -62,6 +64,8 @@ class LLM:
             speculative_config=speculative_config,
         )  # fmt: skip
         self.tokenizer = self.core.tokenizer
+        for name, adapter in (adapters or {}).items():
+            self.core.add_adapter(name, adapter)
         self._numbers = itertools.count()
 
     def generate(
@@ -69,6 +73,7 @@ class LLM:
         prompts: str | dict[str, Any] | list[str] | list[dict[str, Any]],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
+        adapter: str | list[str | None] | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> list[RequestOutput]:
         """Continue each prompt.
@@ -76,6 +81,7 @@ class LLM:
         Args:
             prompts: a text, ``{"prompt_token_ids": [...]}``, or a list of either.
             params: one for all prompts, or one per prompt.
+            adapter: the name of one for all prompts, or one per prompt; None: the model as it is.
             progress: True shows a bar; a function is called after each step with (finished, all) sequences.
 
         Returns:
@@ -83,19 +89,22 @@ class LLM:
 
         Raises:
             PromptError: an empty prompt, or one that does not fit the cache or the model's context (with the numbers).
-            ValueError: a wrong number or kind of params.
+            ValueError: a wrong number or kind of params, or of adapters.
         """
         listed: list[Any] = prompts if isinstance(prompts, list) else [prompts]
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
             raise ValueError(f"generate: params: expected {len(listed)}, one per prompt, got {len(each)}")
+        names = adapter if isinstance(adapter, list) else [adapter] * len(listed)
+        if len(names) != len(listed):
+            raise ValueError(f"generate: adapter: expected {len(listed)}, one per prompt, got {len(names)}")
         for i, p in enumerate(each):
             if not isinstance(p, SamplingParams):
                 raise ValueError(f"generate: params[{i}]: expected SamplingParams, got {p!r:.200}")
         asked: list[Assembly] = []
-        for number, (prompt, p) in enumerate(zip(listed, each, strict=True)):
+        for number, (prompt, p, name) in enumerate(zip(listed, each, names, strict=True)):
             text, ids = encode_prompt(self.tokenizer, prompt, number)
-            asked.append(Assembly(Request(f"{next(self._numbers)}", tuple(ids), p), text))
+            asked.append(Assembly(Request(f"{next(self._numbers)}", tuple(ids), p, adapter=name), text))
         by_id = {a.request.request_id: a for a in asked}
         with _reporter(progress, asked) as report:
             try:
@@ -129,13 +138,14 @@ class LLM:
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
+        adapter: str | list[str | None] | None = None,
         progress: bool | Callable[[int, int], None] = False,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, written out by the model's chat template.
 
         Args:
-            progress: as in :meth:`generate`.
+            adapter, progress: as in :meth:`generate`.
             template: tools and whatever else the template reads.
         """
         if not messages or not isinstance(messages, list):
@@ -143,7 +153,7 @@ class LLM:
         several: list[Any] = messages if isinstance(messages[0], list) else [messages]
         encoded = [encode_chat(self.tokenizer, m, number, **template) for number, m in enumerate(several)]
         prompts = [{"prompt_token_ids": ids} for _, ids in encoded]
-        outputs = self.generate(prompts, params, progress=progress)
+        outputs = self.generate(prompts, params, adapter=adapter, progress=progress)
         return [dataclasses.replace(o, prompt=text) for o, (text, _) in zip(outputs, encoded, strict=True)]
 
     def infill(
@@ -155,6 +165,7 @@ class LLM:
         order: Literal["psm", "spm"] = "psm",
         format: str = "auto",
         markers: tuple[str, ...] = (),
+        adapter: str | None = None,
     ) -> RequestOutput:
         """The text between ``prefix`` and ``suffix``. Any token of the format ends it, besides the model's end tokens.
 
@@ -164,6 +175,7 @@ class LLM:
             format: "qwen", "starcoder", ... (``fastsft.models.fim.FORMATS``), or "auto": the one whose tokens the
                 vocabulary has.
             markers: instead of a format, the tokens before prefix, suffix and middle.
+            adapter: as in :meth:`generate`.
 
         Raises:
             ValueError: no format or several fit, a token of it is not one of this model, the text cannot be encoded, or
@@ -173,7 +185,7 @@ class LLM:
         params = params or SamplingParams()
         if not params.ignore_eos:
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-        return self.generate({"prompt_token_ids": prompt}, params)[0]
+        return self.generate({"prompt_token_ids": prompt}, params, adapter=adapter)[0]
 
 
 @contextlib.contextmanager

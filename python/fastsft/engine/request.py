@@ -170,12 +170,16 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. ``priority``: lower ones go first, and those of one priority in order of arrival."""
+    """A prompt to continue. ``priority``: lower ones go first, and those of one priority in order of arrival.
+
+    ``adapter``: the name of one that the engine has; None: the model as it is.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ Shape suffixes: T tokens of the step, B sequences, R rows wanted, V vocabulary.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.packed import PackedDecoder
+from fastsft.models.packed_adapter import pack_adapter
+from fastsft.ops.decoder import DecoderAdapter
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Inputs:
     cu_seqlens: torch.Tensor
     context_lens_B: torch.Tensor
     block_table: torch.Tensor
+    adapters: list[DecoderAdapter | None] = field(default_factory=list)
+    """Of each sequence; empty where none has one."""
 
     @classmethod
     def build(cls, work: list[tuple[Sequence, int]]) -> Inputs:
@@ -40,6 +44,7 @@ class Inputs:
             torch.tensor(bounds, dtype=torch.int32),
             torch.tensor(contexts, dtype=torch.int32),
             torch.tensor(table, dtype=torch.int32),
+            [s.adapter.weights if s.adapter else None for s, _ in work] if any(s.adapter for s, _ in work) else [],
         )
 
 
@@ -68,8 +73,12 @@ class Runner:
         """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names."""
         return self.model.step(
             inputs.ids_T, self._cache, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B, rows_R,
-            kv_format=self.kv_format, block_size=self.block_size,
+            kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters,
         )  # fmt: skip
+
+    def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DecoderAdapter:
+        """Arguments and errors: :func:`fastsft.models.packed_adapter.pack_adapter`."""
+        return pack_adapter(self.model, adapter)
 
     def copy_block(self, source: int, target: int) -> None:
         self._cache[:, target] = self._cache[:, source]

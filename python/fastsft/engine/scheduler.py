@@ -179,11 +179,12 @@ class Scheduler:
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Of the sequence's first ``count`` blocks."""
-        if sequence.root != self._root:
-            sequence.root, sequence.keys = self._root, []
+        root = self._root + (b" adapter %d" % sequence.adapter.number if sequence.adapter else b"")
+        if sequence.root != root:
+            sequence.root, sequence.keys = root, []
         keys, size = sequence.keys, self.block_size
         for i in range(len(keys), count):
-            keys.append(chain_key(keys[-1] if keys else self._root, sequence.tokens[i * size : (i + 1) * size]))
+            keys.append(chain_key(keys[-1] if keys else root, sequence.tokens[i * size : (i + 1) * size]))
         return keys[:count]
 
     def _publish(self, sequence: Sequence, end: int) -> None:

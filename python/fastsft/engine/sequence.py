@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.processors import Processors
 from fastsft.engine.request import SamplingParams, Update
+from fastsft.ops.decoder import DecoderAdapter
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter under its name. ``number`` is its own: keys and values in the cache are of the adapter that made them,
+    and not of the next one of its name.
+    """
+
+    name: str
+    number: int
+    weights: DecoderAdapter
 
 
 @dataclass(eq=False)
@@ -28,6 +40,7 @@ class Sequence:
     seed: int
     priority: int = 0
     arrival: int = 0
+    adapter: Adapter | None = None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     draft: list[int] = field(default_factory=list)

@@ -117,7 +117,7 @@ def pack_decoder(
 
 
 def check_sizes(what: str, mine: ModelConfig, its: ModelConfig) -> None:
-    """Raise a ValueError that names the first thing which another state of a model has to share with it and does not."""
+    """Raise a ValueError for the first thing that another state of a model has to share with it and does not."""
     names = (
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias",

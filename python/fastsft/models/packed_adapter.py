@@ -28,18 +28,23 @@ def pack_adapter(packed: PackedDecoder, adapter: str | os.PathLike[str] | Decode
             :func:`fastsft.models.adapter.load_adapter`), a decoder without adapters or of other sizes.
     """
     found = _of_decoder(packed.config, adapter) if isinstance(adapter, Decoder) else _of_folder(packed.config, adapter)
-    config, dtype = packed.config, packed.dtype
+    config, format = packed.config, str(packed.dtype).removeprefix("torch.")
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
     def low(i: int, parts: dict[str, int]) -> LowRank | None:
         """``parts``: linear layer -> output channels, in the order in which they are stacked."""
-        thin = {name: found.get(f"layers.{i}.{name}") for name in parts}
-        a = [pair[0] for pair in thin.values() if pair]
-        if not a:
+        pairs = {name: found[path] for name in parts if (path := f"layers.{i}.{name}") in found}
+        if not pairs:
             return None
-        b = [pair[1] if (pair := thin[name]) else torch.empty(width, 0) for name, width in parts.items()]
-        format = str(dtype).removeprefix("torch.")
-        return LowRank(pack_weight(torch.cat(a), format), pack_weight(torch.block_diag(*b), format))
+        a = torch.cat([pair[0] for pair in pairs.values()])
+        b, row, column = torch.zeros(sum(parts.values()), len(a)), 0, 0
+        for name, width in parts.items():
+            if name in pairs:
+                own = pairs[name][1]
+                b[row : row + width, column : column + own.shape[1]] = own
+                column += own.shape[1]
+            row += width
+        return LowRank(pack_weight(a, format), pack_weight(b, format))
 
     layers = [
         AdapterLayer(

@@ -153,7 +153,7 @@ def decoder_step(
     cos, sin = weights.angles(longest)
     weights.native.step(
         ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table,
-        [a and a.native for a in adapters], wanted, logits,
+        [a.native if a else None for a in adapters], wanted, logits,
     )  # fmt: skip
     return logits
 

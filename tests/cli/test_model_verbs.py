@@ -41,6 +41,28 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "failed, e.g. " in capsys.readouterr().out
 
 
+def test_eval_tells_what_packing_costs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In float32 the engine computes the loss that the trainer's forward does; fewer bits are further from it."""
+    command = [
+        "eval",
+        trained / "run" / "model",
+        "--data",
+        trained / "rows.jsonl",
+        "--weights",
+        "float32",
+        "int8",
+        "int4",
+    ]
+    loss = result_of(capsys, *command)["loss"]
+    assert list(loss["weights"]) == ["float32", "int8", "int4"]
+    assert loss["weights"]["float32"] == pytest.approx(loss["loss"], rel=1e-5)
+    errors = [abs(value - loss["loss"]) for value in loss["weights"].values()]
+    assert errors[0] < errors[1] < errors[2] < 0.3
+    cli.main([*map(str, command), "bfloat16"])
+    assert "weights in bfloat16: " in capsys.readouterr().out
+    assert "--weights: expected --data" in refusal(capsys, "eval", command[1], "--tasks", "x", "--weights", "int8")
+
+
 def test_eval_stops_where_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = write(tmp_path / "tasks.jsonl", [{"task_id": "a", "prompt": "say", "check": "", "prefix": "x = 1"}])
     everything = [c for i in range(32, 127) if (c := chr(i)) != "-"]  # so that nothing is left of a sample

@@ -122,6 +122,41 @@ class LLM:
                     self.core.abort(request_id)
         return [one.output() for one in asked]
 
+    def score(
+        self,
+        prompts: str | dict[str, Any] | list[str] | list[dict[str, Any]],
+        *,
+        adapter: str | list[str | None] | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> list[list[float]]:
+        """Log-probabilities of given texts, under the whole softmax: to the bit those that drawing the tokens reports.
+
+        Args:
+            prompts, adapter, progress: as in :meth:`generate`; a text may fill the model's context.
+
+        Returns:
+            For each text one number per token but the first: entry t is of token t + 1 after tokens 0 to t.
+
+        Raises:
+            PromptError, ValueError: as :meth:`generate` does.
+        """
+        listed: list[Any] = prompts if isinstance(prompts, list) else [prompts]
+        texts = [encode_prompt(self.tokenizer, prompt, number)[1] for number, prompt in enumerate(listed)]
+        # The last token is what a draw is left with: nothing has to be computed after it, so it needs no place.
+        params = [
+            SamplingParams(
+                max_tokens=1, ignore_eos=True, logprobs=0, prompt_logprobs=0, allowed_token_ids=ids[-1:] or None
+            )
+            for ids in texts
+        ]
+        begun: list[Any] = [{"prompt_token_ids": ids[:-1] if len(ids) > 1 else ids} for ids in texts]
+        outputs = self.generate(begun, params, adapter=adapter, progress=progress)
+        scored = []
+        for ids, output in zip(texts, outputs, strict=True):
+            each = [*(output.prompt_logprobs or ())[1:], *(output.outputs[0].logprobs or ())]
+            scored.append([shown[i] for i, shown in zip(ids[1:], each, strict=False) if shown])
+        return scored
+
     def update_weights(self, model: Decoder) -> int:
         """Go on with the weights of another decoder, or with those that this one has now; nothing is loaded.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,7 @@ def evaluate(
     workers: int | None = None,
     fields: dict[str, str] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    weights: tuple[Literal["float32", "bfloat16", "int8", "w8a8", "int4"], ...] = (),
     json: bool = False,
 ) -> None:
     """Loss on held-out data, and pass@k on tasks whose answers are executed in a sandbox.
@@ -60,6 +62,7 @@ def evaluate(
         workers: samples executed at once; one per core by default.
         fields: names used in the files, as in data.fields of a run.
         dtype: of weights and cache.
+        weights: the loss with weights packed in these formats too, as the engine computes it.
         json: machine-readable output.
     """
     import torch
@@ -76,6 +79,8 @@ def evaluate(
         raise UsageError("eval: expected a model")
     if model is not None and samples is not None:
         raise UsageError("eval: --samples: expected no model, the samples are drawn already")
+    if weights and not data:
+        raise UsageError("eval: --weights: expected --data with it")
     most = None if samples is not None else n
     if tasks is not None and not (k and min(k) >= 1 and (most is None or max(k) <= most)):
         expected = "numbers from 1" if most is None else f"numbers from 1 to --n, {n}"
@@ -84,7 +89,7 @@ def evaluate(
     with bars() as tell:
         if data and model is not None:
             decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
-            results["loss"] = _held_out_loss(decoder, tokenizer, data, fields or {}, tell)
+            results["loss"] = _held_out_loss(model, weights, decoder, tokenizer, data, fields or {}, tell)
         if tasks is not None:
             from fastsft.synthesis.draw import DrawOptions
             from fastsft.verbs.scoring import Scoring, pass_at
@@ -100,6 +105,8 @@ def evaluate(
 
 
 def _held_out_loss(
+    model: Path,
+    weights: Sequence[str],
     decoder: Decoder,
     tokenizer: Tokenizer,
     data: tuple[Path, ...],
@@ -114,7 +121,12 @@ def _held_out_loss(
     result = evaluate_loss(decoder, store, capacity=CAPACITY, progress=functools.partial(tell, "held-out loss"))
     if result is None:
         raise UsageError("; ".join([f"eval: {', '.join(map(str, data))}: no usable row", *notices(report)]))
-    return {**dataclasses.asdict(result), "samples": len(store), **report}
+    found = {**dataclasses.asdict(result), "samples": len(store), **report}
+    if weights:
+        from fastsft.verbs.weight_loss import losses_by_format
+
+        found["weights"] = losses_by_format(model, store, weights, capacity=CAPACITY, tell=tell)
+    return found
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -122,6 +134,8 @@ def _show(results: dict[str, Any]) -> None:
 
     if loss := results.get("loss"):
         print(f"held-out loss {loss['loss']:.4f} over {loss['tokens']} tokens of {loss['samples']} samples")
+        for format, value in loss.get("weights", {}).items():
+            print(f"weights in {format}: {value:.4f} ({value - loss['loss']:+.4f})")
         for line in notices(loss):
             print(line)
     if tasks := results.get("tasks"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -51,7 +51,7 @@ class StructuredOutputs:
         if not right:
             raise ValueError(f"StructuredOutputs: {name}: expected {expected}, got {value!r:.200}")
 
-    def format_and_text(self) -> tuple[str, str]:
+    def format_and_text(self) -> tuple[Literal["json_schema", "choice", "regex", "grammar"], str]:
         if self.json is not None:
             return "json_schema", self.json if isinstance(self.json, str) else json.dumps(self.json)
         if self.choice is not None:

@@ -14,6 +14,7 @@ from fastsft.config.errors import ConfigError, unknown_key
 from fastsft.config.load import load_config, to_dict, to_json
 from fastsft.config.run import (
     Config,
+    DraftOptions,
     LoraOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -32,6 +33,7 @@ __all__ = [
     "DataOptions",
     "DecontaminateOptions",
     "DedupOptions",
+    "DraftOptions",
     "EvalOptions",
     "FilterOptions",
     "FimOptions",

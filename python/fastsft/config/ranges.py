@@ -69,6 +69,17 @@ def check_ranges(config: Config, where: str) -> None:
     check(o.clip_norm >= 0, "optim.clip_norm", "at least 0", o.clip_norm)
     check(0 <= o.momentum < 1, "optim.momentum", "a value in [0, 1)", o.momentum)
     check(0 <= o.ema < 1, "optim.ema", "a value in [0, 1)", o.ema)
+    a = config.draft
+    check(a.heads >= 0, "draft.heads", "at least 0", a.heads)
+    check(a.lr > 0, "draft.lr", "more than 0", a.lr)
+    check(not (a.heads and t.parallel == "fsdp"), "draft.heads", '0 beside train.parallel = "fsdp"', a.heads)
+    alone = a.heads > 0 and config.lora.rank == 0 and o.ema == 0 and o.kind == "adamw"
+    check(
+        not a.frozen or alone,
+        "draft.frozen",
+        "false without draft.heads, and beside lora, optim.ema and other kinds of optim",
+        True,
+    )
     for name in ("warmup", "decay"):
         value = getattr(s, name)
         whole = 0 <= value < 1 or value == int(value) > 0

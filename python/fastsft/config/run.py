@@ -108,6 +108,18 @@ class OptimOptions(Section):
 
 
 @dataclass(frozen=True)
+class DraftOptions(Section):
+    """Heads that guess further tokens, for speculative decoding (arXiv 2401.10774); written to ``heads``."""
+
+    heads: int = 0
+    """Tokens after the next that are guessed; 0: none."""
+    lr: float = 1e-3
+    """Peak learning rate, of AdamW; schedule and the other settings are the model's."""
+    frozen: bool = False
+    """Train the heads alone."""
+
+
+@dataclass(frozen=True)
 class ScheduleOptions(Section):
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """wsd: constant, then down by 1 - sqrt(x) over the last ``decay`` (arXiv 2404.06395, 2405.18392)."""
@@ -157,6 +169,7 @@ class Config(Section):
     stages: list[StageOptions] = field(default_factory=list)
     """Parts of the run with mixtures and learning rates of their own; instead of train.epochs and train.max_steps."""
     optim: OptimOptions = field(default_factory=OptimOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     log: LogOptions = field(default_factory=LogOptions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -88,6 +88,7 @@ class Objective:
         divisor: float,
         noise: torch.Tensor | None = None,
         accumulate_into: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        see: Callable[[torch.Tensor, VarlenBatch], None] | None = None,
     ) -> tuple[torch.Tensor, LossAux]:
         """The batch's part of a step's loss, float32 and differentiable, and the figures of its tokens.
 
@@ -96,11 +97,14 @@ class Objective:
             noise: [T, D] or None, added to the embeddings.
             accumulate_into: float32 buffers of embedding and head, which take their gradients: the head's in this call,
                 the embedding's in the backward pass. The parameters get none from autograd.
+            see: called with the hidden states [T, D] after the final norm, and the batch.
         """
         o = self.options
         attend = VarlenAttend(batch.cu_seqlens)
         into = accumulate_into or {}
         hidden_TD = model(batch.ids, batch.position_ids, attend, noise, into.get(model.embed_tokens.weight))
+        if see is not None:
+            see(hidden_TD, batch)
         result = ops.linear_cross_entropy(
             hidden_TD,
             model.lm_head_weight,

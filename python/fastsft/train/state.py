@@ -17,6 +17,7 @@ from fastsft.models.lora import lora_layers, merge_lora
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import load_model, save_model
 from fastsft.train.checkpoint import replace_folder
+from fastsft.train.draft import DraftTraining
 from fastsft.train.ema import Ema
 from fastsft.train.optim import MasterOptimizer
 from fastsft.train.parallel import Copies, is_sharded
@@ -27,6 +28,7 @@ class TrainingState:
 
     Args:
         average: of the weights, or None.
+        draft: heads trained beside the model, or None.
         tokenizer: stands beside the model in every folder.
         base: path of the model that adapters belong to, for their folders.
     """
@@ -37,12 +39,13 @@ class TrainingState:
         parallel: Copies,
         optimizer: MasterOptimizer,
         average: Ema | None,
+        draft: DraftTraining | None = None,
         *,
         tokenizer: Tokenizer,
         base: str | None,
     ) -> None:
         self.model, self.parallel, self.optimizer, self.average = model, parallel, optimizer, average
-        self._tokenizer, self._base = tokenizer, base
+        self._draft, self._tokenizer, self._base = draft, tokenizer, base
         self._adapted = next(lora_layers(model), None) is not None
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -84,15 +87,19 @@ class TrainingState:
         self.optimizer.load_state(tensors)
         if self.average:
             self.average.load_state(tensors)
+        if self._draft:
+            self._draft.load_state(tensors)
 
     def export(self, output: Path) -> Path:
         """Write the tuned model to ``output/model``; of adapters both themselves, to ``output/adapter``, and the model
-        that they are folded into. Nothing can be trained afterwards."""
+        that they are folded into; draft heads to ``output/heads``. Nothing can be trained afterwards."""
         with self.averaged():
             model = self.parallel.whole()
             return self.parallel.world.from_main(lambda: self._export(model, output))
 
     def _export(self, model: Decoder, output: Path) -> Path:
+        if self._draft:
+            self._draft.export(output)
         target = output / "model"
         stage = output / f".model.tmp-{os.getpid()}"
         shutil.rmtree(stage, ignore_errors=True)
@@ -109,8 +116,9 @@ class TrainingState:
         self._tokenizer.save(folder)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state and the averaged weights, by name."""
-        return self.optimizer.state() | (self.average.state() if self.average else {})
+        """The optimizer's state, the averaged weights and the draft heads, by name."""
+        average = self.average.state() if self.average else {}
+        return self.optimizer.state() | average | (self._draft.state() if self._draft else {})
 
     def _masters(self) -> dict[str, torch.Tensor]:
         """The float32 weights of what is trained, by name."""

@@ -25,6 +25,7 @@ from fastsft.train import checkpoint, light, resume, schedule, start
 from fastsft.train.about import write_about
 from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.distributed import World
+from fastsft.train.draft import DraftTraining
 from fastsft.train.ema import Ema
 from fastsft.train.evaluate import EvalResult, evaluate_loss
 from fastsft.train.live import Live
@@ -88,6 +89,8 @@ class Trainer:
                 )
         if config.lora.rank:
             start.adapt(self.model, config)
+        if config.draft.frozen:
+            self.model.requires_grad_(False)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         # Copied while it is what the run found, and in one piece.
         self._needs = OBJECTIVES[config.objective.name].needs
@@ -96,8 +99,9 @@ class Trainer:
         self.parallel = start.spread(self.model, config, self.world)
         self.optimizer = make_optimizer(self.parallel.parameters, config.optim)
         self.average = Ema(self.optimizer, config.optim.ema) if config.optim.ema else None
+        self.draft = DraftTraining(self.model, config) if config.draft.heads else None
         self._state = TrainingState(
-            self.model, self.parallel, self.optimizer, self.average, tokenizer=self.prepared.tokenizer,
+            self.model, self.parallel, self.optimizer, self.average, self.draft, tokenizer=self.prepared.tokenizer,
             base=config.model.path,
         )  # fmt: skip
         # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
@@ -129,7 +133,9 @@ class Trainer:
         warnings: list[str] = []
         found = self.world.from_main(lambda: self._open(warnings.append))
         objective = Objective(self.config.objective, self._reference())
-        self._update = Update(self.model, self.optimizer, objective, seed=self.config.seed, parallel=self.parallel)
+        self._update = Update(
+            self.model, self.optimizer, objective, seed=self.config.seed, parallel=self.parallel, draft=self.draft
+        )
         progress = Progress()
         if found:
             self._state.restore(found.path)
@@ -208,9 +214,10 @@ class Trainer:
             began = time.perf_counter()
             batches = stage.batches(within)
             read = time.perf_counter()
-            rate = stage.rate * schedule.factor(self.config.schedule, within, stage.steps)
+            factor = schedule.factor(self.config.schedule, within, stage.steps)
+            rate = stage.rate * factor
             try:
-                result = self._update(progress.step, batches, rate)
+                result = self._update(progress.step, batches, rate, self.config.draft.lr * factor)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}. Checkpoints: {self.output / 'checkpoints'}") from None
             if self.average:
@@ -234,6 +241,7 @@ class Trainer:
                 trained_tokens=sum(int((b.weights != 0).sum()) for b in batches),
                 sources=means(origins, self._sources), segments=means(by_segment(result.groups), SEGMENTS),
                 seconds=took, tokens_per_second=count / took, phases=phases, mfu=needed / took / self._rate,
+                **({"draft_losses": list(result.draft_losses)} if self.draft else {}),
             )  # fmt: skip
             display.update(progress.step, result.loss, tokens / seconds, flops / seconds / self._rate)
             for spike in watch.see(result.loss, result.grad_norm, [s for b in batches for s in b.sources]):
@@ -332,6 +340,8 @@ class Trainer:
 
     def _self_check(self) -> None:
         """On samples of the first batch: documents that share a batch do not see each other."""
+        if self.config.draft.frozen:  # it compares gradients
+            return
         stage = next(stage for stage in self.stages if stage.steps)
         check_packing(self.model, self._update.objective, self.prepared.train, stage.members(0)[0], self.parallel)
 

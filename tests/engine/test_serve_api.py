@@ -9,11 +9,14 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from engine_cases import Reference, tokenizer, write_model
 from serve_cases import MODEL, Running, serving
 
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
+from fastsft.models.lora import LoraConfig, add_lora, lora_layers
+from fastsft.models.weights import load_model
 
 TEXTS = ["the cat sat on", "on the mat the cat", "x = 1\n"]
 DRAW: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
@@ -110,6 +113,36 @@ def test_best_of_returns_the_most_probable(server: Running, llm: LLM) -> None:
 def test_a_bias_reaches_the_draw(server: Running) -> None:
     answer = server.openai.completions.create(model=MODEL, prompt="a", max_tokens=3, logit_bias={"70": 100})
     assert answer.choices[0].text == tokenizer().decode([70] * 3)
+
+
+def test_adapters_are_called_by_their_names(folder: Path) -> None:
+    model = load_model(folder)
+    add_lora(model, LoraConfig(rank=4, alpha=8.0), seed=0)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    llm = LLM(folder, num_blocks=64, adapters={"tuned": model})
+    params = SamplingParams(max_tokens=12)
+    plain, tuned = (llm.generate(TEXTS[0], params, adapter=a)[0].outputs[0].text for a in (None, "tuned"))
+    assert plain != tuned
+    with serving(folder, adapters={"tuned": model}) as server:
+        for name, text in ((MODEL, plain), ("tuned", tuned)):
+            answer = server.complete(model=name, prompt=TEXTS[0], max_tokens=12, temperature=0)
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, text)
+        assert [m.id for m in server.openai.models.list()] == [MODEL, "tuned"]
+        assert "expected 'tiny' or 'tuned'" in server.refused(404, model="other", prompt="a")["message"]
+
+
+def test_an_answer_can_be_held_to_a_schema(server: Running) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    answer = server.openai.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "a"}], response_format=wanted, max_tokens=60, seed=1
+    )
+    assert json.loads(answer.choices[0].message.content or "")["a"] in (1, 2)
+    chosen = server.complete(prompt="a", structured_outputs={"choice": ["the cat", "the mat"]}, max_tokens=20)
+    assert chosen["choices"][0]["text"] in ("the cat", "the mat")
 
 
 def test_echoed_logprobs_score_the_prompt(server: Running, folder: Path) -> None:

@@ -19,6 +19,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
+    adapters: tuple[str, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "float32",
     quantization: Literal["int8", "w8a8", "int4"] | None = None,
     speculative: Literal["ngram", "suffix"] | None = None,
@@ -44,6 +45,7 @@ def serve(
         host: address to listen on; the default can be reached from this machine alone.
         port: port to listen on; 0 takes a free one.
         name: what clients call the model; the folder's name by default.
+        adapters: NAME=FOLDER of adapters (LoRA); clients call them by their names, as they do the model.
         dtype: of weights and cache.
         quantization: of the weights, packed when they are loaded.
         speculative: guess tokens from the text so far; no answer changes.
@@ -79,6 +81,11 @@ def serve(
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         speculative_config={"method": speculative} if speculative else None,
     )  # fmt: skip
+    for given in adapters:
+        adapter, _, path = given.partition("=")
+        if not path:
+            raise UsageError(f"serve: --adapters: expected NAME=FOLDER, got {given!r}")
+        core.add_adapter(adapter, path)
 
     def announce(url: str) -> None:
         if json:

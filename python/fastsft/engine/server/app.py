@@ -39,7 +39,7 @@ _CLIENT_GONE = 499  # nginx's: nobody gets it, but the metrics count it
 def make_app(core: EngineCore, settings: ServerSettings) -> FastAPI:
     """An ASGI application around ``core``, which belongs to it from its start to its end."""
     engine = AsyncEngine(core)
-    context = Context(engine, settings, core.max_model_len)
+    context = Context(engine, settings, core.max_model_len, core.adapters)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,7 +77,7 @@ def _add_tokens(app: FastAPI, context: Context) -> None:
     @app.post("/tokenize", openapi_extra=_schema(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await _body(request, TokenizeBody)
-        context.check_model(body.model)
+        context.adapter(body.model)
         given = {"prompt": body.prompt, "content": body.content, "messages": body.messages}
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1:
@@ -95,7 +95,7 @@ def _add_tokens(app: FastAPI, context: Context) -> None:
     @app.post("/detokenize", openapi_extra=_schema(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await _body(request, DetokenizeBody)
-        context.check_model(body.model)
+        context.adapter(body.model)
         body.no_more_fields()
         if wrong := [i for i in body.tokens if not 0 <= i < 1 << 32]:
             raise ApiError(400, f"tokens: expected token ids, got {wrong[0]}", param="tokens")
@@ -116,19 +116,22 @@ def _add_state(app: FastAPI, context: Context) -> None:
             return json_response({"status": "stopping"}, 503)
         return json_response({"status": "ok"})
 
+    def described(name: str) -> dict[str, Any]:
+        model = context.settings.model
+        return {
+            "id": name, "object": "model", "created": context.started, "owned_by": "fastsft",
+            "max_model_len": context.max_model_len, "parent": None if name == model else model,
+        }  # fmt: skip
+
     @app.get("/v1/models")
     async def models() -> Response:
-        one = {
-            "id": context.settings.model, "object": "model", "created": context.started, "owned_by": "fastsft",
-            "max_model_len": context.max_model_len,
-        }  # fmt: skip
-        return json_response({"object": "list", "data": [one]})
+        names = (context.settings.model, *context.adapters)
+        return json_response({"object": "list", "data": [described(name) for name in names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        context.check_model(name)
-        one = {"id": name, "object": "model", "created": context.started, "owned_by": "fastsft"}
-        return json_response(one)
+        context.adapter(name)
+        return json_response(described(name))
 
     @app.get("/metrics")
     async def metrics() -> Response:

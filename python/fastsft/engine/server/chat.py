@@ -21,10 +21,10 @@ from fastsft.engine.server.sse import EventStream, unless_gone
 
 
 async def chat(context: Context, body: ChatBody, receive: Receive) -> Response:
-    context.check_model(body.model)
+    adapter = context.adapter(body.model)
     ids = await encode_messages(context, body.messages, body.chat_template_kwargs)
     params = _params(context, body, len(ids))
-    stream = await context.submit([ids], params, "messages")
+    stream = await context.submit([ids], params, adapter, "messages")
     one = _Answer(context, body, params, stream)
     if body.stream:
         return EventStream(one.events(), stream.close, ping_seconds=context.settings.ping_seconds)
@@ -73,7 +73,7 @@ class _Answer:
 
     def __init__(self, context: Context, body: ChatBody, params: SamplingParams, stream: Stream) -> None:
         self._context, self._body, self._params, self._stream = context, body, params, stream
-        self._identity = {**context.identity("chatcmpl"), "created": int(time.time())}
+        self._identity = {**context.identity("chatcmpl", body.model), "created": int(time.time())}
         self._prompt = len(stream.requests[0].prompt_token_ids)
 
     async def whole(self) -> dict[str, Any]:

@@ -36,9 +36,9 @@ class _Choice:
 
 
 async def complete(context: Context, body: CompletionBody, receive: Receive) -> Response:
-    context.check_model(body.model)
+    adapter = context.adapter(body.model)
     prompts, params = await _prompts_and_params(context, body)
-    stream = await context.submit(prompts, params)
+    stream = await context.submit(prompts, params, adapter)
     one = _Completion(context, body, params, prompts, stream)
     if body.stream:
         return EventStream(one.events(), stream.close, ping_seconds=context.settings.ping_seconds)
@@ -84,7 +84,7 @@ class _Completion:
     ) -> None:
         self._context, self._body, self._prompts, self._stream = context, body, prompts, stream
         self._identity = {
-            **context.identity("cmpl"), "object": "text_completion", "created": int(time.time()),
+            **context.identity("cmpl", body.model), "object": "text_completion", "created": int(time.time()),
         }  # fmt: skip
         self._draws = params.best_of or params.n
         self._place = {r.request_id: i for i, r in enumerate(stream.requests)}

@@ -21,19 +21,37 @@ _SECONDS_TO_RETRY = 1  # a queue changes with every step
 
 
 class Context:
-    """One server's engine, metrics and settings."""
+    """One server's engine, metrics and settings.
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings, max_model_len: int) -> None:
-        self.engine, self.settings, self.max_model_len = engine, settings, max_model_len
+    Args:
+        adapters: names that clients may call instead of the model's, to get it with that adapter.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, settings: ServerSettings, max_model_len: int, adapters: tuple[str, ...]
+    ) -> None:
+        if settings.model in adapters:
+            raise ValueError(f"serve: adapters: expected other names than the model's, got {settings.model!r}")
+        self.engine, self.settings, self.max_model_len, self.adapters = engine, settings, max_model_len, adapters
         self.tokenizer = engine.tokenizer
         self.started = int(time.time())
         self.metrics = Metrics(engine, settings.model)
         self.pieces = Pieces(engine.tokenizer)
 
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, self.settings.model):
-            message = f"model: expected {self.settings.model!r}, got {name!r:.200}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def adapter(self, model: str | None) -> str | None:
+        """The adapter that a request's ``model`` names; None is the model as it is.
+
+        Raises:
+            ApiError: no name of this server.
+        """
+        if model in (None, self.settings.model):
+            return None
+        if model not in self.adapters:
+            expected = " or ".join(map(repr, (self.settings.model, *self.adapters)))
+            raise ApiError(
+                404, f"model: expected {expected}, got {model!r:.200}", param="model", code="model_not_found"
+            )
+        return model
 
     async def encode(self, prompt: str | list[int], name: str = "prompt") -> list[int]:
         """Ids of a prompt, with what the tokenizer puts before every text."""
@@ -50,7 +68,13 @@ class Context:
         except ValueError as error:  # TemplateError among them
             raise invalid(error, name) from None
 
-    async def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, name: str = "prompt") -> Stream:
+    async def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        adapter: str | None,
+        name: str = "prompt",
+    ) -> Stream:
         """Queue a request for each prompt. Whoever gets the stream must close it.
 
         Raises:
@@ -60,7 +84,7 @@ class Context:
         if count > most:
             message = f"n: expected at most {most} continuations of all prompts together, got {count}"
             raise ApiError(400, message, param="n")
-        requests = [Request(uuid.uuid4().hex, tuple(ids), params) for ids in prompts]
+        requests = [Request(uuid.uuid4().hex, tuple(ids), params, adapter=adapter) for ids in prompts]
         try:
             return await self.engine.submit(
                 requests, seconds=self.settings.request_seconds, observe=self.metrics.observer(requests)
@@ -68,11 +92,11 @@ class Context:
         except Exception as error:
             raise api_error(error, name) from None
 
-    def identity(self, kind: str) -> dict[str, Any]:
+    def identity(self, kind: str, model: str | None) -> dict[str, Any]:
         """What every answer of OpenAI's API begins with."""
         return {
             "id": f"{kind}-{uuid.uuid4().hex}",
-            "model": self.settings.model,
+            "model": model or self.settings.model,
             "system_fingerprint": f"weights-{self.engine.snapshot.weight_version}",
         }
 

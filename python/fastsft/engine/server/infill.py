@@ -23,14 +23,14 @@ from fastsft.models.tokenizer import Tokenizer
 
 
 async def infill(context: Context, body: InfillBody, receive: Receive) -> Response:
-    context.check_model(body.model)
+    adapter = context.adapter(body.model)
     ids, ends = await context.tokenize(lambda: _encode(context.tokenizer, body), "input_prefix")
     limit = max(1, context.max_model_len - len(ids)) if body.n_predict < 0 else body.n_predict
     given = {"temperature": 0.0} if "temperature" not in (body.model_extra or {}) else {}
     params = ending_with(body.sampling(max_tokens=limit, **given), ends)
     if params.n != 1:
         raise ApiError(400, f"n: expected 1, got {params.n}", param="n")
-    stream = await context.submit([ids], params, "input_prefix")
+    stream = await context.submit([ids], params, adapter, "input_prefix")
     middle = Middle(body)
 
     async def events() -> AsyncGenerator[dict[str, Any], None]:
@@ -124,7 +124,8 @@ class Middle:
         settings = {k: v for k, v in dataclasses.asdict(params).items() if v is not None}
         return {
             "index": 0, "content": self.text, "tokens": self.tokens, "stop": True, "id_slot": 0,
-            "model": context.settings.model, "tokens_predicted": len(self.tokens), "tokens_evaluated": prompt,
+            "model": self._body.model or context.settings.model,
+            "tokens_predicted": len(self.tokens), "tokens_evaluated": prompt,
             "generation_settings": settings, "has_new_line": "\n" in self.text, "truncated": False,
             "stop_type": self.stop_type, "stopping_word": self.stop_word, "tokens_cached": prompt + len(self.tokens),
             "timings": {

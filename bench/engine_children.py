@@ -28,7 +28,7 @@ CHILD = Path(__file__).with_name("engine_contestants.py")
 
 
 def interpreter(contestant: str) -> str:
-    ours = contestant in ("fastsft", "fastsft, step", "transformers")
+    ours = contestant.startswith("fastsft") or contestant == "transformers"
     return sys.executable if ours else RIVALS
 
 

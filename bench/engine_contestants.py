@@ -222,6 +222,12 @@ class Clock:
         return Trace(tokens, first, rest)
 
 
+def drafts(case: Case, folder: Path) -> Any:
+    from engine_drafts import Drafts  # it needs what a rival's environment may lack
+
+    return Drafts(case, folder)
+
+
 CONTESTANTS: dict[str, Callable[[Case, Path], Any]] = {
     "fastsft": Fastsft,
     "llama.cpp": LlamaCpp,
@@ -229,6 +235,7 @@ CONTESTANTS: dict[str, Callable[[Case, Path], Any]] = {
     "CTranslate2": CTranslate2,
     "transformers": Transformers,
     "fastsft, step": steps.Verification.of_fastsft,
+    "fastsft, drafts": drafts,
     "llama.cpp, step": steps.Verification.of_llama_cpp,
 }
 

@@ -14,6 +14,7 @@ import re
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ class Task:
 
 
 def tasks(kind: str) -> list[Task]:
-    """``kind``: "edits" or "infills". Of functions of the standard library, with a tokenizer trained on it."""
+    """Of functions of the standard library, with a tokenizer trained on it. ``kind``: one of KINDS."""
     from fastsft.models.tokenizer import Tokenizer
 
     sources = corpus.natural(400, [Path(sysconfig.get_path("stdlib"))])
     tokenizer = Tokenizer.train(sources, 8192)
     fitting = [s for s in sources if 800 <= len(s) <= 2400]
-    write = _edit if kind == "edits" else _infill
-    pairs = itertools.islice(filter(None, map(write, fitting)), COUNT)
+    pairs = itertools.islice(filter(None, map(KINDS[kind], fitting)), COUNT)
     return [Task(*(tokenizer.encode_text([text])[0] for text in pair)) for pair in pairs]
 
 
@@ -66,6 +66,21 @@ def _infill(source: str) -> tuple[str, str]:
     begin = source.index("\n", len(source) // 2 - LONGEST // 2) + 1
     end = source.find("\n", begin + LONGEST - 80) + 1 or len(source)
     return f"<prefix>{source[:begin]}<suffix>{source[end:]}<middle>", source[begin:end]
+
+
+def _infill_of_copy(source: str) -> tuple[str, str] | None:
+    """The lines in the middle of the edited function, with the one it was made from before it."""
+    if (edit := _edit(source)) is None:
+        return None
+    prompt, middle = _infill(edit[1])
+    return source + prompt, middle
+
+
+KINDS: dict[str, Callable[[str], tuple[str, str] | None]] = {
+    "edits": _edit,
+    "infills": _infill,
+    "infills of an edited copy": _infill_of_copy,
+}
 
 
 class Drafts:
@@ -96,7 +111,7 @@ class Drafts:
             quantization = {"int8": "w8a8", "int4": "int4"}.get(case.format)
             dtype = getattr(torch, case.activations)
             self.llms[name] = LLM(folder, dtype=dtype, quantization=quantization, speculative_config=config)
-        self.kinds = {kind: tasks(kind) for kind in ("edits", "infills")}
+        self.kinds = {kind: tasks(kind) for kind in KINDS}
         self.text: list[int] = []
         forward, targets = Runner.forward, [llm.core._runner for llm in self.llms.values()]
 

@@ -110,7 +110,7 @@ class NativeDecoder {
 
   void step(py::handle ids, py::handle cos, py::handle sin, const std::string& kv_format, py::handle cache,
             int64_t block_size, py::handle cu_seqlens, py::handle context_lens, py::handle block_table,
-            const py::list& adapters, py::handle wanted, py::handle logits) {
+            const py::list& adapters, py::handle wanted, py::handle logits, py::handle hidden) {
     Check check("decoder_step");
     DecoderStep call{};
     call.ids = check.in<int64_t>("ids", ids, "T");
@@ -151,6 +151,13 @@ class NativeDecoder {
     call.logits = check.in<float>("logits", logits, "R_ V");
     check.require(check.size("V") == decoder_.vocab, "logits", "[rows wanted, " + std::to_string(decoder_.vocab) + "]",
                   std::to_string(check.size("V")) + " columns");
+    if (!hidden.is_none()) {
+      const TensorView states = check.floats("hidden", hidden, "R_ D");
+      check.require(Check::dtype_of(states) == decoder_.dtype && check.size("D") == decoder_.hidden, "hidden",
+                    std::string(dtype_name(decoder_.dtype)) + " [rows wanted, " + std::to_string(decoder_.hidden) + "]",
+                    states.describe());
+      call.hidden = states.data;
+    }
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(use_);
     decoder_step(decoder_, call, workspace_);
@@ -191,7 +198,7 @@ void register_decoder(py::module_& m) {
       .def("kv_block_bytes", &NativeDecoder::block_bytes, py::arg("kv_format"), py::arg("block_size"))
       .def("step", &NativeDecoder::step, py::arg("ids"), py::arg("cos"), py::arg("sin"), py::arg("kv_format"),
            py::arg("cache"), py::arg("block_size"), py::arg("cu_seqlens"), py::arg("context_lens"),
-           py::arg("block_table"), py::arg("adapters"), py::arg("wanted"), py::arg("logits"));
+           py::arg("block_table"), py::arg("adapters"), py::arg("wanted"), py::arg("logits"), py::arg("hidden"));
 }
 
 }  // namespace fastsft::bindings

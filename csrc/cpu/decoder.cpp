@@ -274,6 +274,9 @@ class Run {
                          .eps = d_.eps};
       FASTSFT_ISA_SELECT(rms_norm_rows)(call, at(normal_, i, d_.hidden), scales_, 0, 1);
     }
+    if (step_.hidden != nullptr) {
+      std::memcpy(step_.hidden, normal_, static_cast<std::size_t>(step_.num_wanted * d_.hidden * size_));
+    }
     packed_linear({.weight = d_.head,
                    .dtype = d_.dtype,
                    .rows = step_.num_wanted,

@@ -69,6 +69,7 @@ struct DecoderStep {
   const int64_t* wanted;  // [num_wanted]: rows of the step
   int64_t num_wanted;
   float* logits;  // [num_wanted, vocab]
+  void* hidden;   // [num_wanted, hidden] of the decoder's dtype: what the head multiplies; or null
 };
 
 // What a step works in. It grows to the largest step and is kept: a fresh page costs more than its share of a step.

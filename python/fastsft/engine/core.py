@@ -57,6 +57,7 @@ class EngineCore:
         max_batched_tokens: prompt tokens computed in one step.
         max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
         drafter: guesses tokens that steps then check; the results are the same with any and with none.
+        keep_hidden: sequences carry the hidden state that their last token was drawn from, for the drafter.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class EngineCore:
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
         drafter: Drafter | None = None,
+        keep_hidden: bool = False,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._keep_hidden = tokenizer, keep_hidden
         self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
         self._processors = ProcessorFactory(tokenizer, runner.vocab_size, end_ids)
         self._allocator = BlockAllocator(runner.num_blocks)
@@ -207,17 +209,27 @@ class EngineCore:
         ends = inputs.cu_seqlens.tolist()[1:]
         wanted = [range(end - (w.count if w.scores else w.rows), end) for end, w in zip(ends, step.work, strict=True)]
         rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)
-        logits_RV = self._runner.forward(inputs, rows_R)
+        hidden_RD = None
+        if self._keep_hidden:
+            hidden_RD = self._runner.new_hidden(len(rows_R))
+            logits_RV = self._runner.forward(inputs, rows_R, hidden_RD)
+        else:
+            logits_RV = self._runner.forward(inputs, rows_R)
+        drawn = list(range(len(rows_R)))
         if any(w.scores for w in step.work):
-            logits_RV = self._score(step.work, logits_RV)
+            drawn = self._score(step.work, logits_RV)
         for w in step.work:
             w.sequence.computed += w.count
         complete = [w.sequence for w in step.work if w.rows]
         if not complete:
             return []
-        complete, logits_RV = self._fork(complete, logits_RV)
+        complete, drawn = self._fork(complete, drawn)
+        if drawn != list(range(len(rows_R))):
+            logits_RV = logits_RV[drawn]
         drafts = [s.draft for s in complete]
         accepted = draw(complete, logits_RV, self._end_ids, drafts)
+        if hidden_RD is not None:
+            self._keep(complete, accepted, hidden_RD[drawn])
         for sequence, draft, right in zip(complete, drafts, accepted, strict=True):
             self._scheduler.advanced(sequence)
             if draft and self._drafter:
@@ -230,7 +242,7 @@ class EngineCore:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
 
-    def _score(self, work: list[Work], logits_RV: torch.Tensor) -> torch.Tensor:
+    def _score(self, work: list[Work], logits_RV: torch.Tensor) -> list[int]:
         """Take the log-probabilities of prompts; what is left are the rows to draw from."""
         kept: list[int] = []
         row = 0
@@ -240,20 +252,27 @@ class EngineCore:
                 score(w.sequence, logits_RV[row : row + rows], w.sequence.computed)
             row += rows
             kept += range(row - w.rows, row)
-        return logits_RV[kept]
+        return kept
 
-    def _fork(self, complete: list[Sequence], logits_RV: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
-        """Let the siblings of a computed prompt draw from the same logits."""
-        rows = list(range(len(logits_RV)))
+    def _fork(self, complete: list[Sequence], rows: list[int]) -> tuple[list[Sequence], list[int]]:
+        """Let the siblings of a computed prompt draw from the same rows."""
+        rows = list(rows)
         children, last = [], -1
         for parent in complete:
             last += 1 + len(parent.draft)
             for child in parent.siblings:
                 if self._scheduler.fork(parent, child):
                     children.append(child)
-                    rows.append(last)
+                    rows.append(rows[last])
             parent.siblings = []
-        return complete + children, logits_RV[rows] if children else logits_RV
+        return complete + children, rows
+
+    def _keep(self, complete: list[Sequence], accepted: list[int], hidden_RD: torch.Tensor) -> None:
+        """The last draw of a sequence with k drafts of which i held is from the i-th of its k + 1 rows."""
+        begin = 0
+        for sequence, right in zip(complete, accepted, strict=True):
+            sequence.hidden_D = hidden_RD[begin + right]
+            begin += 1 + len(sequence.draft)
 
     def _advanced(self, sequence: Sequence) -> Update:
         update = sequence.update(self._version)

@@ -62,12 +62,12 @@ def load_core(
             f"({kv_cache_bytes=})"
         )
     runner = Runner(packed, kv_format=kv_format, block_size=block_size, num_blocks=num_blocks)
-    drafter = speculation_from(speculative_config, tokenizer, runner.vocab_size) if speculative_config else None
+    drafter = speculation_from(speculative_config, tokenizer, packed) if speculative_config else None
     return EngineCore(
         runner, tokenizer, end_ids=end_ids(packed.config, tokenizer),
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
-        drafter=drafter,
+        drafter=drafter, keep_hidden=drafter is not None and drafter.needs_hidden,
     )  # fmt: skip
 
 

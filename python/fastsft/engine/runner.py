@@ -69,11 +69,16 @@ class Runner:
         self._cache = model.new_cache(num_blocks, kv_format=kv_format, block_size=block_size)
         self.bytes_per_block = self._cache[:, :1].nbytes
 
-    def forward(self, inputs: Inputs, rows_R: torch.Tensor) -> torch.Tensor:
-        """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names."""
+    def new_hidden(self, rows: int) -> torch.Tensor:
+        """[rows, D], for :meth:`forward` to fill."""
+        return torch.empty(rows, self.model.config.hidden_size, dtype=self.model.dtype)
+
+    def forward(self, inputs: Inputs, rows_R: torch.Tensor, hidden_RD: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, and into
+        ``hidden_RD`` what the head made them from."""
         return self.model.step(
             inputs.ids_T, self._cache, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B, rows_R,
-            kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters,
+            kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters, hidden=hidden_RD,
         )  # fmt: skip
 
     def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DecoderAdapter:

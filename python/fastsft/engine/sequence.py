@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.processors import Processors
 from fastsft.engine.request import SamplingParams, Update
@@ -44,6 +46,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     draft: list[int] = field(default_factory=list)
+    hidden_D: torch.Tensor | None = None  # that its last token was drawn from, where drafts need it
     published: int = 0
     keys: list[bytes] = field(default_factory=list)
     root: bytes = b""

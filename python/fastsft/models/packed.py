@@ -60,11 +60,12 @@ class PackedDecoder:
         kv_format: str,
         block_size: int,
         adapters: Sequence[DecoderAdapter | None] = (),
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 [R, V] of the rows ``wanted``; see :func:`fastsft.ops.decoder.decoder_step`."""
         return decoder_step(
             self.weights, ids, cache, block_table, cu_seqlens, context_lens, wanted,
-            kv_format=kv_format, block_size=block_size, adapters=adapters,
+            kv_format=kv_format, block_size=block_size, adapters=adapters, hidden=hidden,
         )  # fmt: skip
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:

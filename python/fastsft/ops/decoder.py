@@ -123,6 +123,7 @@ def decoder_step(
     kv_format: str,
     block_size: int,
     adapters: Sequence[DecoderAdapter | None] = (),
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Compute the next tokens of some sequences: their keys and values go to the cache, logits of some rows come back.
 
@@ -141,6 +142,7 @@ def decoder_step(
         kv_format: "float32" or "bfloat16", as the activations are, or "int8".
         block_size: tokens of a block, a multiple of 16.
         adapters: of each sequence, or none at all; neighbours with the same one go through it together.
+        hidden: [R, D] in the embedding's type, filled with the rows' hidden states after the final norm.
 
     Returns:
         float32 [R, V].
@@ -153,7 +155,7 @@ def decoder_step(
     cos, sin = weights.angles(longest)
     weights.native.step(
         ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table,
-        [a.native if a else None for a in adapters], wanted, logits,
+        [a.native if a else None for a in adapters], wanted, logits, hidden,
     )  # fmt: skip
     return logits
 

@@ -10,8 +10,8 @@ import os
 
 import torch
 
-from fastsft import ops
 from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
+from fastsft.engine.draft.noise import draw_alike
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sequence import Sequence
 from fastsft.models.packed import pack_decoder
@@ -106,17 +106,7 @@ class ModelGuess:
             torch.tensor([self._blocks], dtype=torch.int32),
         )
         logits_1V = self._draft.runner.forward(inputs, torch.tensor([len(new) - 1]))[:, : self._draft.vocab_size]
-        params = self._sequence.params
-        ids, _ = ops.sample(
-            logits_1V.contiguous(),
-            temperature=torch.tensor([params.temperature], dtype=torch.float32),
-            top_k=torch.tensor([params.top_k], dtype=torch.int32),
-            top_p=torch.tensor([params.top_p], dtype=torch.float32),
-            min_p=torch.tensor([params.min_p], dtype=torch.float32),
-            seeds=torch.tensor([self._sequence.seed], dtype=torch.int64),
-            positions=torch.tensor([self._sequence.generated + place], dtype=torch.int64),
-        )
-        return int(ids[0])
+        return draw_alike(self._sequence, logits_1V.contiguous(), place)[0]
 
     def close(self) -> None:
         """Give the blocks back."""

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastsft.engine.draft.heads import HeadsGuess, PackedHeads
 from fastsft.engine.draft.length import DraftLength, Shares
 from fastsft.engine.draft.model import DraftModel, ModelGuess
 from fastsft.engine.draft.ngram import NgramGuess
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.sequence import Sequence
+from fastsft.models.packed import PackedDecoder
 from fastsft.models.tokenizer import Tokenizer
 
 
@@ -39,10 +41,13 @@ class Speculation:
         make: a guess for the text of a sequence.
         most: drafts of one continuation in a step.
         adaptive: False drafts ``most`` tokens whenever there is a guess.
+        needs_hidden: guesses are made from ``Sequence.hidden_D``.
     """
 
-    def __init__(self, make: Callable[[Sequence], Guess], *, most: int = 8, adaptive: bool = True) -> None:
-        self._make, self._most, self._adaptive = make, most, adaptive
+    def __init__(
+        self, make: Callable[[Sequence], Guess], *, most: int = 8, adaptive: bool = True, needs_hidden: bool = False
+    ) -> None:
+        self._make, self._most, self._adaptive, self.needs_hidden = make, most, adaptive, needs_hidden
         self._length = DraftLength(most)
         self._states: dict[Sequence, _State] = {}
 
@@ -74,12 +79,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
     "suffix": {"corpus": (), "min_match": 2},
     "draft_model": {"model": None, "kv_cache_bytes": 64 << 20},
+    "heads": {"model": None},
 }
 _COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
 
 
-def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> Speculation:
+def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, target: PackedDecoder) -> Speculation:
     """From ``speculative_config``; names as in vLLM.
+
+    Args:
+        target: the model that the drafts are for.
 
     Raises:
         ValueError: an unknown method or option, or a value out of range; the message names it.
@@ -102,6 +111,8 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, vocab_size
     most = integer("num_speculative_tokens", 1)
     if not isinstance(options["adaptive"], bool):
         raise ValueError(f"speculative_config: adaptive: expected True or False, got {options['adaptive']!r}")
+    if "model" in options and not isinstance(options["model"], str | os.PathLike):
+        raise ValueError(f"speculative_config: model: expected a folder, got {options['model']!r}")
     make: Callable[[Sequence], Guess]
     if method == "ngram":
         shortest = integer("prompt_lookup_min", 1)
@@ -110,12 +121,17 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, vocab_size
         def make(sequence: Sequence) -> Guess:
             return NgramGuess(longest, shortest)
     elif method == "draft_model":
-        if not isinstance(options["model"], str | os.PathLike):
-            raise ValueError(f"speculative_config: model: expected a folder, got {options['model']!r}")
-        draft = DraftModel(options["model"], tokenizer, vocab_size, kv_cache_bytes=integer("kv_cache_bytes", 1))
+        memory = integer("kv_cache_bytes", 1)
+        draft = DraftModel(options["model"], tokenizer, target.config.vocab_size, kv_cache_bytes=memory)
 
         def make(sequence: Sequence) -> Guess:
             return ModelGuess(draft, sequence)
+    elif method == "heads":
+        heads = PackedHeads(options["model"], target)
+        most = min(most, heads.count)
+
+        def make(sequence: Sequence) -> Guess:
+            return HeadsGuess(heads, sequence)
     else:
         texts = options["corpus"]
         if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
@@ -126,4 +142,4 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, vocab_size
         def make(sequence: Sequence) -> Guess:
             return SuffixGuess(corpus, match)
 
-    return Speculation(make, most=most, adaptive=options["adaptive"])
+    return Speculation(make, most=most, adaptive=options["adaptive"], needs_hidden=method == "heads")

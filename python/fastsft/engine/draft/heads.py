@@ -1,0 +1,71 @@
+"""Drafts from heads trained beside the model, one token each, from the hidden state that the last token was drawn from.
+
+They are drawn with the noise of the tokens that they guess, as a draft model's are.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch.nn import functional as F
+
+from fastsft import ops
+from fastsft.engine.draft.noise import draw_alike
+from fastsft.engine.sequence import Sequence
+from fastsft.models.heads import DraftHeads, load_heads
+from fastsft.models.packed import PackedDecoder
+from fastsft.ops.matvec import PackedWeight
+
+
+class PackedHeads:
+    """The heads' matrices, packed as one weight, in front of the model's own language model head.
+
+    Args:
+        folder: ``heads`` of a run with ``draft.heads``.
+        target: the model; the heads are in the type of its activations.
+
+    Raises:
+        ValueError: no such folder, or heads for a model of other sizes.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], target: PackedDecoder) -> None:
+        config = target.config
+        try:
+            heads = load_heads(folder, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"speculative_config: model: {error}") from None
+        self.count = len(heads)
+        self._target = target
+        self._residual, self._bias = _stacked(heads, target.dtype)
+
+    @torch.inference_mode()
+    def logits(self, hidden_D: torch.Tensor, count: int) -> torch.Tensor:
+        """float32 [count, V] of the first heads."""
+        changes_KD = ops.packed_linear(hidden_D[None], self._residual, self._bias).view(self.count, -1)[:count]
+        rows_KD = hidden_D + F.silu(changes_KD)
+        return ops.packed_linear(rows_KD.float(), self._target.weights.head)
+
+
+def _stacked(heads: DraftHeads, dtype: torch.dtype) -> tuple[PackedWeight, torch.Tensor]:
+    parameters = {name: p.detach() for name, p in heads.named_parameters()}
+    weights = [p for name, p in parameters.items() if name.endswith("weight")]
+    biases = [p.float() for name, p in parameters.items() if name.endswith("bias")]
+    return ops.pack_weight(weights, str(dtype).removeprefix("torch.")), torch.cat(biases)
+
+
+class HeadsGuess:
+    """Of one text."""
+
+    def __init__(self, heads: PackedHeads, sequence: Sequence) -> None:
+        self._heads, self._sequence = heads, sequence
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """As many tokens as there are heads, and at most ``limit``."""
+        hidden_D = self._sequence.hidden_D
+        if hidden_D is None:  # not drawn yet
+            return []
+        return draw_alike(self._sequence, self._heads.logits(hidden_D, min(limit, self._heads.count)), 0)
+
+    def close(self) -> None:
+        """Nothing is held beside the object itself."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,7 @@ from fastsft.engine.scheduler import Drafter, Scheduler, Work
 from fastsft.engine.sequence import Adapter, Sequence
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.ops.decoder import DecoderAdapter
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class Stats:
     weight_version: int
 
 
+class Prefill(Protocol):
+    """Computes prompts beside the core's steps, one job at a time (engine/prefill.py)."""
+
+    def submit(self, inputs: Inputs) -> None:
+        """Begin a job: nobody else touches the blocks that it writes until it is done."""
+
+    def done(self, *, wait: bool) -> bool:
+        """Whether it is done; with ``wait``, not before it is. Raises a RuntimeError if it never will be."""
+
+    def renew(self, adapters: Iterable[DecoderAdapter] = ()) -> None:
+        """Give up the job under way, if any, at once; the next one sees the weights as they are then."""
+
+
 class EngineCore:
     """Continuous batching over one model and its cache. To be used by one thread at a time.
 
@@ -58,6 +73,7 @@ class EngineCore:
         max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
         drafter: guesses tokens that steps then check; the results are the same with any and with none.
         keep_hidden: sequences carry the hidden state that their last token was drawn from, for the drafter.
+        prefill: computes prompts apart, while steps go on; the results are the same with and without.
     """
 
     def __init__(
@@ -72,9 +88,10 @@ class EngineCore:
         max_queued_tokens: int | None = None,
         drafter: Drafter | None = None,
         keep_hidden: bool = False,
+        prefill: Prefill | None = None,
     ) -> None:
         self.tokenizer, self._keep_hidden = tokenizer, keep_hidden
-        self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
+        self._runner, self._end_ids, self._drafter, self._prefill = runner, end_ids, drafter, prefill
         self._processors = ProcessorFactory(tokenizer, runner.vocab_size, end_ids)
         self._allocator = BlockAllocator(runner.num_blocks)
         self._scheduler = Scheduler(
@@ -82,6 +99,7 @@ class EngineCore:
             block_size=runner.block_size,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
+            splits=prefill is not None,
         )
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
@@ -185,13 +203,18 @@ class EngineCore:
     def step(self) -> list[Update]:
         """Run one step: what it added to each continuation that advanced. Nothing if there is nothing to do.
 
-        An error of the model leaves the core in order: the next call computes again what was running.
+        With a prefill worker, a step that has nothing else to do waits for it.
+
+        An error of the model, or of the worker (PrefillFailed), leaves the core in order: the next call computes again
+        what was running.
         """
         if not self.busy:
             return []
         try:
             complete = self._compute()
         except BaseException:
+            if self._prefill:
+                self._prefill.renew()  # it may be writing to blocks that are let go now
             self._scheduler.give_up()  # blocks may be published that were not computed
             raise
         self._steps += 1
@@ -200,7 +223,13 @@ class EngineCore:
     def _compute(self) -> list[Sequence]:
         """The sequences that have new tokens."""
         begin = time.perf_counter()
+        self._land(wait=False)
         step = self._scheduler.schedule(self._drafter)
+        if self._prefill and step.apart:
+            self._prefill.submit(Inputs.build([(w.sequence, w.count) for w in step.apart]))
+        if not step.work:
+            self._land(wait=True)
+            return []
         for source, target in step.copies:
             self._runner.copy_block(source, target)
         # Those of an adapter beside each other go through it together.
@@ -241,6 +270,11 @@ class EngineCore:
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
+
+    def _land(self, *, wait: bool) -> None:
+        """Take over what the prefill worker has done."""
+        if self._prefill and self._scheduler.apart is not None and self._prefill.done(wait=wait):
+            self._scheduler.landed()
 
     def _score(self, work: list[Work], logits_RV: torch.Tensor) -> list[int]:
         """Take the log-probabilities of prompts; what is left are the rows to draw from."""
@@ -298,10 +332,20 @@ class EngineCore:
         Raises:
             ValueError: another architecture, dtype or device.
         """
+        self._settle()
         self._runner.update(model)
+        if self._prefill:
+            self._prefill.renew(a.weights for a in self._adapters.values())
         self._version += 1
         self._scheduler.renew(self._version)
         return self._version
+
+    def _settle(self) -> None:
+        """Let the prefill worker finish; what it loses by failing is computed again."""
+        try:
+            self._land(wait=True)
+        except RuntimeError:
+            self._scheduler.give_up()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -322,6 +366,9 @@ class EngineCore:
         if not name:
             raise ValueError("add_adapter: name: expected a text, got an empty one")
         self._adapters[name] = Adapter(name, next(self._adapter_numbers), self._runner.pack_adapter(adapter))
+        if self._prefill:
+            self._settle()
+            self._prefill.renew(a.weights for a in self._adapters.values())
 
     def remove_adapter(self, name: str) -> None:
         """Requests can no longer name it; those in progress go on with it.

@@ -35,6 +35,8 @@ class LLM:
         speculative_config: ``{"method": "ngram"}`` or ``{"method": "suffix"}`` and options: tokens are guessed and
             checked several at a time; the results are the same, to the bit.
         adapters: name -> folder of an adapter (LoRA) as PEFT and ``fastsft train`` write it; see :meth:`generate`.
+        prefill_threads: above 0, prompts are computed by a process of their own with so many threads, so that running
+            sequences do not wait for them; the results are the same. It is forked from this one.
 
     Raises:
         ValueError: a cache too small for one block, a model that is not on the CPU, or arguments that contradict each
@@ -56,12 +58,13 @@ class LLM:
         max_batched_tokens: int = 4096,
         speculative_config: Mapping[str, Any] | None = None,
         adapters: Mapping[str, str | os.PathLike[str] | Decoder] | None = None,
+        prefill_threads: int = 0,
     ) -> None:
         self.core = load_core(
             model, tokenizer, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
             block_size=block_size, kv_cache_bytes=kv_cache_bytes,
             num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
-            speculative_config=speculative_config,
+            speculative_config=speculative_config, prefill_threads=prefill_threads,
         )  # fmt: skip
         self.tokenizer = self.core.tokenizer
         for name, adapter in (adapters or {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.draft.speculation import speculation_from
+from fastsft.engine.prefill import PrefillWorker
 from fastsft.engine.runner import Runner
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
@@ -34,6 +36,7 @@ def load_core(
     max_queued_requests: int | None = None,
     max_queued_tokens: int | None = None,
     speculative_config: Mapping[str, Any] | None = None,
+    prefill_threads: int = 0,
 ) -> EngineCore:
     """Arguments and errors: :class:`fastsft.LLM` and :class:`EngineCore`."""
     if isinstance(model, Decoder):
@@ -50,6 +53,8 @@ def load_core(
             raise ValueError(f"LLM: {name}: expected one of {', '.join(map(str, known))}, got {value!r}")
     if block_size < 1 or block_size % 16:
         raise ValueError(f"LLM: block_size: expected a positive multiple of 16, got {block_size}")
+    if prefill_threads < 0 or (prefill_threads and sys.platform != "linux"):
+        raise ValueError(f"LLM: prefill_threads: expected 0, or on Linux a positive number, got {prefill_threads}")
     packed = pack_decoder(model, quantization or str(dtype).removeprefix("torch."))
     tokenizer = tokenizer or Tokenizer.from_folder(model)  # type: ignore[arg-type]  # a model came with its tokenizer
     kv_format = "int8" if kv_cache_dtype == "int8" else str(packed.dtype).removeprefix("torch.")
@@ -61,13 +66,16 @@ def load_core(
             f"LLM: expected at least 1 each, got {num_blocks=}, {max_num_seqs=}, {max_batched_tokens=} "
             f"({kv_cache_bytes=})"
         )
-    runner = Runner(packed, kv_format=kv_format, block_size=block_size, num_blocks=num_blocks)
+    runner = Runner(
+        packed, kv_format=kv_format, block_size=block_size, num_blocks=num_blocks, shared=prefill_threads > 0
+    )
     drafter = speculation_from(speculative_config, tokenizer, packed) if speculative_config else None
     return EngineCore(
         runner, tokenizer, end_ids=end_ids(packed.config, tokenizer),
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         drafter=drafter, keep_hidden=drafter is not None and drafter.needs_hidden,
+        prefill=PrefillWorker(runner, prefill_threads) if prefill_threads else None,
     )  # fmt: skip
 
 

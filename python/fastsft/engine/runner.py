@@ -5,6 +5,7 @@ Shape suffixes: T tokens of the step, B sequences, R rows wanted, V vocabulary.
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass, field
 
@@ -60,13 +61,19 @@ class Runner:
         kv_format: "float32" or "bfloat16", as the model's activations are, or "int8".
         block_size: tokens of a block, a multiple of 16.
         num_blocks: blocks of the cache.
+        shared: whether forked processes write to the same cache.
     """
 
-    def __init__(self, model: PackedDecoder, *, kv_format: str, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self, model: PackedDecoder, *, kv_format: str, block_size: int, num_blocks: int, shared: bool = False
+    ) -> None:
         self.model, self.kv_format, self.block_size, self.num_blocks = model, kv_format, block_size, num_blocks
         self.vocab_size = model.config.vocab_size
         self.max_position_embeddings = model.config.max_position_embeddings
         self._cache = model.new_cache(num_blocks, kv_format=kv_format, block_size=block_size)
+        if shared:
+            memory = mmap.mmap(-1, self._cache.nbytes)  # anonymous: no name is left behind
+            self._cache = torch.frombuffer(memory, dtype=torch.uint8).view(self._cache.shape)
         self.bytes_per_block = self._cache[:, :1].nbytes
 
     def new_hidden(self, rows: int) -> torch.Tensor:

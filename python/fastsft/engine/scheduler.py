@@ -7,6 +7,10 @@ for each other's blocks, and when the budget has some left for it: until then it
 by another. When a generating sequence needs a block and none is free, the last in order gives up its blocks and later
 computes again what can no longer be found. The first in order can always go on, because no sequence is accepted that
 would not fit alone: nothing starves.
+
+Where another process computes prompts, all but their last tokens go there, one job at a time, while steps go on; the
+last token, after which logits are wanted, is computed here as a generated one is. Until the job is over nobody is
+admitted, what it computes cannot be found, and blocks of those that are given up meanwhile are not let go.
 """
 
 from __future__ import annotations
@@ -56,13 +60,26 @@ class Step:
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
+    apart: list[Work] = field(default_factory=list)
+    """For another process to begin with; no logits are wanted of it."""
 
 
 class Scheduler:
+    """``splits``: prompts are computed apart."""
+
     def __init__(
-        self, allocator: BlockAllocator, *, block_size: int, max_num_seqs: int, max_batched_tokens: int
+        self,
+        allocator: BlockAllocator,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        splits: bool = False,
     ) -> None:
-        self.allocator = allocator
+        self.allocator, self.splits = allocator, splits
+        self.apart: list[Work] | None = None
+        """What another process is at; None: nothing."""
+        self._left_behind: list[int] = []  # blocks of those that left while it is
         self.block_size, self.max_num_seqs, self.max_batched_tokens = block_size, max_num_seqs, max_batched_tokens
         self.waiting: list[Sequence] = []  # both in order
         self.running: list[Sequence] = []
@@ -76,7 +93,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running) or self.apart is not None
 
     def schedule(self, drafter: Drafter | None = None) -> Step:
         """The next step; call only while :attr:`busy`. Its blocks count as computed: see :meth:`give_up`."""
@@ -85,15 +102,19 @@ class Scheduler:
         generating = self._generating(step)
         for sequence in generating:
             self._publish(sequence, len(sequence.tokens))
-        prompts = self._prompts()
+        prompts = self._prompts() if self.apart is None else []
         for sequence in generating:
             drafts = self._draft(sequence, drafter) if drafter else 0
             step.work.append(Work(sequence, 1 + drafts, 1 + drafts))
-        step.work += prompts
+        step.work += [w for w in prompts if w.rows or w.scores or not self.splits]
+        step.apart = [w for w in prompts if not (w.rows or w.scores) and self.splits]
+        self.apart = step.apart or self.apart
         return step
 
     def _yield_to_priority(self) -> None:
         """Preempt those of lower priority than the first that waits, while it has no place."""
+        if self.apart is not None:  # nobody would be admitted
+            return
         while self.waiting and self.running and self.running[-1].priority > self.waiting[0].priority:
             if len(self.running) < self.max_num_seqs and self._find(self.waiting[0]) is not None:
                 break
@@ -105,12 +126,19 @@ class Scheduler:
             if sequence not in self.running or len(sequence.tokens) - sequence.computed > 1:
                 continue
             while (missing := self._missing(sequence)) > self.allocator.num_free:
-                self._preempt(self.running[-1])
+                self._preempt(self._victim())
                 if sequence not in self.running:
                     break
             else:
                 self._extend(sequence, missing, step)
         return [s for s in self.running if len(s.tokens) - s.computed == 1]
+
+    def _victim(self) -> Sequence:
+        """The last in order, of those whose blocks come free at once."""
+        return next(s for s in reversed(self.running) if not self._is_apart(s))
+
+    def _is_apart(self, sequence: Sequence) -> bool:
+        return any(w.sequence is sequence for w in self.apart or ())
 
     def _missing(self, sequence: Sequence) -> int:
         at = sequence.computed // self.block_size
@@ -135,9 +163,11 @@ class Scheduler:
         work = []
         for sequence in self._in_order():
             left = len(sequence.tokens) - sequence.computed
-            count = min(left, budget, _SCORED_TOKENS if sequence.scoring else left)
+            apart = self.splits and left > 1 and not sequence.scoring
+            count = min(left - apart, budget, _SCORED_TOKENS if sequence.scoring else left)
             work.append(Work(sequence, count, int(count == left), sequence.scoring))
-            self._publish(sequence, sequence.computed + count)
+            if not apart:
+                self._publish(sequence, sequence.computed + count)
             budget -= count
             if not budget:
                 break
@@ -216,6 +246,18 @@ class Scheduler:
         del sequence.blocks[keep:]
         sequence.draft = []
 
+    def landed(self) -> None:
+        """The job that ran apart is over."""
+        for w in self.apart or ():
+            w.sequence.computed += w.count
+            self._publish(w.sequence, w.sequence.computed)
+        self._end_apart()
+
+    def _end_apart(self) -> None:
+        self.apart = None
+        self.allocator.release(self._left_behind)
+        self._left_behind = []
+
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Start ``child`` on the computed prompt of ``parent``, sharing its blocks until one of them writes.
 
@@ -236,7 +278,11 @@ class Scheduler:
         self.preemptions += 1
 
     def give_up(self) -> None:
-        """A step that was scheduled did not run: compute everything again, and find nothing that it was to fill."""
+        """A step that was scheduled did not run: compute everything again, and find nothing that it was to fill.
+
+        Nor does anything run apart any more.
+        """
+        self._end_apart()
         self._restart_all()
         self.allocator.forget()
 
@@ -260,7 +306,11 @@ class Scheduler:
         """Take a sequence out, wherever it is, and return its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.allocator.release(sequence.blocks)
+            if self._is_apart(sequence):
+                self.apart = [w for w in self.apart or () if w.sequence is not sequence]
+                self._left_behind += sequence.blocks
+            else:
+                self.allocator.release(sequence.blocks)
             sequence.blocks, sequence.draft = [], []
             sequence.computed = 0
         elif sequence in self.waiting:

@@ -1,0 +1,284 @@
+"""Prompts computed by another process: the same results, no block let go too early, no worker's death untold."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
+from fake_model import FakeDrafter, FakeRunner, FakeTokenizer, next_token
+
+from fastsft.engine.assemble import Assembly
+from fastsft.engine.core import EngineCore
+from fastsft.engine.llm import LLM
+from fastsft.engine.prefill import PrefillFailed, PrefillWorker
+from fastsft.engine.request import Request, SamplingParams
+from fastsft.engine.runner import Inputs
+from fastsft.models.adapter import save_adapter
+from fastsft.models.lora import LoraConfig, add_lora, lora_layers
+from fastsft.models.weights import load_model
+
+# --- the core, with a worker that takes its time ----------------------------------------------------------------------
+
+
+class Lost(RuntimeError):
+    pass
+
+
+class SlowPrefill:
+    """Writes a job's tokens whenever it likes, until it says that it is done; dies at times."""
+
+    def __init__(self, runner: FakeRunner, source: random.Random, deaths: float) -> None:
+        self._runner, self._random, self._deaths = runner, source, deaths
+        self._job: Inputs | None = None
+        self.jobs = 0
+
+    def submit(self, inputs: Inputs) -> None:
+        assert self._job is None, "two jobs at once"
+        self._job = inputs
+        self.jobs += 1
+
+    def done(self, *, wait: bool) -> bool:
+        assert self._job is not None, "no job"
+        if self._random.random() < self._deaths:
+            self._job = None
+            raise Lost
+        if not wait and self._random.random() < 0.7:
+            return False
+        self._runner.forward(self._job, torch.empty(0, dtype=torch.int64))
+        self._job = None
+        return True
+
+    def renew(self, adapters: Iterable[Any] = ()) -> None:
+        self._job = None
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_order_of_events_gives_the_same_tokens(seed: int) -> None:
+    source = random.Random(seed)
+    size = source.randint(1, 4)
+    runner = FakeRunner(block_size=size, num_blocks=source.randint(-(-14 // size), 24))
+    worker = SlowPrefill(runner, source, deaths=0.03 if seed % 3 == 0 else 0.0)
+    core = EngineCore(
+        runner, FakeTokenizer(), max_num_seqs=source.randint(1, 5),  # type: ignore[arg-type]
+        max_batched_tokens=source.randint(1, 20), drafter=FakeDrafter(runner, seed) if seed % 2 else None,
+        prefill=worker,
+    )  # fmt: skip
+    live: dict[str, Assembly] = {}
+    ended = asked = aborted = losses = 0
+    while asked < 25 or core.busy:
+        if asked < 25 and source.random() < 0.4:
+            prompt = (*range(1, 1 + source.randint(0, 6)), source.randrange(7))
+            params = SamplingParams(
+                n=source.choice([1, 1, 2]), temperature=source.choice([0.0, 1.0]), seed=asked * 10, ignore_eos=True,
+                max_tokens=source.randint(1, 14 - len(prompt)), prompt_logprobs=source.choice([None, None, 0]),
+            )  # fmt: skip
+            one = Assembly(Request(f"{asked}", prompt, params, source.choice([0, 0, 1])))
+            core.add(one.request)
+            live[one.request.request_id] = one
+            asked += 1
+        if live and source.random() < 0.05:
+            core.abort(live.popitem()[0])
+            aborted += 1
+        try:
+            updates = core.step()
+        except Lost:
+            losses += 1
+            continue
+        for update in updates:
+            live[update.request_id].take(update)
+        for name in [n for n, a in live.items() if a.finished == a.request.params.n]:
+            one = live.pop(name)
+            ended += 1
+            for output in one.output().outputs:
+                tokens, request = list(one.request.prompt_token_ids), one.request
+                for place, token in enumerate(output.token_ids):
+                    seed_ = (request.params.seed or 0) + output.index
+                    assert token == next_token(0, tokens, request.params.temperature, seed_, place)
+                    tokens.append(token)
+    assert ended + aborted == asked
+    assert worker.jobs
+    assert not any(core._allocator._references)
+
+
+def test_blocks_of_an_aborted_prompt_stay_until_the_worker_is_done() -> None:
+    runner = FakeRunner(block_size=2, num_blocks=8)
+    source = random.Random(0)
+    worker = SlowPrefill(runner, source, 0.0)
+    core = EngineCore(runner, FakeTokenizer(), prefill=worker)  # type: ignore[arg-type]
+    core.add(Request("short", (1,), SamplingParams(max_tokens=4, ignore_eos=True)))
+    while not core.stats().running:
+        core.step()
+    core.add(Request("long", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=1)))
+    source.random = lambda: 0.5  # type: ignore[method-assign]  # not done before it is waited for
+    core.step()
+    held = core.stats().free_blocks
+    assert core.abort("long")
+    assert core.stats().free_blocks == held
+    core.abort("short")
+    assert core.busy
+    assert core.step() == []
+    assert core.stats().free_blocks == 8
+    assert not core.busy
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    model, target = load_model(folder), tmp_path_factory.mktemp("adapter")
+    add_lora(model, LoraConfig(rank=4), seed=1)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    save_adapter(model, target)
+    return {"a": target}
+
+
+def worker_of(llm: LLM) -> PrefillWorker:
+    worker = llm.core._prefill
+    assert isinstance(worker, PrefillWorker)
+    return worker
+
+
+def requests() -> tuple[list[dict[str, Any]], list[SamplingParams], list[str | None]]:
+    (trunk,) = prompts_of([64], seed=1)
+    prompts = [
+        trunk[:k] + end for k, end in zip([0, 20, 33, 64, 64, 64], prompts_of([1, 90, 7, 30, 2, 1]), strict=True)
+    ]
+    params = [
+        SamplingParams(temperature=i % 2 * 1.0, seed=i, n=1 + i % 3, max_tokens=20, ignore_eos=True, logprobs=2)
+        for i in range(6)
+    ]
+    return as_prompts(prompts), params, [None, "a", None, None, "a", "a"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"max_batched_tokens": 13}, {"num_blocks": 24}, {"quantization": "w8a8", "kv_cache_dtype": "int8"},
+        {"dtype": torch.bfloat16, "speculative_config": {"method": "ngram", "adaptive": False}, "prefill_threads": 2},
+    ],
+    ids=["wide", "chunks", "little room", "w8a8", "drafts"],
+)  # fmt: skip
+def test_the_results_are_those_of_one_process(options: dict[str, Any], folder: Path, adapters: dict[str, Path]) -> None:
+    prompts, params, names = requests()
+    plain = {k: v for k, v in options.items() if k != "prefill_threads"}
+    expected = engine(folder, adapters=adapters, **plain).generate(prompts, params, adapter=names)
+    llm = engine(folder, adapters=adapters, **{"prefill_threads": 1} | options)
+    assert llm.generate(prompts, params, adapter=names) == expected
+    assert worker_of(llm).pid is not None
+    assert llm.generate(prompts, params, adapter=names) == expected
+    assert_nothing_held(llm)
+
+
+def test_new_weights_and_adapters_reach_the_worker(folder: Path, adapters: dict[str, Path]) -> None:
+    prompts, params, _ = requests()
+    model = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    found = []
+    for threads in (0, 1):
+        llm = engine(folder, prefill_threads=threads)
+        outputs = [llm.generate(prompts, params)]
+        llm.core.add_adapter("b", adapters["a"])
+        outputs.append(llm.generate(prompts, params, adapter="b"))
+        llm.update_weights(model)
+        outputs += [llm.generate(prompts, params), llm.generate(prompts, params, adapter="b")]
+        found.append(outputs)
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][2]
+
+
+def test_a_killed_worker_is_told_and_replaced(folder: Path) -> None:
+    (prompt, long), one = prompts_of([40, 200]), SamplingParams(max_tokens=8, ignore_eos=True)
+    llm = engine(folder, prefill_threads=1)
+    expected = llm.generate(as_prompts([prompt, long]), one)
+    pid = worker_of(llm).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    (other,) = prompts_of([50], seed=9)
+    with pytest.raises(
+        PrefillFailed, match="the prefill worker was killed by SIGKILL; its prompts will be computed again"
+    ):
+        llm.generate(as_prompts([other]), one)
+    assert_nothing_held(llm)
+    assert worker_of(llm).pid is None
+    assert llm.generate(as_prompts([prompt, long]), one) == expected
+    assert worker_of(llm).pid not in (None, pid)
+    # The core goes on with what was running.
+    llm.core.add(Request("x", tuple(other), one))
+    killed = worker_of(llm).pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    with pytest.raises(PrefillFailed):
+        llm.core.step()
+    tokens: list[int] = []
+    while llm.core.busy:
+        for update in llm.core.step():
+            tokens += update.token_ids
+    assert tuple(tokens) == engine(folder).generate(as_prompts([other]), one)[0].outputs[0].token_ids
+
+
+def test_the_worker_ends_with_its_engine(folder: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    llm = engine(folder, prefill_threads=1)
+    llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2))
+    pid = worker_of(llm).pid
+    assert pid is not None
+    assert len(os.listdir(f"/proc/{pid}/fd")) <= 4, "the worker keeps files of this process open"
+    assert set(os.listdir("/dev/shm")) == before
+    del llm
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_the_worker_ends_when_its_engine_is_killed(folder: Path) -> None:
+    ready, tell = os.pipe()
+    engine_pid = os.fork()
+    if engine_pid == 0:
+        try:
+            llm = engine(folder, prefill_threads=1)
+            llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2))
+            os.write(tell, f"{worker_of(llm).pid}\n".encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    with os.fdopen(ready) as lines:
+        pid = int(lines.readline())
+        os.kill(engine_pid, signal.SIGKILL)
+        os.waitpid(engine_pid, 0)
+    end = time.monotonic() + 10
+    while _runs(pid):
+        assert time.monotonic() < end, "the worker outlives its engine"
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_what_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="prefill_threads: expected 0, or on Linux a positive number, got -1"):
+        engine(folder, prefill_threads=-1)

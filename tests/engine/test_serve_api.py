@@ -14,7 +14,10 @@ from engine_cases import Reference, tokenizer, write_model
 from serve_cases import MODEL, Running, serving
 
 from fastsft.engine.llm import LLM
-from fastsft.engine.request import SamplingParams
+from fastsft.engine.request import SamplingParams, Update
+from fastsft.engine.server.infill import Middle
+from fastsft.engine.server.pieces import Pieces
+from fastsft.engine.server.protocol import InfillBody
 from fastsft.models.lora import LoraConfig, add_lora, lora_layers
 from fastsft.models.weights import load_model
 
@@ -206,8 +209,10 @@ def test_bytes_of_tokens_make_the_text(server: Running) -> None:
     for token in special:
         whole = whole.replace(token.encode(), b"")
     assert whole.decode(errors="replace") == answer.choices[0].message.content
-    one = server.complete(prompt=[tokenizer().encode("é")], max_tokens=1, temperature=0, logprobs=1)
-    assert one["choices"][0]["logprobs"]["text_offset"] == [0]
+    echoed = server.complete(prompt="aé", max_tokens=0, echo=True, logprobs=1)["choices"][0]
+    assert echoed["logprobs"]["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    ids = tokenizer().encode("aé")
+    assert [Pieces(tokenizer()).piece(i)[1] for i in ids] == [b"a", b"\xc3", b"\xa9"]
 
 
 def test_suffix_and_infill_fill_the_middle(server: Running, llm: LLM) -> None:
@@ -235,6 +240,28 @@ def test_infill_begins_the_middle_and_names_other_files(server: Running, llm: LL
     body = {"input_prefix": "a", "input_suffix": "b", "prompt": "the ", "n_predict": 6, "ignore_eos": True}
     found = server.post("/infill", **body, input_extra=[{"filename": "m", "text": "the mat"}]).json()
     assert found["tokens"] == list(expected.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts", "shown", "ended"),
+    [
+        ({"n_indent": 4}, ["a", "\n    b\n", "  ", "c\n    d"], "a\n    b\n  ", "limit"),  # what was shown stays
+        ({"n_indent": 4}, ["a\n    b\n\n", "    c\n", "", "d"], "a\n    b\n\n    c\n", "limit"),
+        ({"n_indent": 4}, ["a\n    b\n  c"], "a\n    b", "limit"),
+        ({"n_indent": 4}, ["a\n    b\n", "    c"], "a\n    b\n    c", None),
+        ({}, ["a\nb", "\nc"], "a\nb\nc", None),
+        ({"t_max_predict_ms": 1e-6}, ["a", "b\n", "c"], "ab\n", "limit"),
+    ],
+)
+def test_the_middle_ends_where_editors_want(
+    options: dict[str, Any], texts: list[str], shown: str, ended: str | None
+) -> None:
+    middle, found = Middle(InfillBody.parse(options)), ""
+    for text in texts:
+        if middle.stop_type is None:
+            found += middle.take(Update("a", 0, (1,), text, None, None, None, 0, 0.0))
+    assert (found, middle.stop_type) == (shown, ended)
+    assert middle.text == shown
 
 
 def test_tokens_there_and_back(server: Running) -> None:

@@ -154,20 +154,15 @@ class AsyncEngine:
         """
 
         def add(core: EngineCore) -> None:
-            for number, request in enumerate(requests):
-                try:
-                    core.add(request)
-                except BaseException:
-                    for other in requests[:number]:
-                        core.abort(other.request_id)
-                    raise
+            for request in requests:
+                core.add(request)
 
         stream = Stream(self, requests, observe)
         self._streams.update((r.request_id, stream) for r in requests)
         self._idle.clear()
         try:
             await self.call(add)
-        except BaseException:  # if this was cancelled, they may be in
+        except BaseException:  # some of them may be in
             self.release(stream)
             raise
         if seconds is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Ordered
 import torch
 
 from fastsft import ops
+from fastsft.engine.rejection import settle
 from fastsft.engine.sequence import Sequence
 
 
@@ -23,7 +24,9 @@ def draw(
 
     A sequence with k drafts has k + 1 consecutive rows: the logits after its tokens, and after each draft. Each row is
     drawn as if its draft were part of the text; the draws hold up to the first that differs from the draft in its
-    place, that one included. So the text is what plain decoding draws, whatever the drafts.
+    place, that one included. So the text is what plain decoding draws, whatever the drafts. Where the distributions
+    that the drafts were drawn from came with them, rejection sampling takes the place of the draws beside them: then
+    the text follows the distribution of plain decoding.
 
     The noise of token t of a request is a function of its seed and t alone: neither the batch nor a preemption nor a
     draft changes it.
@@ -51,6 +54,13 @@ def draw(
                     empty.add(start + row)
                     mine_KV[row] = 0
     ids, logprobs = _sample(sequences, drafts, logits_RV)
+    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+        if draft and (q_KV := sequence.draft_probs_KV) is not None:
+            logits_KV = logits_RV[start : start + len(draft)]
+            settled = settle(draft, q_KV[: len(draft)], logits_KV, sequence.params, sequence.seed, sequence.generated)
+            ids[start : start + len(settled)] = settled
+            raw = dict(enumerate(logits_KV, start)) | raw  # their log-probabilities are not those of the draws
+        sequence.draft_probs_KV = None
     accepted = []
     for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
         right = 0

@@ -47,6 +47,7 @@ class Sequence:
     computed: int = 0
     draft: list[int] = field(default_factory=list)
     hidden_D: torch.Tensor | None = None  # that its last token was drawn from, where drafts need it
+    draft_probs_KV: torch.Tensor | None = None  # what each was drawn from, where rejection sampling judges them
     published: int = 0
     keys: list[bytes] = field(default_factory=list)
     root: bytes = b""

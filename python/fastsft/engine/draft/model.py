@@ -1,7 +1,8 @@
 """Drafts from a smaller model of the same tokenizer, drawn with the noise of the tokens that they guess.
 
 Where the two models' distributions agree, so do their draws: the guess of a sampled token holds far more often than a
-draw of its own would, and of a greedy one as often as the most probable tokens are the same.
+draw of its own would, and of a greedy one as often as the most probable tokens are the same. For rejection sampling
+they are drawn with other noise, and what they were drawn from comes with them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
 from fastsft.engine.draft.noise import draw_alike
+from fastsft.engine.rejection import guess
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sequence import Sequence
 from fastsft.models.packed import pack_decoder
@@ -25,13 +27,20 @@ class DraftModel:
         folder: a Hugging Face folder.
         tokenizer: of the model that the drafts are for.
         vocab_size: that model's.
+        rejection: sampled drafts are for rejection sampling.
 
     Raises:
         ValueError: another tokenizer; the message names the first token that differs. Or a cache without a block.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size: int, *, kv_cache_bytes: int
+        self,
+        folder: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        kv_cache_bytes: int,
+        rejection: bool = False,
     ) -> None:
         check_same_tokens(tokenizer, Tokenizer.from_folder(folder))
         packed = pack_decoder(folder, "bfloat16")
@@ -50,6 +59,7 @@ class DraftModel:
         self.runner = Runner(packed, kv_format="bfloat16", block_size=self.block_size, num_blocks=blocks)
         self.allocator = BlockAllocator(blocks)
         self.vocab_size = min(vocab_size, packed.config.vocab_size)
+        self.rejection, self.target_vocab_size = rejection, vocab_size
 
 
 def check_same_tokens(ours: Tokenizer, theirs: Tokenizer) -> None:
@@ -71,6 +81,7 @@ class ModelGuess:
         self._blocks: list[int] = []
         self._known: list[int] = []  # tokens whose keys and values the cache has
         self._agreed = 0  # how many of them were the text's at the last call
+        self._probs_KV: list[torch.Tensor] = []  # what the latest guesses were drawn from, for rejection sampling
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """At most ``limit`` tokens; fewer where the cache or the model's context is full."""
@@ -79,11 +90,13 @@ class ModelGuess:
             agreed += 1
         del self._known[agreed:]
         self._agreed, new, found = agreed, tokens[agreed:], list[int]()
+        self._probs_KV = []
         while len(found) < limit and self._has_room(len(self._known) + len(new)):
             if max(new) >= self._draft.runner.vocab_size:  # one of the ids that only pad the other model's vocabulary
                 break
             found.append(self._next(new, len(found)))
             new = found[-1:]
+        self._sequence.draft_probs_KV = torch.stack(self._probs_KV) if self._probs_KV else None
         return found
 
     def _has_room(self, count: int) -> bool:
@@ -106,7 +119,13 @@ class ModelGuess:
             torch.tensor([self._blocks], dtype=torch.int32),
         )
         logits_1V = self._draft.runner.forward(inputs, torch.tensor([len(new) - 1]))[:, : self._draft.vocab_size]
-        return draw_alike(self._sequence, logits_1V.contiguous(), place)[0]
+        sequence, params = self._sequence, self._sequence.params
+        if self._draft.rejection and params.temperature > 0:
+            token, q_V = guess(logits_1V, params, sequence.seed, sequence.generated + place)
+            padding = self._draft.target_vocab_size - self._draft.vocab_size
+            self._probs_KV.append(torch.nn.functional.pad(q_V, (0, padding)))
+            return token
+        return draw_alike(sequence, logits_1V.contiguous(), place)[0]
 
     def close(self) -> None:
         """Give the blocks back."""

@@ -1,4 +1,6 @@
-"""Speculative decoding of an engine: a guess for each continuation, as long as pays. Results never depend on it."""
+"""Speculative decoding of an engine: a guess for each continuation, as long as pays.
+
+Results do not depend on it, but for the draws of a draft model with rejection sampling."""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ class Speculation:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
     "suffix": {"corpus": (), "min_match": 2},
-    "draft_model": {"model": None, "kv_cache_bytes": 64 << 20},
+    "draft_model": {"model": None, "kv_cache_bytes": 64 << 20, "acceptance": "noise"},
     "heads": {"model": None},
 }
 _COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
@@ -121,8 +123,17 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, target: Pa
         def make(sequence: Sequence) -> Guess:
             return NgramGuess(longest, shortest)
     elif method == "draft_model":
-        memory = integer("kv_cache_bytes", 1)
-        draft = DraftModel(options["model"], tokenizer, target.config.vocab_size, kv_cache_bytes=memory)
+        if options["acceptance"] not in ("noise", "rejection"):
+            raise ValueError(
+                f"speculative_config: acceptance: expected 'noise' or 'rejection', got {options['acceptance']!r}"
+            )
+        draft = DraftModel(
+            options["model"],
+            tokenizer,
+            target.config.vocab_size,
+            kv_cache_bytes=integer("kv_cache_bytes", 1),
+            rejection=options["acceptance"] == "rejection",
+        )
 
         def make(sequence: Sequence) -> Guess:
             return ModelGuess(draft, sequence)

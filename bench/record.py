@@ -92,8 +92,8 @@ def render(result: dict[str, Any]) -> str:
         "shared machine, so read ratios. Written by `python bench/record.py`.",
         "",
         "`pip install -e '.[rivals]'` installs the rivals (`gpu-rivals` those of `make gpu-check`); what is not",
-        "installed is left out. text-dedup and datatrove need an environment of their own: see",
-        "`bench/bench_dedup_files.py`.",
+        "installed is left out. text-dedup and datatrove need an environment of their own, as the other engines do:",
+        "see `bench/bench_dedup_files.py` and `bench/bench_engine.py`.",
         "",
     ]
     for group in dict.fromkeys(r["group"] for r in result["rows"]):

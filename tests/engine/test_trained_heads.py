@@ -1,4 +1,4 @@
-"""Heads trained beside a model on generated code: a step with their drafts brings more than with the n-gram drafter's."""
+"""Heads trained beside a model on generated code: a step brings more with their drafts than with the n-gram ones."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks, train_rank
 from resume_cases import small, train
 from torch.nn import functional as F
 from train_cases import model_of, random_samples
@@ -19,6 +20,7 @@ from fastsft.data.batch import Sample, VarlenBatch, collate
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.heads import DraftHeads, load_heads, save_heads
 from fastsft.train.draft import DraftTraining, later_targets
+from fastsft.train.metrics import read_metrics
 from fastsft.train.objective import Objective
 from fastsft.train.optim import MasterAdamW
 from fastsft.train.update import Update
@@ -177,3 +179,18 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load_config(settings)
     assert DraftOptions().heads == 0
+
+
+def test_two_processes_train_the_heads_of_one(texts: Path, tmp_path: Path) -> None:
+    def config(output: Path) -> dict[str, Any]:
+        return small(texts, output, accumulation=3) | {"draft": {"heads": HEADS, "lr": 1e-2}}
+
+    train(config(tmp_path / "one"))
+    ranks = Ranks(2, tmp_path / "log", train_rank, config(tmp_path / "two"))
+    assert ranks.join() == [0, 0], ranks.text(0)
+    one, two = (load_heads(tmp_path / n / "heads", hidden_size=32, vocab_size=300).state_dict() for n in ("one", "two"))
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-3 * one[name].norm(), name
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    losses = [[row["draft_losses"] for row in rows if row["kind"] == "step"] for rows in (first, second)]
+    assert np.allclose(*losses, rtol=1e-5)

@@ -49,7 +49,8 @@ class ServerSettings:
         if not all(self.api_keys):
             raise ValueError("serve: api_keys: expected keys of at least one character, got an empty one")
         if not self.api_keys and not self.loopback:
-            raise ValueError(f"serve: host: {self.host} can be reached from other machines: give an API key, too (FASTSFT_API_KEY)")
+            problem = f"{self.host} can be reached from other machines"
+            raise ValueError(f"serve: host: {problem}: give an API key, too (FASTSFT_API_KEY)")
 
     @property
     def loopback(self) -> bool:

@@ -71,7 +71,8 @@ class EngineCore:
         max_num_seqs: continuations running at once.
         max_batched_tokens: prompt tokens computed in one step.
         max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
-        drafter: guesses tokens that steps then check; the results are the same with any and with none.
+        drafter: guesses tokens that steps then check; the results are the same with any and with none
+            (see :class:`Drafter` for the exception).
         keep_hidden: sequences carry the hidden state that their last token was drawn from, for the drafter.
         prefill: computes prompts apart, while steps go on; the results are the same with and without.
     """

@@ -28,7 +28,11 @@ _SCORED_TOKENS = 256  # of a prompt in one step: each has logits over the whole 
 
 
 class Drafter(Protocol):
-    """Guesses what follows. A guess costs a row of a step; it holds where the draw equals it, and changes no result."""
+    """Guesses what follows. A guess costs a row of a step; it holds where the draw equals it, and changes no result.
+
+    One that sets ``Sequence.draft_probs_KV``, what its guesses were drawn from, has them judged by rejection sampling:
+    then it changes what is drawn, but not the distribution.
+    """
 
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         """At most ``limit`` tokens that may follow ``sequence.tokens``."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
-from fake_model import FakeDrafter, FakeRunner, FakeTokenizer, next_token
+from fake_model import FakeDrafter, FakeRunner, FakeTokenizer, Interrupted, next_token
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.core import EngineCore
@@ -72,7 +72,7 @@ def test_any_order_of_events_gives_the_same_tokens(seed: int) -> None:
         prefill=worker,
     )  # fmt: skip
     live: dict[str, Assembly] = {}
-    ended = asked = aborted = losses = 0
+    ended = asked = aborted = 0
     while asked < 25 or core.busy:
         if asked < 25 and source.random() < 0.4:
             prompt = (*range(1, 1 + source.randint(0, 6)), source.randrange(7))
@@ -87,10 +87,10 @@ def test_any_order_of_events_gives_the_same_tokens(seed: int) -> None:
         if live and source.random() < 0.05:
             core.abort(live.popitem()[0])
             aborted += 1
+        runner.fail_next = seed % 3 == 1 and source.random() < 0.02  # half-way through a step, or a job
         try:
             updates = core.step()
-        except Lost:
-            losses += 1
+        except (Lost, Interrupted):
             continue
         for update in updates:
             live[update.request_id].take(update)
@@ -129,6 +129,20 @@ def test_blocks_of_an_aborted_prompt_stay_until_the_worker_is_done() -> None:
     assert not core.busy
 
 
+def test_a_prompt_under_way_is_not_given_up_for_a_block() -> None:
+    runner = FakeRunner(block_size=2, num_blocks=6)
+    source = random.Random(0)
+    source.random = lambda: 0.5  # type: ignore[method-assign]  # not done before it is waited for
+    core = EngineCore(runner, FakeTokenizer(), prefill=SlowPrefill(runner, source, 0.0))  # type: ignore[arg-type]
+    core.add(Request("short", (1,), SamplingParams(max_tokens=11, ignore_eos=True)))
+    core.step()
+    core.add(Request("long", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=1)))
+    ended = [u.request_id for _ in range(40) for u in core.step() if u.finish_reason]
+    assert ended == ["long", "short"]
+    assert core.stats().preemptions == 1
+    assert core.stats().free_blocks == 6
+
+
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
@@ -139,13 +153,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    model, target = load_model(folder), tmp_path_factory.mktemp("adapter")
-    add_lora(model, LoraConfig(rank=4), seed=1)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    save_adapter(model, target)
-    return {"a": target}
+    found = {}
+    for seed, name in enumerate("ab"):
+        model, found[name] = load_model(folder), tmp_path_factory.mktemp("adapter")
+        add_lora(model, LoraConfig(rank=4), seed=seed)
+        with torch.no_grad():
+            for _, layer in lora_layers(model):
+                layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+        save_adapter(model, found[name])
+    return found
 
 
 def worker_of(llm: LLM) -> PrefillWorker:
@@ -163,7 +179,7 @@ def requests() -> tuple[list[dict[str, Any]], list[SamplingParams], list[str | N
         SamplingParams(temperature=i % 2 * 1.0, seed=i, n=1 + i % 3, max_tokens=20, ignore_eos=True, logprobs=2)
         for i in range(6)
     ]
-    return as_prompts(prompts), params, [None, "a", None, None, "a", "a"]
+    return as_prompts(prompts), params, [None, "a", None, "b", "a", "b"]
 
 
 @pytest.mark.parametrize(

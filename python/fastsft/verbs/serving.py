@@ -27,6 +27,7 @@ def serve(
     kv_cache_mib: int = 256,
     max_num_seqs: int = 64,
     max_batched_tokens: int = 512,
+    prefill_threads: int = 0,
     max_queued_requests: int = 1024,
     max_queued_tokens: int = 1 << 20,
     requests_per_minute: int | None = None,
@@ -53,6 +54,7 @@ def serve(
         kv_cache_mib: memory of the cache.
         max_num_seqs: continuations running at once.
         max_batched_tokens: prompt tokens computed in one step: what is being generated waits for so many.
+        prefill_threads: of a process that computes prompts, so that nothing waits for them; 0: none.
         max_queued_requests: so many may wait; others are told to come again.
         max_queued_tokens: the same in tokens.
         requests_per_minute: of each key, or of each address where there are no keys.
@@ -78,6 +80,7 @@ def serve(
     core = load_core(
         model, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
         kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+        prefill_threads=prefill_threads,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         speculative_config={"method": speculative} if speculative else None,
     )  # fmt: skip

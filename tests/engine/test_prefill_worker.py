@@ -287,6 +287,25 @@ def test_the_worker_ends_when_its_engine_is_killed(folder: Path) -> None:
         time.sleep(0.01)
 
 
+def test_a_server_with_a_worker(folder: Path) -> None:
+    """It is forked from the engine's thread, while connections are open, which it must not keep."""
+    pytest.importorskip("fastapi", reason="part of the serve extra")
+    import httpx
+    from serve_cases import serving
+
+    prompts = prompts_of([60, 70, 80, 90])
+    options = SamplingParams(max_tokens=10, temperature=1.0, seed=3)
+    expected = [o.outputs[0].text for o in engine(folder).generate(as_prompts(prompts), options)]
+    with serving(folder, prefill_threads=1) as server:
+        body = {"prompt": prompts, "max_tokens": 10, "temperature": 1.0, "seed": 3}
+        for _ in range(2):
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Connection": "close"}, timeout=30)
+            assert [c["text"] for c in answer.json()["choices"]] == expected
+        worker = server.core._prefill
+        assert isinstance(worker, PrefillWorker)
+        assert worker.pid is not None
+
+
 def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

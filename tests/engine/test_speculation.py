@@ -52,20 +52,28 @@ def test_the_corpus_is_asked_where_it_matches_more() -> None:
 # --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def simulate(cost: Callable[[int], float], share: Callable[[int], float], steps: int = 4000) -> tuple[float, float]:
+def simulate(
+    cost: Callable[[int], float],
+    share: Callable[[int], float],
+    steps: int = 4000,
+    *,
+    most: int = 8,
+    proposal: Callable[[int], float] = lambda count: 0.0,
+) -> tuple[float, float]:
     """(time for each token over that of plain steps, mean drafts of a step)."""
     rng = random.Random(1)
-    length = DraftLength(8)
-    shares = Shares(8, length.shares)
+    length = DraftLength(most)
+    shares = Shares(most, length.shares)
     time = plain = 0.0
     tokens = drafts = 0
     for step in range(steps):
-        count = length.choose(shares, 8)
-        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03)
+        count = length.choose(shares, most)
+        making = proposal(count) if count else 0.0
+        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03) + making
         accepted = 0
         while accepted < count and rng.random() < share(step):
             accepted += 1
-        length.proposed(shares, count, 0.0)
+        length.proposed(shares, count, making)
         if count:
             length.observe(shares, count, accepted)
         length.measured(1 + count, seconds)
@@ -95,6 +103,17 @@ def test_drafts_that_hold_are_used() -> None:
     ratio, drafts = simulate(lambda rows: 1 + 0.3 * (rows - 1), lambda step: 0.7)  # the best: 1 to 2 drafts
     assert ratio < 0.9
     assert 0.8 < drafts < 3.5
+
+
+def test_what_guesses_cost_counts() -> None:
+    ratio, drafts = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.5, most=3, proposal=lambda count: 0.35)
+    assert ratio < 0.8  # as with heads: three cost what one does, and only three pay well
+    assert drafts > 2.5
+    ratio, drafts = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.8, proposal=lambda count: 0.3 * count)
+    assert ratio < 0.85  # as with a draft model: few pay, eight do not
+    assert 0.8 < drafts < 4.5
+    ratio, _ = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.3, proposal=lambda count: 0.6 * count)
+    assert ratio <= 1.02
 
 
 def test_a_change_is_noticed() -> None:

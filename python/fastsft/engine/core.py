@@ -256,10 +256,11 @@ class EngineCore:
         complete, drawn = self._fork(complete, drawn)
         if drawn != list(range(len(rows_R))):
             logits_RV = logits_RV[drawn]
+            hidden_RD = None if hidden_RD is None else hidden_RD[drawn]
         drafts = [s.draft for s in complete]
         accepted = draw(complete, logits_RV, self._end_ids, drafts)
         if hidden_RD is not None:
-            self._keep(complete, accepted, hidden_RD[drawn])
+            self._keep(complete, accepted, hidden_RD)
         for sequence, draft, right in zip(complete, drafts, accepted, strict=True):
             self._scheduler.advanced(sequence)
             if draft and self._drafter:

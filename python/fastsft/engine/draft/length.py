@@ -68,6 +68,27 @@ class StepTimes:
         return low + (statistics.median(self._seen[above]) - low) * (rows - below) / (above - below)
 
 
+class ProposalTimes:
+    """Seconds that so many drafts take to make: the median of the latest few of each number, linear in between and from
+    none on. Of a draft model they grow with the number, of heads they hardly do."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+
+    def add(self, count: int, seconds: float) -> None:
+        self._seen.setdefault(count, deque(maxlen=9)).append(seconds)
+
+    def __getitem__(self, count: int) -> float:
+        below = max((c for c in self._seen if c <= count), default=0)
+        above = min((c for c in self._seen if c > count), default=None)
+        low = statistics.median(self._seen[below]) if below else 0.0
+        if below == count:
+            return low
+        if above is None:
+            return low * count / below if below else 0.0
+        return low + (statistics.median(self._seen[above]) - low) * (count - below) / (above - below)
+
+
 class DraftLength:
     """For all continuations of an engine.
 
@@ -84,8 +105,7 @@ class DraftLength:
         self._times = StepTimes()
         self._base = 0  # continuations of the last step
         self._steps = 0
-        self._draft_costs: deque[float] = deque(maxlen=15)
-        self._draft_seconds = 0.0
+        self._proposals = ProposalTimes()
         self._time = self._lost = 0.0
         self._begin()
 
@@ -103,7 +123,7 @@ class DraftLength:
             return 0
         best, best_rate, survives, gain = 0, 0.0, 1.0, 0.0
         for count in range(min(limit, self.most) + 1):
-            seconds = self._times[base + self._drafted + count] + self._proposing + count * self._draft_seconds
+            seconds = self._times[base + self._drafted + count] + self._proposing + self._proposals[count]
             rate = (base + self._expected + gain) / seconds
             if rate > best_rate:
                 best, best_rate = count, rate
@@ -115,13 +135,12 @@ class DraftLength:
             self.shares.fade()
         return best
 
-    def proposed(self, shares: Shares, count: int, seconds: float) -> None:
-        """So many drafts came, after so long."""
+    def proposed(self, shares: Shares, count: int, seconds: float, *, first: bool = False) -> None:
+        """So many drafts came, after so long; ``first``: of a text, which may have taken reading all of it."""
         self._drafted += count
         self._proposing += seconds
-        if count:  # a first call also reads the prompt: the median leaves it out
-            self._draft_costs.append(seconds / count)
-            self._draft_seconds = statistics.median(self._draft_costs)
+        if count and not first:
+            self._proposals.add(count, seconds)
         survives = 1.0
         for place in range(count):
             survives *= shares[place]

@@ -34,6 +34,7 @@ class Guess(Protocol):
 class _State:
     guess: Guess
     shares: Shares
+    asked: bool = False
 
 
 class Speculation:
@@ -62,7 +63,8 @@ class Speculation:
             return []
         begin = time.perf_counter()
         draft = state.guess.propose(sequence.tokens, count)
-        self._length.proposed(state.shares, len(draft), time.perf_counter() - begin)
+        self._length.proposed(state.shares, len(draft), time.perf_counter() - begin, first=not state.asked)
+        state.asked = True
         return draft
 
     def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:

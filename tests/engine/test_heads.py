@@ -25,7 +25,7 @@ PARAMS = [
     SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2, prompt_logprobs=1),
     SamplingParams(max_tokens=30, temperature=0.7, seed=4, n=3, logprobs=0),
     SamplingParams(max_tokens=35, temperature=1.0, seed=9, repetition_penalty=1.2, min_tokens=20, logprobs=1),
-    SamplingParams(max_tokens=45, allowed_token_ids=[60, 61, 62], temperature=1.0, seed=2, stop=["<=<=<", "===="]),
+    SamplingParams(max_tokens=45, allowed_token_ids=[60, 61, 62], temperature=1, seed=2, stop=["<=<=<", "===="]),
 ]
 
 

@@ -265,6 +265,19 @@ def test_the_worker_ends_with_its_engine(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_a_fork_of_the_program_does_not_end_the_worker(folder: Path) -> None:
+    llm = engine(folder, prefill_threads=1)
+    llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2))
+    pid = worker_of(llm).pid
+    assert pid is not None
+    if (child := os.fork()) == 0:
+        del llm
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.1)
+    assert _runs(pid)
+
+
 def test_the_worker_ends_when_its_engine_is_killed(folder: Path) -> None:
     ready, tell = os.pipe()
     engine_pid = os.fork()

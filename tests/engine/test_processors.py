@@ -98,6 +98,9 @@ def test_best_of(llm: LLM) -> None:
         {"logit_bias": [1]}, {"allowed_token_ids": []}, {"bad_words": "a"}, {"bad_words": [""]}, {"best_of": 1, "n": 2},
         {"structured_outputs": 3}, {"structured_outputs": {"regex": "a"}, "min_tokens": 1},
         {"structured_outputs": {"regex": "a", "json": "{}"}}, {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"regexp": "a"}}, {"temperature": 1e300}, {"temperature": 1e-50}, {"top_p": 1e-50},
+        {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e300}, {"stop": ["a"] * 257}, {"stop": "a" * 1025},
+        {"bad_words": ["a"] * 257},
     ],
 )  # fmt: skip
 def test_wrong_parameters(wrong: dict[str, object]) -> None:
@@ -146,6 +149,15 @@ def test_a_guide_that_cannot_be_compiled(llm: LLM) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(PromptError, match="structured_outputs: regex"):
         texts(llm, {"regex": "a("})
+
+
+def test_a_guide_that_comes_to_its_limits_ends_its_own_text_alone(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    guided = SamplingParams(max_tokens=4, structured_outputs={"regex": "(a{1000}){1000}"})
+    plain = SamplingParams(max_tokens=4, ignore_eos=True)
+    beside, alone = llm.generate(PROMPTS[:2], [guided, plain]), llm.generate(PROMPTS[1], plain)
+    assert beside[0].outputs[0].finish_reason in ("error", "length")  # where its limits are is the library's
+    assert beside[1].outputs[0].token_ids == alone[0].outputs[0].token_ids
 
 
 def test_a_guide_without_the_library(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

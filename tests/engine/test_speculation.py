@@ -138,7 +138,7 @@ PARAMS = [
     SamplingParams(
         max_tokens=35, temperature=1.0, seed=9, repetition_penalty=1.2, logit_bias={70: 3.0}, min_tokens=20, logprobs=1
     ),
-    SamplingParams(max_tokens=45, allowed_token_ids=[60, 61, 62], temperature=1.0, seed=2, stop=["<=<=<", "===="]),
+    SamplingParams(max_tokens=45, allowed_token_ids=[60, 61, 62], temperature=1, seed=2, stop=["<=<=<", "===="]),
 ]
 
 

@@ -110,10 +110,9 @@ class Guide:
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
-    def follow(self, token: int) -> None:
-        """Take the text's next token, one that was allowed."""
-        if not self._matcher.consume_token(token):
-            raise RuntimeError(f"structured_outputs: token {token} refused: {self._matcher.get_error()}")
+    def follow(self, token: int) -> bool:
+        """Take the text's next token, one that was allowed; False: the guide has come to the library's own limits."""
+        return bool(self._matcher.consume_token(token))
 
     def allowed(self, draft: Iterable[int]) -> list[torch.Tensor]:
         """bool [V] for the next token, then for the one after each token of ``draft`` that is allowed itself."""

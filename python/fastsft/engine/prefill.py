@@ -39,7 +39,7 @@ class PrefillWorker:
     """
 
     def __init__(self, runner: Runner, threads: int) -> None:
-        self._runner, self._threads = runner, threads
+        self._runner, self._threads, self._owner = runner, threads, os.getpid()
         self._process: tuple[int, Connection] | None = None
         self._adapters: list[DecoderAdapter] = []  # what the process knows, by place
 
@@ -116,7 +116,8 @@ class PrefillWorker:
         return pid, ours
 
     def __del__(self) -> None:
-        self.renew()
+        if os.getpid() == self._owner:  # not in a fork of the program, whose copy this is
+            self.renew()
 
 
 def _work(runner: Runner, adapters: list[DecoderAdapter], connection: Connection, threads: int) -> NoReturn:

@@ -82,11 +82,16 @@ class Processors:
         if self._phrases:
             self._bar_phrases(logits_KV, tokens, draft)
         if self._guide is not None:
-            for token in tokens[self._guided :]:
-                self._guide.follow(token)
-            self._guided = len(tokens)
-            for row, allowed_V in enumerate(self._guide.allowed(draft)):
-                logits_KV[row].masked_fill_(~allowed_V, -torch.inf)
+            self._follow_guide(self._guide, logits_KV, tokens, draft)
+
+    def _follow_guide(self, guide: Guide, logits_KV: torch.Tensor, tokens: Sequence[int], draft: Sequence[int]) -> None:
+        goes_on = all(guide.follow(token) for token in tokens[self._guided :])
+        self._guided = len(tokens)
+        if not goes_on:  # no token is left: this text ends in an error, and no other
+            logits_KV.fill_(-torch.inf)
+            return
+        for row, allowed_V in enumerate(guide.allowed(draft)):
+            logits_KV[row].masked_fill_(~allowed_V, -torch.inf)
 
     def _bar_phrases(self, logits_KV: torch.Tensor, tokens: Sequence[int], draft: Sequence[int]) -> None:
         longest = max(map(len, self._phrases)) - 1

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
 from fastsft.engine.guide import StructuredOutputs
+
+_LEAST = 1e-30
+_MAX_STRINGS, _MAX_CHARACTERS = 256, 1024  # they are searched with every token
+
+
+def _check_strings(name: str, strings: Sequence[str]) -> None:
+    longest = max(map(len, strings), default=0)
+    if len(strings) > _MAX_STRINGS or longest > _MAX_CHARACTERS:
+        raise ValueError(
+            f"SamplingParams: {name}: expected at most {_MAX_STRINGS} strings of at most {_MAX_CHARACTERS} characters, "
+            f"got {len(strings)}, the longest of {longest}"
+        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,10 @@ class SamplingParams:
             check(inside and not isinstance(getattr(self, name), bool), name, expected)
 
         t, p, m = self.temperature, self.top_p, self.min_p
-        number("temperature", isinstance(t, Real) and 0 <= t < math.inf, "a finite number >= 0")
-        number("top_p", isinstance(p, Real) and 0 < p <= 1, "a number in (0, 1]")
+        # What float32 holds, with room for a division of logits.
+        in_range = isinstance(t, Real) and (t == 0 or _LEAST <= t <= 1 / _LEAST)
+        number("temperature", in_range, f"0, or a number from {_LEAST} to {1 / _LEAST}")
+        number("top_p", isinstance(p, Real) and _LEAST <= p <= 1, f"a number from {_LEAST} to 1")
         number("min_p", isinstance(m, Real) and 0 <= m <= 1, "a number in [0, 1]")
         integer("n", 1, 2**31 - 1, "an integer >= 1")
         integer("top_k", 0, 2**31 - 1, "an integer >= 0")
@@ -92,7 +106,7 @@ class SamplingParams:
         if self.best_of is not None:
             integer("best_of", self.n, 2**31 - 1, f"None or an integer >= n ({self.n})")
         r = self.repetition_penalty
-        number("repetition_penalty", isinstance(r, int | float) and 0 < r < math.inf, "a finite number > 0")
+        number("repetition_penalty", isinstance(r, int | float) and 1e-3 <= r <= 1e3, "a number from 0.001 to 1000")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             number(name, isinstance(value, int | float) and -2 <= value <= 2, "a number from -2 to 2")
@@ -108,6 +122,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         strings = isinstance(self.stop, list | tuple) and all(isinstance(s, str) and s for s in self.stop)
         check(strings, "stop", "a non-empty string, or a list of them")
+        _check_strings("stop", self.stop)
         ids = isinstance(self.stop_token_ids, list | tuple) and all(map(_is_id, self.stop_token_ids))
         check(ids, "stop_token_ids", "a list of token ids")
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -119,8 +134,13 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(allowed))
         words = isinstance(self.bad_words, list | tuple) and all(isinstance(w, str) and w for w in self.bad_words)
         check(words, "bad_words", "a list of non-empty strings")
+        _check_strings("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", tuple(self.bad_words))
         if isinstance(self.structured_outputs, dict):
+            known = {f.name for f in fields(StructuredOutputs)}
+            check(
+                known >= self.structured_outputs.keys(), "structured_outputs", f"keys among {', '.join(sorted(known))}"
+            )
             object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
         if self.structured_outputs is not None:
             guided = isinstance(self.structured_outputs, StructuredOutputs)

@@ -13,10 +13,10 @@ def draw_alike(sequence: Sequence, logits_KV: torch.Tensor, place: int) -> list[
     params, count = sequence.params, len(logits_KV)
     ids, _ = ops.sample(
         logits_KV,
-        temperature=torch.full((count,), params.temperature),
+        temperature=torch.full((count,), params.temperature, dtype=torch.float32),
         top_k=torch.full((count,), params.top_k, dtype=torch.int32),
-        top_p=torch.full((count,), params.top_p),
-        min_p=torch.full((count,), params.min_p),
+        top_p=torch.full((count,), params.top_p, dtype=torch.float32),
+        min_p=torch.full((count,), params.min_p, dtype=torch.float32),
         seeds=torch.full((count,), sequence.seed, dtype=torch.int64),
         positions=torch.arange(count) + sequence.generated + place,
     )

@@ -265,6 +265,38 @@ def test_the_worker_ends_with_its_engine(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_a_worker_that_is_quicker_than_the_step_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt may find blocks that the step which admits it fills: it must not be computed before them."""
+    (first,) = prompts_of([31], 1)
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    token = engine(folder).generate(as_prompts([first]), one)[0].outputs[0].token_ids
+    second = [*first, *token, *prompts_of([40], 2)[0]]
+    several = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=0)
+    alone = engine(folder).generate(as_prompts([second]), several)[0].outputs[0]
+
+    llm = engine(folder, prefill_threads=1)
+    core, worker = llm.core, worker_of(llm)
+    submit = worker.submit
+
+    def submit_and_wait(inputs: Inputs) -> None:
+        submit(inputs)
+        assert worker._process is not None
+        worker._process[1].poll(30)
+
+    monkeypatch.setattr(worker, "submit", submit_and_wait)
+    core.add(Request("first", tuple(first), SamplingParams(max_tokens=20, ignore_eos=True)))
+    found = []
+    while core.busy:
+        updates = core.step()
+        if not found and any(u.request_id == "first" for u in updates) and not core.stats().waiting:
+            core.add(Request("second", tuple(second), several))
+            found.append(None)
+        found += [u for u in updates if u.request_id == "second"]
+    logprobs = [p for u in found if u is not None for p in u.logprobs or ()]
+    assert logprobs == list(alone.logprobs or ())
+    assert core.stats().found_tokens == 32
+
+
 def test_a_fork_of_the_program_does_not_end_the_worker(folder: Path) -> None:
     llm = engine(folder, prefill_threads=1)
     llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2))

@@ -226,9 +226,8 @@ class EngineCore:
         begin = time.perf_counter()
         self._land(wait=False)
         step = self._scheduler.schedule(self._drafter)
-        if self._prefill and step.apart:
-            self._prefill.submit(Inputs.build([(w.sequence, w.count) for w in step.apart]))
         if not step.work:
+            self._submit(step.apart)
             self._land(wait=True)
             return []
         for source, target in step.copies:
@@ -245,6 +244,7 @@ class EngineCore:
             logits_RV = self._runner.forward(inputs, rows_R, hidden_RD)
         else:
             logits_RV = self._runner.forward(inputs, rows_R)
+        self._submit(step.apart)  # not before: it may have found blocks that are filled in this step
         drawn = list(range(len(rows_R)))
         if any(w.scores for w in step.work):
             drawn = self._score(step.work, logits_RV)
@@ -272,6 +272,10 @@ class EngineCore:
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
+
+    def _submit(self, apart: list[Work]) -> None:
+        if self._prefill and apart:
+            self._prefill.submit(Inputs.build([(w.sequence, w.count) for w in apart]))
 
     def _land(self, *, wait: bool) -> None:
         """Take over what the prefill worker has done."""

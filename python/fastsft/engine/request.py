@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsft.engine.guide import StructuredOutputs
 
-_LEAST = 1e-30
+_LEAST, _MOST = 1e-30, 1e30
 _MAX_STRINGS, _MAX_CHARACTERS = 256, 1024  # they are searched with every token
 
 
@@ -88,8 +88,8 @@ class SamplingParams:
 
         t, p, m = self.temperature, self.top_p, self.min_p
         # What float32 holds, with room for a division of logits.
-        in_range = isinstance(t, Real) and (t == 0 or _LEAST <= t <= 1 / _LEAST)
-        number("temperature", in_range, f"0, or a number from {_LEAST} to {1 / _LEAST}")
+        in_range = isinstance(t, Real) and (t == 0 or _LEAST <= t <= _MOST)
+        number("temperature", in_range, f"0, or a number from {_LEAST} to {_MOST}")
         number("top_p", isinstance(p, Real) and _LEAST <= p <= 1, f"a number from {_LEAST} to 1")
         number("min_p", isinstance(m, Real) and 0 <= m <= 1, "a number in [0, 1]")
         integer("n", 1, 2**31 - 1, "an integer >= 1")
@@ -149,11 +149,6 @@ class SamplingParams:
             check(
                 free, "structured_outputs", "neither ignore_eos nor min_tokens beside it (the text ends where it says)"
             )
-
-    @property
-    def named_token_ids(self) -> tuple[int, ...]:
-        """Every token id that a caller gave."""
-        return (*self.stop_token_ids, *(self.allowed_token_ids or ()), *(self.logit_bias or ()))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ struct Block {
   int64_t lines, step;  // of each panel; bytes from one to the next
   const char* scales;   // int4: of the panel's first group
   int group_shift;      // int4: lines of a group, as a power of two
+  bool first;           // of the slab: nothing is in the total yet
 };
 
 // total[row][panel] += x[row] times kPanels panels, scales of groups included; x holds kWidth rows, of which kRows
@@ -121,17 +122,21 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
         const Vec scale = scale_at(scales);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          total[r * kSlabVecs + i] = multiply_add(sum[r][i], scale, total[r * kSlabVecs + i]);
+          const Vec before = block.first && begin == 0 ? Vec{} : total[r * kSlabVecs + i];
+          total[r * kSlabVecs + i] = multiply_add(sum[r][i], scale, before);
         }
       } else if constexpr (kRuns) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const Vec scale = splat(load_bits<float>(scale_of_run + r));
-          total[r * kSlabVecs + i] = multiply_add(as_float(sum[r][i]), scale, total[r * kSlabVecs + i]);
+          const Vec before = block.first && begin == 0 ? Vec{} : total[r * kSlabVecs + i];
+          total[r * kSlabVecs + i] = multiply_add(as_float(sum[r][i]), scale, before);
         }
       } else {
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) total[r * kSlabVecs + i] += sum[r][i];
+        for (int r = 0; r < kRows; ++r) {
+          total[r * kSlabVecs + i] = block.first ? sum[r][i] : total[r * kSlabVecs + i] + sum[r][i];
+        }
       }
     }
   }
@@ -146,14 +151,17 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
   const int64_t first = slab * kSlabPanels, panels = smaller(kSlabPanels, panel_count(w.n) - first);
   const int64_t lines = panel_lines(kFormat, w.k);
   const char* data = static_cast<const char*>(w.data) + slab * slab_bytes(kFormat, w.k);
-  Block block{.data = nullptr, .lines = 0, .step = panels * kLineBytes, .scales = nullptr, .group_shift = 0};
+  Block block{
+      .data = nullptr, .lines = 0, .step = panels * kLineBytes, .scales = nullptr, .group_shift = 0, .first = true};
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);
-  Vec total[kRows * kSlabVecs];  // at 4 KB, an initialiser becomes a slow string instruction
-  fill_zero(reinterpret_cast<float*>(total), reinterpret_cast<float*>(total + kRows * kSlabVecs));
+  Vec total[kRows * kSlabVecs];
+  if (lines == 0)  // k = 0
+    fill_zero(reinterpret_cast<float*>(total), reinterpret_cast<float*>(total + kRows * kSlabVecs));
   for (int64_t begin = 0; begin < lines; begin += kBlockLines) {
     block.lines = smaller(kBlockLines, lines - begin);
+    block.first = begin == 0;
     for (int64_t panel = 0; panel < panels;) {
       block.data = data + panel * kLineBytes;
       if (kFormat == WeightFormat::kInt4) {

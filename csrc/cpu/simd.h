@@ -124,11 +124,16 @@ FASTSFT_INLINE Vec widen_float16(VecHalf h) {
 #endif
 }
 
+// To nearest, ties to even; AVX-512's instruction flushes subnormals to zero, as its dot products do.
 FASTSFT_INLINE VecHalf round_bfloat16(Vec v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
   const VecBits bits = reinterpret_cast<VecBits>(v);
   const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const VecInt is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return narrow((is_nan ? bits | 0x400000u : rounded) >> 16);
+#endif
 }
 
 FASTSFT_INLINE VecHalf round_float16(Vec v) {

@@ -12,7 +12,8 @@ from resume_cases import small, train
 from fastsft.config import ConfigError, load_config
 from fastsft.train import trainer as module
 from fastsft.train.metrics import Display, MetricsLog
-from fastsft.train.trainer import Trainer, settling
+from fastsft.train.settling import settling
+from fastsft.train.trainer import Trainer
 
 
 @pytest.mark.parametrize("frozen_before", [False, True])

@@ -6,7 +6,6 @@ import itertools
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,35 +18,10 @@ from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Drafter, Scheduler, Work
 from fastsft.engine.sequence import Adapter, Sequence
+from fastsft.engine.stats import Stats
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.ops.decoder import DecoderAdapter
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Counts since the start, and what there is now."""
-
-    steps: int
-    waiting: int
-    """Continuations that hold no blocks; ``waiting_tokens`` are theirs."""
-    waiting_tokens: int
-    running: int
-    preemptions: int
-    prompt_tokens: int
-    """Of all requests accepted."""
-    found_tokens: int
-    """Not computed, because the cache had them: of prompts, and of what was preempted."""
-    generated_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    """Of the drafted ones."""
-    blocks: int
-    free_blocks: int
-    """Held by no sequence; ``cached_blocks`` of them can still be found by their contents."""
-    cached_blocks: int
-    evictions: int
-    weight_version: int
 
 
 class Prefill(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from fastsft.train.optim import make_optimizer
 from fastsft.train.reference import Reference, open_reference
 from fastsft.train.result import Progress, TrainResult
 from fastsft.train.selfcheck import check_packing
+from fastsft.train.settling import settling
 from fastsft.train.signals import Signals
 from fastsft.train.stages import Stage, stages_of
 from fastsft.train.state import TrainingState, copied
@@ -359,23 +359,3 @@ class Trainer:
         if self.world.is_main or self.parallel.sharded:
             self._checkpoints.write(progress.step, state, self._state.writer(background=self.config.train.async_save))
             log.write("save", progress.step, seconds=time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def settling() -> Iterator[Callable[[], None]]:
-    """What to call when all that lives now lives to the end: full collections, 0.1 s each, then pass it over.
-
-    Python can only thaw everything. So where a caller has frozen objects nothing is frozen or thawed here.
-    """
-    free = gc.get_freeze_count() == 0
-
-    def settle() -> None:
-        gc.collect()
-        if free:
-            gc.freeze()
-
-    try:
-        yield settle
-    finally:
-        if free:
-            gc.unfreeze()

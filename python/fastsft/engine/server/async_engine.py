@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fastsft.engine.core import EngineCore, Stats
+from fastsft.engine.core import EngineCore
 from fastsft.engine.request import Request, Update
+from fastsft.engine.stats import Stats
 
 T = TypeVar("T")
 _log = logging.getLogger("fastsft.serve")

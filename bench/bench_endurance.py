@@ -1,7 +1,6 @@
 """A long run of a small model: 2,000 steps of ``fastsft.train`` in a process of its own, with one thread, checkpoints
-and evaluations on the way. The gate: its memory grows by less than 1 MiB in 100 steps, and the number of open files
-stays the same. All batches are of one size, so how much longer than the median the slowest step in a hundred takes
-says what disturbs a step: here, mostly other work on the machine's memory.
+and evaluations on the way. The gate: its memory grows by less than 1 MiB in 100 steps, the slowest step in a hundred
+takes at most 1.2 times the median, and the number of open files stays the same. All batches are of one size.
 
 A step's time is the CPU time of the process, which neighbours on the machine disturb least. The first quarter of the
 steps warms up. ``extra_info``: the growth, the ratio, and the slowest step of all by the median.
@@ -102,6 +101,7 @@ def test_endurance(benchmark, tmp_path):
     }  # fmt: skip
     assert growth < 1
     assert files[late].min() == files[late].max()
+    assert most <= 1.2 * half
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import torch
 from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
 from fake_model import FakeDrafter, FakeRunner, FakeTokenizer, Interrupted, next_token
 
+from fastsft.engine import prefill
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.core import EngineCore
 from fastsft.engine.llm import LLM
-from fastsft.engine.prefill import PrefillFailed, PrefillWorker
+from fastsft.engine.prefill import PrefillWorker
 from fastsft.engine.request import Request, SamplingParams
 from fastsft.engine.runner import Inputs
 from fastsft.models.adapter import save_adapter
@@ -38,7 +39,7 @@ class SlowPrefill:
     def __init__(self, runner: FakeRunner, source: random.Random, deaths: float) -> None:
         self._runner, self._random, self._deaths = runner, source, deaths
         self._job: Inputs | None = None
-        self.jobs = 0
+        self.jobs = self.failures = 0
 
     def submit(self, inputs: Inputs) -> None:
         assert self._job is None, "two jobs at once"
@@ -220,34 +221,116 @@ def test_new_weights_and_adapters_reach_the_worker(folder: Path, adapters: dict[
     assert found[0][0] != found[0][2]
 
 
-def test_a_killed_worker_is_told_and_replaced(folder: Path) -> None:
-    (prompt, long), one = prompts_of([40, 200]), SamplingParams(max_tokens=8, ignore_eos=True)
-    llm = engine(folder, prefill_threads=1)
-    expected = llm.generate(as_prompts([prompt, long]), one)
-    pid = worker_of(llm).pid
+def kill(worker: PrefillWorker) -> int:
+    pid = worker.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    (other,) = prompts_of([50], seed=9)
-    with pytest.raises(
-        PrefillFailed, match="the prefill worker was killed by SIGKILL; its prompts will be computed again"
-    ):
-        llm.generate(as_prompts([other]), one)
-    assert_nothing_held(llm)
-    assert worker_of(llm).pid is None
-    assert llm.generate(as_prompts([prompt, long]), one) == expected
-    assert worker_of(llm).pid not in (None, pid)
-    # The core goes on with what was running.
-    llm.core.add(Request("x", tuple(other), one))
-    killed = worker_of(llm).pid
+    return pid
+
+
+@pytest.mark.parametrize("moment", ["idle", "before the job comes", "at the job"])
+def test_a_killed_worker_is_replaced(
+    moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request notices: neither what runs, nor what the worker was at."""
+    (prompt, long), one = prompts_of([40, 200]), SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)
+    expected = engine(folder).generate(as_prompts([prompt, long]), one)
+    llm = engine(folder, prefill_threads=1)
+    core, worker = llm.core, worker_of(llm)
+    core.add(Request("running", expected[0].prompt_token_ids, one))
+    found: dict[str, Assembly] = {n: Assembly(Request(n, (), one)) for n in ("running", "long")}
+    while found["running"].generated < 5:
+        for update in core.step():
+            found[update.request_id].take(update)
+    killed = worker.pid
     assert killed is not None
-    os.kill(killed, signal.SIGKILL)
-    with pytest.raises(PrefillFailed):
-        llm.core.step()
-    tokens: list[int] = []
-    while llm.core.busy:
-        for update in llm.core.step():
-            tokens += update.token_ids
-    assert tuple(tokens) == engine(folder).generate(as_prompts([other]), one)[0].outputs[0].token_ids
+    if moment == "idle":
+        kill(worker)
+        os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+    else:
+        submit = worker.submit
+
+        def submit_and_kill(inputs: Inputs) -> None:
+            if moment == "at the job":  # it is taken, not finished: the process stands still
+                os.kill(killed, signal.SIGSTOP)
+                submit(inputs)
+            kill(worker)
+            if moment == "before the job comes":
+                submit(inputs)
+
+        monkeypatch.setattr(worker, "submit", submit_and_kill)
+    core.add(Request("long", expected[1].prompt_token_ids, one))
+    while core.busy:
+        for update in core.step():
+            found[update.request_id].take(update)
+    assert [one.output().outputs for one in found.values()] == [e.outputs for e in expected]
+    assert worker.pid not in (None, killed)
+    assert core.stats().prefill_failures == 1
+    assert "was killed by SIGKILL; its prompts are computed again, by another one" in caplog.text
+    assert_nothing_held(llm)
+
+
+def test_a_worker_that_ends_again_and_again(
+    folder: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine computes its prompts, and tries another process when some time has passed."""
+    prompts, params, names = requests()
+    expected = engine(folder, adapters=adapters).generate(prompts, params, adapter=names)
+    llm = engine(folder, adapters=adapters, prefill_threads=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(prefill, "_work", lambda *_: os._exit(3))
+        assert llm.generate(prompts, params, adapter=names) == expected
+        assert llm.core.stats().prefill_failures == 4
+        assert caplog.text.count("ended with code 3; its prompts are computed again") == 4
+        assert caplog.text.count("in the engine's process for a while") == 1
+    assert llm.generate(prompts, params, adapter=names) == expected
+    assert worker_of(llm).pid is None
+    now = time.monotonic()
+    monkeypatch.setattr(prefill.time, "monotonic", lambda: now + 60)
+    assert llm.generate(prompts, params, adapter=names) == expected
+    assert worker_of(llm).pid is not None
+    assert llm.core.stats().prefill_failures == 4
+    assert_nothing_held(llm)
+
+
+def test_a_process_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, params, _ = requests()
+    expected = engine(folder).generate(prompts, params)
+    llm = engine(folder, prefill_threads=1)
+
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(prefill.os, "fork", refuse)
+    assert llm.generate(prompts, params) == expected
+    assert llm.core.stats().prefill_failures == 4
+
+
+def test_a_step_that_fails_in_the_worker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is computed again by the engine, whose own error is what a caller sees."""
+    prompts, params, _ = requests()
+    expected = engine(folder).generate(prompts, params)
+    llm, us, broken = engine(folder, prefill_threads=1), os.getpid(), []
+    runner = llm.core._runner
+    forward = runner.forward
+
+    def failing(*arguments: Any) -> Any:
+        if os.getpid() != us or broken:
+            raise MemoryError("no room for scratch")
+        return forward(*arguments)
+
+    monkeypatch.setattr(runner, "forward", failing)
+    assert llm.generate(prompts, params) == expected
+    assert llm.core.stats().prefill_failures > 0
+    assert "MemoryError: no room for scratch" in caplog.text
+    broken.append(True)
+    with pytest.raises(MemoryError):
+        llm.generate(prompts, params)
+    broken.clear()
+    assert llm.generate(prompts, params) == expected
+    assert_nothing_held(llm)
 
 
 def test_the_worker_ends_with_its_engine(folder: Path) -> None:
@@ -349,6 +432,24 @@ def test_a_server_with_a_worker(folder: Path) -> None:
         worker = server.core._prefill
         assert isinstance(worker, PrefillWorker)
         assert worker.pid is not None
+
+
+def test_a_server_whose_worker_is_killed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("fastapi", reason="part of the serve extra")
+    from serve_cases import serving
+
+    prompts = prompts_of([60, 70, 80, 90], seed=3)
+    options = SamplingParams(max_tokens=10, temperature=1.0, seed=3)
+    expected = [o.outputs[0].text for o in engine(folder).generate(as_prompts(prompts), options)]
+    with serving(folder, prefill_threads=1) as server:
+        worker = server.core._prefill
+        assert isinstance(worker, PrefillWorker)
+        for number, (prompt, text) in enumerate(zip(prompts, expected, strict=True)):
+            answer = server.complete(prompt=prompt, max_tokens=10, temperature=1.0, seed=3)
+            assert answer["choices"][0]["text"] == text
+            assert server.metric("prefill_failures_total") == number
+            kill(worker)
+        assert server.metric("engine_failures_total") == 0
 
 
 def _runs(pid: int) -> bool:

@@ -27,11 +27,14 @@ from fastsft.ops.decoder import DecoderAdapter
 class Prefill(Protocol):
     """Computes prompts beside the core's steps, one job at a time (engine/prefill.py)."""
 
+    failures: int
+    """Jobs that had to be begun again."""
+
     def submit(self, inputs: Inputs) -> None:
         """Begin a job: nobody else touches the blocks that it writes until it is done."""
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it is done; with ``wait``, not before it is. Raises a RuntimeError if it never will be."""
+        """Whether it is done; with ``wait``, not before it is. Raises an error of the model."""
 
     def renew(self, adapters: Iterable[DecoderAdapter] = ()) -> None:
         """Give up the job under way, if any, at once; the next one sees the weights as they are then."""
@@ -180,8 +183,7 @@ class EngineCore:
 
         With a prefill worker, a step that has nothing else to do waits for it.
 
-        An error of the model, or of the worker (PrefillFailed), leaves the core in order: the next call computes again
-        what was running.
+        An error of the model leaves the core in order: the next call computes again what was running.
         """
         if not self.busy:
             return []
@@ -377,6 +379,7 @@ class EngineCore:
             free_blocks=self._allocator.num_free,
             cached_blocks=self._allocator.num_cached,
             evictions=self._allocator.evictions,
+            prefill_failures=self._prefill.failures if self._prefill else 0,
             weight_version=self._version,
         )
 

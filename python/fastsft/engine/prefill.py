@@ -3,15 +3,21 @@
 It is forked from the engine's process: it has the weights by copy-on-write and the cache by a shared mapping, into
 whose blocks, allocated by the core, it writes keys and values. Nothing else is handed over. The mapping has no name: it
 goes with the last of the two processes, however they end.
+
+A job writes what its tokens say, whoever computes it and however often: one that was lost with its process goes whole
+to the next one or, where processes end too often, is computed by the engine's own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -24,10 +30,9 @@ from fastsft.ops.decoder import DecoderAdapter
 from fastsft.ops.threads import set_num_threads
 
 _SHOWN = 2000  # characters of a worker's traceback
-
-
-class PrefillFailed(RuntimeError):
-    """The worker ended, or its step failed. The engine goes on: the next prompt starts another worker."""
+# After so many losses within so many seconds no process is started: what ends them would end the next one, too.
+_LOSSES, _SECONDS = 4, 60.0
+_log = logging.getLogger("fastsft.engine")
 
 
 class PrefillWorker:
@@ -39,9 +44,13 @@ class PrefillWorker:
     """
 
     def __init__(self, runner: Runner, threads: int) -> None:
+        self.failures = 0
+        """Processes lost, and steps that failed in one."""
         self._runner, self._threads, self._owner = runner, threads, os.getpid()
         self._process: tuple[int, Connection] | None = None
         self._adapters: list[DecoderAdapter] = []  # what the process knows, by place
+        self._job: bytes | None = None  # under way in it
+        self._losses: deque[float] = deque(maxlen=_LOSSES)  # when
 
     @property
     def pid(self) -> int | None:
@@ -49,46 +58,67 @@ class PrefillWorker:
         return self._process[0] if self._process else None
 
     def submit(self, inputs: Inputs) -> None:
-        """Begin to compute these tokens, whose blocks are the worker's until it is done.
-
-        Raises:
-            PrefillFailed: the worker has ended.
-        """
+        """Begin to compute these tokens, whose blocks are the worker's until it is done."""
         new = [a for a in dict.fromkeys(inputs.adapters) if a is not None and a not in self._adapters]
         if new:
             self.renew([*self._adapters, *new])
         places = [None if a is None else self._adapters.index(a) for a in inputs.adapters]
         tensors = (inputs.ids_T, inputs.cu_seqlens, inputs.context_lens_B, inputs.block_table)
-        job = pickle.dumps((*(t.numpy() for t in tensors), places))
-        if self._process is None:
-            self._process = self._start()
-        try:
-            self._process[1].send_bytes(job)
-        except OSError:
-            raise self._ended() from None
+        self._begin(pickle.dumps((*(t.numpy() for t in tensors), places)))
 
     def done(self, *, wait: bool) -> bool:
-        """Whether the job is done; with ``wait``, not before it is.
-
-        Raises:
-            PrefillFailed: it will never be.
-        """
-        if self._process is None:
-            raise PrefillFailed("expected a job under way, found no worker")
-        connection = self._process[1]
-        try:
-            if not wait and not connection.poll():
-                return False
-            problem = connection.recv_bytes().decode()
-        except (EOFError, OSError):
-            raise self._ended() from None
-        if problem:
-            raise PrefillFailed(f"the prefill worker's step failed:\n{problem[-_SHOWN:]}")
+        """Whether the job is done; with ``wait``, not before it is. Raises what computing it raises in this process."""
+        while self._job is not None and self._process is not None:
+            connection = self._process[1]
+            try:
+                if not wait and not connection.poll():
+                    return False
+                problem = connection.recv_bytes().decode()
+            except (EOFError, OSError):
+                self._lose(self._ending())
+                self._begin(self._job)
+                continue
+            if problem:
+                self.failures += 1
+                _log.error("a step of the prefill worker failed; it is computed again:\n%s", problem[-_SHOWN:])
+                self._compute(self._job)
+            self._job = None
         return True
+
+    def _begin(self, job: bytes) -> None:
+        """Give the job to a process, a new one if need be, or compute it here."""
+        while self._process is not None or not self._lost_too_many():
+            try:
+                if self._process is None:
+                    self._process = self._start()
+            except OSError as error:  # no memory, or too many processes
+                self._lose(f"cannot be started ({error})")
+                continue
+            try:
+                self._process[1].send_bytes(job)
+                self._job = job
+                return
+            except OSError:
+                self._lose(self._ending())
+        self._compute(job)
+
+    def _compute(self, job: bytes) -> None:
+        self._job = None
+        with torch.inference_mode():
+            _compute(self._runner, self._adapters, job)
+
+    def _lost_too_many(self) -> bool:
+        return len(self._losses) == _LOSSES and time.monotonic() - self._losses[0] < _SECONDS
+
+    def _lose(self, how: str) -> None:
+        self.failures += 1
+        self._losses.append(time.monotonic())
+        where = "in the engine's process for a while" if self._lost_too_many() else "by another one"
+        _log.error("the prefill worker %s; its prompts are computed again, %s", how, where)
 
     def renew(self, adapters: Iterable[DecoderAdapter] = ()) -> None:
         """End the process, at once: the next job starts one that sees the weights of then, and these adapters."""
-        self._adapters = list(adapters)
+        self._adapters, self._job = list(adapters), None
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process[0], signal.SIGKILL)
@@ -102,10 +132,10 @@ class PrefillWorker:
             return os.waitpid(pid, 0)[1]
         return 0
 
-    def _ended(self) -> PrefillFailed:
+    def _ending(self) -> str:
+        """How the process ended."""
         code = os.waitstatus_to_exitcode(self._reap(*self._process)) if self._process else 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return PrefillFailed(f"the prefill worker {how}; its prompts will be computed again")
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
     def _start(self) -> tuple[int, Connection]:
         ours, theirs = Pipe()
@@ -118,6 +148,13 @@ class PrefillWorker:
     def __del__(self) -> None:
         if os.getpid() == self._owner:  # not in a fork of the program, whose copy this is
             self.renew()
+
+
+def _compute(runner: Runner, adapters: list[DecoderAdapter], job: bytes) -> None:
+    *arrays, places = pickle.loads(job)
+    ids, bounds, contexts, table = map(torch.from_numpy, arrays)
+    chosen = [None if place is None else adapters[place] for place in places]
+    runner.forward(Inputs(ids, bounds, contexts, table, chosen), torch.empty(0, dtype=torch.int64))
 
 
 def _work(runner: Runner, adapters: list[DecoderAdapter], connection: Connection, threads: int) -> NoReturn:
@@ -134,12 +171,9 @@ def _work(runner: Runner, adapters: list[DecoderAdapter], connection: Connection
         set_num_threads(threads)
         with torch.inference_mode(), contextlib.suppress(EOFError, OSError):
             while True:
-                *arrays, places = pickle.loads(connection.recv_bytes())
-                ids, bounds, contexts, table = map(torch.from_numpy, arrays)
-                chosen = [None if place is None else adapters[place] for place in places]
-                inputs = Inputs(ids, bounds, contexts, table, chosen)
+                job = connection.recv_bytes()
                 try:
-                    runner.forward(inputs, torch.empty(0, dtype=torch.int64))
+                    _compute(runner, adapters, job)
                     problem = ""
                 except Exception:
                     problem = traceback.format_exc()

@@ -28,4 +28,6 @@ class Stats:
     """Held by no sequence; ``cached_blocks`` of them can still be found by their contents."""
     cached_blocks: int
     evictions: int
+    prefill_failures: int
+    """Of the process that computes prompts; what it was at was computed again."""
     weight_version: int

@@ -94,6 +94,7 @@ class _OfEngine(Collector):
         counters = {
             "engine_steps": ("Steps", stats.steps),
             "engine_failures": ("Steps that failed", self._engine.failures),
+            "prefill_failures": ("Ends and failed steps of the prefill process", stats.prefill_failures),
             "num_preemptions": ("Continuations that had to give up their blocks", stats.preemptions),
             "prompt_tokens": ("Tokens of prompts", stats.prompt_tokens),
             "generation_tokens": ("Generated tokens", stats.generated_tokens),

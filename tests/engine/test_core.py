@@ -12,7 +12,7 @@ from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.llm import LLM
 from fastsft.engine.load import load_core
-from fastsft.engine.request import QueueFull, Request, RequestError, SamplingParams
+from fastsft.engine.request import QueueFull, Request, RequestError, RequestOutput, SamplingParams
 from fastsft.models.weights import init_model, load_model
 
 DRAW = {"temperature": 1.0, "max_tokens": 30, "ignore_eos": True}
@@ -102,6 +102,23 @@ def test_the_queue_is_bounded_in_requests_and_tokens(folder: Path) -> None:
     core.add(request("d", [5]))
 
 
+def test_requests_are_added_all_or_none(folder: Path) -> None:
+    core = load_core(folder, num_blocks=64, max_queued_requests=2)
+    core.add(*(request(name, [5]) for name in "abc"))  # an empty queue takes any number
+    assert core.stats().waiting == 3
+    with pytest.raises(QueueFull, match="3 requests are waiting, of at most 2; 1 more do not fit"):
+        core.add(request("d", [5]))
+    while core.busy:
+        core.step()
+    before = core.stats()
+    with pytest.raises(RequestError, match="got 999"):
+        core.add(request("a", [5]), request("b", [999]))
+    with pytest.raises(ValueError, match="request_id: expected a new one, got 'a'"):
+        core.add(request("a", [5]), request("a", [6]))
+    assert core.stats() == before
+    assert not core.busy
+
+
 def test_a_request_that_can_never_fit_is_refused_with_the_bytes(folder: Path) -> None:
     core = engine(folder, num_blocks=2).core  # of 3 layers * 2 * 2 heads * 32 * 4 bytes * 16 tokens
     with pytest.raises(RequestError, match=r"33 tokens .* holds 32 \(49152 bytes; needed: 73728\)"):
@@ -156,3 +173,44 @@ def test_weights_in_place_and_weights_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"update: model: expected num_hidden_layers=3, got 2"):
         llm.update_weights(init_model(SHAPE | {"model_type": "llama", "num_hidden_layers": 2}, seed=6))
     assert llm.generate(prompt)[0].outputs[0].token_ids == after
+
+
+def test_generate_beside_requests_of_the_core(folder: Path) -> None:
+    """A call steps those of others too; what that adds to them comes to who steps next."""
+    prompts = prompts_of([20, 9, 14])
+    long, short = SamplingParams(max_tokens=30, ignore_eos=True), SamplingParams(max_tokens=6, ignore_eos=True)
+    alone = engine(folder)
+    wanted = [
+        alone.generate(as_prompts([p]), s)[0].outputs[0] for p, s in zip(prompts, (short, long, short), strict=True)
+    ]
+    llm = engine(folder)
+    others = {name: Assembly(Request(name, tuple(prompts[i]), s)) for name, i, s in (("0", 0, short), ("1", 1, long))}
+    for other in others.values():
+        llm.core.add(other.request)
+    assert llm.generate(as_prompts([prompts[2]]), short)[0].outputs[0] == wanted[2]
+    assert llm.core.busy
+    while llm.core.busy:
+        for update in llm.core.step():
+            others[update.request_id].take(update)
+    assert [other.output().outputs[0] for other in others.values()] == wanted[:2]
+    llm.core.add(others["0"].request)
+    llm.generate(as_prompts([prompts[2]]), short)
+    llm.core.abort("0")
+    assert not llm.core.busy, "an aborted request's updates are still told"
+    assert_nothing_held(llm)
+
+
+def test_generate_inside_generate(folder: Path) -> None:
+    prompts = as_prompts(prompts_of([20, 9, 14]))
+    one = SamplingParams(max_tokens=8, ignore_eos=True, n=2, temperature=1.0, seed=4)
+    wanted = engine(folder).generate(prompts, one)
+    llm = engine(folder)
+    inner: list[RequestOutput] = []
+
+    def progress(done: int, total: int) -> None:
+        if not inner:
+            inner.extend(llm.generate(prompts[1:], one))
+
+    assert llm.generate(prompts[:1], one, progress=progress) + inner == wanted
+    assert not llm._pending
+    assert_nothing_held(llm)

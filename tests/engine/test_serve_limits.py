@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,30 @@ def test_a_full_queue_asks_to_come_again(folder: Path) -> None:
 
 
 def test_several_prompts_are_queued_all_or_none(folder: Path) -> None:
-    with serving(folder, max_num_seqs=1, max_queued_requests=2) as server:
-        server.refused(503, prompt=["a"] * 4)
+    with serving(folder, max_num_seqs=1, max_queued_requests=2, max_queued_tokens=20) as server:
         server.refused(400, prompt=[[5], [5], [999]])
-        wait_for(server.settled)
-        assert server.complete(prompt="a", max_tokens=1)["usage"]["completion_tokens"] == 1
+        assert server.settled()
+        slow_down(server.core, 0.02)
+        with ThreadPoolExecutor() as pool:
+            long = {"prompt": "a", "max_tokens": 40, "ignore_eos": True}
+            runs = pool.submit(server.complete, **long)
+            wait_for(lambda: server.core.stats().running == 1)
+            waits = pool.submit(server.complete, **long)
+            wait_for(lambda: server.core.stats().waiting == 1)
+            says = server.refused(503, prompt=["a", "a"])["message"]
+            assert "1 requests are waiting, of at most 2; 2 more do not fit" in says
+            says = server.refused(503, prompt=[[5] * 20])["message"]
+            assert "1 tokens are waiting, of at most 20; 20 more do not fit" in says
+            assert server.core.stats().waiting == 1
+            assert runs.result()["usage"] == waits.result()["usage"]
+
+
+def test_an_empty_queue_takes_a_list_of_any_length(folder: Path) -> None:
+    """Who has one prompt more than may wait would else be told to come again for ever."""
+    with serving(folder, max_queued_requests=2, max_queued_tokens=20) as server:
+        for prompts in ([[5, 6]] * 100, [[5] * 30, [6] * 30, [7]]):
+            choices = server.complete(prompt=prompts, max_tokens=2, ignore_eos=True)["choices"]
+            assert [c["finish_reason"] for c in choices] == ["length"] * len(prompts)
 
 
 def test_requests_have_their_time(folder: Path) -> None:

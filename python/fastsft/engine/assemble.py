@@ -34,6 +34,10 @@ class Assembly:
         return sum(c.finish_reason is not None for c in self._all)
 
     @property
+    def ended(self) -> bool:
+        return self.finished == len(self._all)
+
+    @property
     def generated(self) -> int:
         return sum(len(c.token_ids) for c in self._all)
 

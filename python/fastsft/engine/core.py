@@ -81,6 +81,7 @@ class EngineCore:
         )
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
+        self._put_back: list[Update] = []
         self._version = 0
         self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
         self._arrivals = itertools.count()
@@ -90,7 +91,7 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return self._scheduler.busy
+        return bool(self._put_back) or self._scheduler.busy
 
     @property
     def max_model_len(self) -> int:
@@ -98,16 +99,27 @@ class EngineCore:
         runner = self._runner
         return min(runner.num_blocks * runner.block_size, runner.max_position_embeddings)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, *requests: Request) -> None:
+        """Queue requests, all or none of them.
 
         Raises:
-            RequestError: it can never be served; the message says what does not fit. QueueFull: too much is waiting.
-            ValueError: its id is that of a request in progress.
+            RequestError: one can never be served; the message says what does not fit. QueueFull: too much is waiting.
+            ValueError: an id is that of a request in progress, or of two of these.
         """
+        names = [request.request_id for request in requests]
+        for i, name in enumerate(names):
+            if name in self._live or name in names[:i]:
+                raise ValueError(f"add: request_id: expected a new one, got {name!r}, which is in progress")
+        groups = [self._group(request) for request in requests]
+        self._check_queue(len(groups), sum(group[0].prompt_len for group in groups))
+        for group in groups:
+            self._live[group[0].request_id] = group
+            self._prompt_tokens += group[0].prompt_len
+            self._scheduler.add(group[0])
+
+    def _group(self, request: Request) -> list[Sequence]:
+        """A request's continuations."""
         ids, params = request.prompt_token_ids, request.params
-        if request.request_id in self._live:
-            raise ValueError(f"add: request_id: expected a new one, got {request.request_id!r}, which is in progress")
         if not ids:
             raise RequestError("expected at least one token, got an empty prompt")
         if (problem := self._unknown(ids)) is not None:
@@ -121,7 +133,6 @@ class EngineCore:
         except ValueError as error:
             raise RequestError(str(error)) from None
         limit = self._limit(ids, params.max_tokens)
-        self._check_queue(len(ids))
         seed = _random_seed() if params.seed is None else params.seed
         arrival = next(self._arrivals)
         group = [
@@ -133,9 +144,7 @@ class EngineCore:
             for i, own in enumerate(processors)
         ]  # fmt: skip
         group[0].siblings = group[1:]
-        self._live[request.request_id] = group
-        self._prompt_tokens += len(ids)
-        self._scheduler.add(group[0])
+        return group
 
     def _unknown(self, ids: Iterable[int]) -> str | None:
         """What is wrong with the first id that the model does not have."""
@@ -156,26 +165,27 @@ class EngineCore:
             )
         return min(len(ids) + max_tokens, held, context)
 
-    def _check_queue(self, tokens: int) -> None:
-        """An empty queue takes any request."""
+    def _check_queue(self, requests: int, tokens: int) -> None:
+        """An empty queue takes any number of them."""
         waiting = self._scheduler.waiting
-        if waiting and self._max_queued_requests is not None:
-            requests = len({s.request_id for s in waiting})
-            if requests >= self._max_queued_requests:
-                raise QueueFull(f"{requests} requests are waiting, of at most {self._max_queued_requests}")
-        if waiting and self._max_queued_tokens is not None:
-            queued = sum(len(s.tokens) for s in waiting)
-            if queued + tokens > self._max_queued_tokens:
-                raise QueueFull(
-                    f"{queued} tokens are waiting, of at most {self._max_queued_tokens}; {tokens} more do not fit"
-                )
+        for name, queued, more, most in (
+            ("requests", len({s.request_id for s in waiting}), requests, self._max_queued_requests),
+            ("tokens", sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens),
+        ):
+            if waiting and most is not None and queued + more > most:
+                raise QueueFull(f"{queued} {name} are waiting, of at most {most}; {more} more do not fit")
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""
+        self._put_back = [u for u in self._put_back if u.request_id != request_id]
         group = self._live.pop(request_id, None)
         for sequence in group or ():
             self._leave(sequence)
         return group is not None
+
+    def put_back(self, updates: list[Update]) -> None:
+        """Let the next :meth:`step` return these, which came to who did not ask for them."""
+        self._put_back += updates
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -185,6 +195,9 @@ class EngineCore:
 
         An error of the model leaves the core in order: the next call computes again what was running.
         """
+        if self._put_back:
+            updates, self._put_back = self._put_back, []
+            return updates
         if not self.busy:
             return []
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.load import load_core
 from fastsft.engine.prompts import encode_chat, encode_infill, encode_prompt
-from fastsft.engine.request import PromptError, Request, RequestError, RequestOutput, SamplingParams
+from fastsft.engine.request import PromptError, Request, RequestError, RequestOutput, SamplingParams, Update
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
 
@@ -69,7 +69,8 @@ class LLM:
         self.tokenizer = self.core.tokenizer
         for name, adapter in (adapters or {}).items():
             self.core.add_adapter(name, adapter)
-        self._numbers = itertools.count()
+        # request_id -> what its call waits for. One call may come out of another's ``progress``.
+        self._pending: dict[str, dict[str, Assembly]] = {}
 
     def generate(
         self,
@@ -107,23 +108,43 @@ class LLM:
         asked: list[Assembly] = []
         for number, (prompt, p, name) in enumerate(zip(listed, each, names, strict=True)):
             text, ids = encode_prompt(self.tokenizer, prompt, number)
-            asked.append(Assembly(Request(f"{next(self._numbers)}", tuple(ids), p, adapter=name), text))
-        by_id = {a.request.request_id: a for a in asked}
+            asked.append(Assembly(Request(uuid.uuid4().hex, tuple(ids), p, adapter=name), text))
         with _reporter(progress, asked) as report:
-            try:
-                for number, one in enumerate(asked):
-                    try:
-                        self.core.add(one.request)
-                    except RequestError as error:
-                        raise PromptError(number, str(error)) from None
-                while self.core.busy:
-                    for update in self.core.step():
-                        by_id[update.request_id].take(update)
-                    report()
-            finally:
-                for request_id in by_id:
-                    self.core.abort(request_id)
+            self._complete(asked, report)
         return [one.output() for one in asked]
+
+    def _complete(self, asked: list[Assembly], report: Callable[[], None]) -> None:
+        """Step until these have ended. What that adds to requests of the core's other callers stays theirs."""
+        others: list[Update] = []
+        pending = {one.request.request_id: one for one in asked}
+        self._pending.update(dict.fromkeys(pending, pending))
+        try:
+            for number, one in enumerate(asked):
+                try:
+                    self.core.add(one.request)
+                except RequestError as error:
+                    raise PromptError(number, str(error)) from None
+            while pending:
+                for update in self.core.step():
+                    if not self._take(update):
+                        others.append(update)
+                report()
+        finally:
+            self.core.put_back(others)
+            for request_id in pending:
+                self.core.abort(request_id)
+                del self._pending[request_id]
+
+    def _take(self, update: Update) -> bool:
+        """False: no call of this object asked for it."""
+        request_id = update.request_id
+        waits = self._pending.get(request_id)
+        if waits is None:
+            return False
+        waits[request_id].take(update)
+        if waits[request_id].ended:
+            del waits[request_id], self._pending[request_id]
+        return True
 
     def score(
         self,

@@ -153,17 +153,12 @@ class AsyncEngine:
         Raises:
             RequestError, QueueFull: as :meth:`EngineCore.add` does. EngineFailed: the engine has stopped.
         """
-
-        def add(core: EngineCore) -> None:
-            for request in requests:
-                core.add(request)
-
         stream = Stream(self, requests, observe)
         self._streams.update((r.request_id, stream) for r in requests)
         self._idle.clear()
         try:
-            await self.call(add)
-        except BaseException:  # some of them may be in
+            await self.call(lambda core: core.add(*requests))
+        except BaseException:  # they may be in, where the caller was cancelled
             self.release(stream)
             raise
         if seconds is not None:

@@ -15,6 +15,7 @@ import openai
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.load import load_core
+from fastsft.engine.options import EngineOptions
 from fastsft.engine.server.run import make_server
 from fastsft.engine.server.settings import ServerSettings
 
@@ -59,10 +60,7 @@ class Running:
 
 @contextlib.contextmanager
 def serving(folder: Path, *, settings: dict[str, Any] | None = None, **engine: Any) -> Iterator[Running]:
-    adapters = engine.pop("adapters", {})
-    core = load_core(folder, **{"num_blocks": 64, "block_size": 16, **engine})
-    for name, adapter in adapters.items():
-        core.add_adapter(name, adapter)
+    core = load_core(folder, options=EngineOptions(**{"num_blocks": 64, "block_size": 16, **engine}))
     chosen = ServerSettings(MODEL, port=0, **{"drain_seconds": 5.0, **(settings or {})})
     server = make_server(core, chosen)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -11,7 +11,6 @@ from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.llm import LLM
-from fastsft.engine.load import load_core
 from fastsft.engine.request import QueueFull, Request, RequestError, RequestOutput, SamplingParams
 from fastsft.models.weights import init_model, load_model
 
@@ -80,7 +79,7 @@ def test_abort_at_any_state(steps: int, folder: Path) -> None:
 
 
 def test_the_queue_is_bounded_in_requests_and_tokens(folder: Path) -> None:
-    core = load_core(folder, num_blocks=64, max_num_seqs=1, max_queued_requests=2, max_queued_tokens=30)
+    core = engine(folder, max_num_seqs=1, max_queued_requests=2, max_queued_tokens=30).core
     core.add(request("large", [5] * 40))  # an empty queue takes any
     with pytest.raises(QueueFull, match="40 tokens are waiting, of at most 30; 1 more do not fit"):
         core.add(request("a", [5]))
@@ -103,7 +102,7 @@ def test_the_queue_is_bounded_in_requests_and_tokens(folder: Path) -> None:
 
 
 def test_requests_are_added_all_or_none(folder: Path) -> None:
-    core = load_core(folder, num_blocks=64, max_queued_requests=2)
+    core = engine(folder, max_queued_requests=2).core
     core.add(*(request(name, [5]) for name in "abc"))  # an empty queue takes any number
     assert core.stats().waiting == 3
     with pytest.raises(QueueFull, match="3 requests are waiting, of at most 2; 1 more do not fit"):

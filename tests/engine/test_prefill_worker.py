@@ -166,7 +166,7 @@ def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def worker_of(llm: LLM) -> PrefillWorker:
-    worker = llm.core._prefill
+    worker = llm.core._handover.prefill
     assert isinstance(worker, PrefillWorker)
     return worker
 
@@ -429,7 +429,7 @@ def test_a_server_with_a_worker(folder: Path) -> None:
         for _ in range(2):
             answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Connection": "close"}, timeout=30)
             assert [c["text"] for c in answer.json()["choices"]] == expected
-        worker = server.core._prefill
+        worker = server.core._handover.prefill
         assert isinstance(worker, PrefillWorker)
         assert worker.pid is not None
 
@@ -442,7 +442,7 @@ def test_a_server_whose_worker_is_killed(folder: Path, caplog: pytest.LogCapture
     options = SamplingParams(max_tokens=10, temperature=1.0, seed=3)
     expected = [o.outputs[0].text for o in engine(folder).generate(as_prompts(prompts), options)]
     with serving(folder, prefill_threads=1) as server:
-        worker = server.core._prefill
+        worker = server.core._handover.prefill
         assert isinstance(worker, PrefillWorker)
         for number, (prompt, text) in enumerate(zip(prompts, expected, strict=True)):
             answer = server.complete(prompt=prompt, max_tokens=10, temperature=1.0, seed=3)

@@ -6,38 +6,22 @@ import itertools
 import os
 import time
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 
 from fastsft.engine.blocks import BlockAllocator
 from fastsft.engine.detokenize import Detokenizer
+from fastsft.engine.handover import Handover, Prefill
+from fastsft.engine.live import LiveWeights
 from fastsft.engine.processors import ProcessorFactory
 from fastsft.engine.request import QueueFull, Request, RequestError, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Drafter, Scheduler, Work
-from fastsft.engine.sequence import Adapter, Sequence
+from fastsft.engine.sequence import Sequence
 from fastsft.engine.stats import Stats
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
-from fastsft.ops.decoder import DecoderAdapter
-
-
-class Prefill(Protocol):
-    """Computes prompts beside the core's steps, one job at a time (engine/prefill.py)."""
-
-    failures: int
-    """Jobs that had to be begun again."""
-
-    def submit(self, inputs: Inputs) -> None:
-        """Begin a job: nobody else touches the blocks that it writes until it is done."""
-
-    def done(self, *, wait: bool) -> bool:
-        """Whether it is done; with ``wait``, not before it is. Raises an error of the model."""
-
-    def renew(self, adapters: Iterable[DecoderAdapter] = ()) -> None:
-        """Give up the job under way, if any, at once; the next one sees the weights as they are then."""
 
 
 class EngineCore:
@@ -69,7 +53,7 @@ class EngineCore:
         prefill: Prefill | None = None,
     ) -> None:
         self.tokenizer, self._keep_hidden = tokenizer, keep_hidden
-        self._runner, self._end_ids, self._drafter, self._prefill = runner, end_ids, drafter, prefill
+        self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
         self._processors = ProcessorFactory(tokenizer, runner.vocab_size, end_ids)
         self._allocator = BlockAllocator(runner.num_blocks)
         self._scheduler = Scheduler(
@@ -79,14 +63,13 @@ class EngineCore:
             max_batched_tokens=max_batched_tokens,
             splits=prefill is not None,
         )
+        self._handover = Handover(self._scheduler, prefill)
+        self._weights = LiveWeights(runner, self._scheduler, self._handover)
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
         self._put_back: list[Update] = []
-        self._version = 0
         self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
         self._arrivals = itertools.count()
-        self._adapters: dict[str, Adapter] = {}
-        self._adapter_numbers = itertools.count(1)
 
     @property
     def busy(self) -> bool:
@@ -124,9 +107,7 @@ class EngineCore:
             raise RequestError("expected at least one token, got an empty prompt")
         if (problem := self._unknown(ids)) is not None:
             raise RequestError(problem)
-        if request.adapter is not None and request.adapter not in self._adapters:
-            known = ", ".join(map(repr, self._adapters)) or "none"
-            raise RequestError(f"expected an adapter of the engine ({known}), got {request.adapter!r}")
+        adapter = self._weights.adapter(request.adapter)
         count = params.n if params.best_of is None else params.best_of
         try:
             processors = [self._processors.make(params, ids) for _ in range(count)]
@@ -139,7 +120,7 @@ class EngineCore:
             Sequence(
                 request.request_id, i, list(ids), len(ids), limit, params,
                 Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival,
-                self._adapters[request.adapter] if request.adapter is not None else None, processors=own,
+                adapter, processors=own,
             )
             for i, own in enumerate(processors)
         ]  # fmt: skip
@@ -203,8 +184,7 @@ class EngineCore:
         try:
             complete = self._compute()
         except BaseException:
-            if self._prefill:
-                self._prefill.renew()  # it may be writing to blocks that are let go now
+            self._handover.give_up()
             self._scheduler.give_up()  # blocks may be published that were not computed
             raise
         self._steps += 1
@@ -213,11 +193,11 @@ class EngineCore:
     def _compute(self) -> list[Sequence]:
         """The sequences that have new tokens."""
         begin = time.perf_counter()
-        self._land(wait=False)
+        self._handover.land(wait=False)
         step = self._scheduler.schedule(self._drafter)
         if not step.work:
-            self._submit(step.apart)
-            self._land(wait=True)
+            self._handover.submit(step.apart)
+            self._handover.land(wait=True)
             return []
         for source, target in step.copies:
             self._runner.copy_block(source, target)
@@ -233,7 +213,7 @@ class EngineCore:
             logits_RV = self._runner.forward(inputs, rows_R, hidden_RD)
         else:
             logits_RV = self._runner.forward(inputs, rows_R)
-        self._submit(step.apart)  # not before: it may have found blocks that are filled in this step
+        self._handover.submit(step.apart)  # not before: it may have found blocks that are filled in this step
         drawn = list(range(len(rows_R)))
         if any(w.scores for w in step.work):
             drawn = self._score(step.work, logits_RV)
@@ -261,15 +241,6 @@ class EngineCore:
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
-
-    def _submit(self, apart: list[Work]) -> None:
-        if self._prefill and apart:
-            self._prefill.submit(Inputs.build([(w.sequence, w.count) for w in apart]))
-
-    def _land(self, *, wait: bool) -> None:
-        """Take over what the prefill worker has done."""
-        if self._prefill and self._scheduler.apart is not None and self._prefill.done(wait=wait):
-            self._scheduler.landed()
 
     def _score(self, work: list[Work], logits_RV: torch.Tensor) -> list[int]:
         """Take the log-probabilities of prompts; what is left are the rows to draw from."""
@@ -304,7 +275,7 @@ class EngineCore:
             begin += 1 + len(sequence.draft)
 
     def _advanced(self, sequence: Sequence) -> Update:
-        update = sequence.update(self._version)
+        update = sequence.update(self._weights.version)
         self._generated += len(update.token_ids)
         if update.finish_reason is not None:
             self._leave(sequence)
@@ -327,25 +298,12 @@ class EngineCore:
         Raises:
             ValueError: another architecture, dtype or device.
         """
-        self._settle()
-        self._runner.update(model)
-        if self._prefill:
-            self._prefill.renew(a.weights for a in self._adapters.values())
-        self._version += 1
-        self._scheduler.renew(self._version)
-        return self._version
-
-    def _settle(self) -> None:
-        """Let the prefill worker finish; what it loses by failing is computed again."""
-        try:
-            self._land(wait=True)
-        except RuntimeError:
-            self._scheduler.give_up()
+        return self._weights.update(model)
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that a request may give."""
-        return tuple(self._adapters)
+        return self._weights.names
 
     def add_adapter(self, name: str, adapter: str | os.PathLike[str] | Decoder) -> None:
         """Let requests name an adapter (LoRA): their rows of a step go through it, whatever the others' go through.
@@ -358,12 +316,7 @@ class EngineCore:
         Raises:
             ValueError: an empty name, a folder that cannot be read, or an adapter that does not fit the model.
         """
-        if not name:
-            raise ValueError("add_adapter: name: expected a text, got an empty one")
-        self._adapters[name] = Adapter(name, next(self._adapter_numbers), self._runner.pack_adapter(adapter))
-        if self._prefill:
-            self._settle()
-            self._prefill.renew(a.weights for a in self._adapters.values())
+        self._weights.add(name, adapter)
 
     def remove_adapter(self, name: str) -> None:
         """Requests can no longer name it; those in progress go on with it.
@@ -371,9 +324,7 @@ class EngineCore:
         Raises:
             ValueError: there is none of this name.
         """
-        if name not in self._adapters:
-            raise ValueError(f"remove_adapter: name: expected one of {list(self._adapters)}, got {name!r}")
-        del self._adapters[name]
+        self._weights.remove(name)
 
     def stats(self) -> Stats:
         scheduler = self._scheduler
@@ -392,8 +343,8 @@ class EngineCore:
             free_blocks=self._allocator.num_free,
             cached_blocks=self._allocator.num_cached,
             evictions=self._allocator.evictions,
-            prefill_failures=self._prefill.failures if self._prefill else 0,
-            weight_version=self._version,
+            prefill_failures=self._handover.failures,
+            weight_version=self._weights.version,
         )
 
 

@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
-
-import torch
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.load import load_core
+from fastsft.engine.options import EngineOptions
 from fastsft.engine.prompts import encode_chat, encode_infill, encode_prompt
 from fastsft.engine.request import PromptError, Request, RequestError, RequestOutput, SamplingParams, Update
 from fastsft.models.decoder import Decoder
@@ -24,51 +23,21 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, or a loaded decoder (then ``tokenizer`` must be given too).
-        dtype: of the weights and the cache, for a folder: torch.float32 or torch.bfloat16.
-        quantization: None, or the weights in "int8", "w8a8" (activations in 8 bits too) or "int4", and the rest in
-            bfloat16; see ``ops.pack_weight``.
-        kv_cache_dtype: "auto", as the activations are, or "int8".
-        block_size: tokens per cache block, a multiple of 16.
-        kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
-        max_num_seqs: sequences running at once.
-        max_batched_tokens: prompt tokens computed in one step.
-        speculative_config: ``{"method": "ngram"}`` or ``{"method": "suffix"}`` and options: tokens are guessed and
-            checked several at a time; the results are the same, to the bit.
-        adapters: name -> folder of an adapter (LoRA) as PEFT and ``fastsft train`` write it; see :meth:`generate`.
-        prefill_threads: above 0, prompts are computed by a process of their own with so many threads, so that running
-            sequences do not wait for them; the results are the same. It is forked from this one.
+        options: the fields of :class:`~fastsft.engine.options.EngineOptions`: ``dtype``, ``quantization``,
+            ``kv_cache_dtype``, ``block_size``, ``kv_cache_bytes``, ``num_blocks``, ``max_num_seqs``,
+            ``max_batched_tokens``, ``speculative_config`` (methods "ngram", "suffix", "draft_model" and "heads"),
+            ``adapters`` (see :meth:`generate`), ``prefill_threads``.
 
     Raises:
-        ValueError: a cache too small for one block, a model that is not on the CPU, or arguments that contradict each
-            other.
+        ValueError: a value out of range, a cache too small for one block, a model that is not on the CPU, or arguments
+            that contradict each other. (TypeError: an unknown option.)
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str] | Decoder,
-        tokenizer: Tokenizer | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        block_size: int = 16,
-        kv_cache_bytes: int = 256 << 20,
-        num_blocks: int | None = None,
-        max_num_seqs: int = 64,
-        max_batched_tokens: int = 4096,
-        speculative_config: Mapping[str, Any] | None = None,
-        adapters: Mapping[str, str | os.PathLike[str] | Decoder] | None = None,
-        prefill_threads: int = 0,
+        self, model: str | os.PathLike[str] | Decoder, tokenizer: Tokenizer | None = None, **options: Any
     ) -> None:
-        self.core = load_core(
-            model, tokenizer, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size, kv_cache_bytes=kv_cache_bytes,
-            num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
-            speculative_config=speculative_config, prefill_threads=prefill_threads,
-        )  # fmt: skip
+        self.core = load_core(model, tokenizer, EngineOptions(**options))
         self.tokenizer = self.core.tokenizer
-        for name, adapter in (adapters or {}).items():
-            self.core.add_adapter(name, adapter)
         # request_id -> what its call waits for. One call may come out of another's ``progress``.
         self._pending: dict[str, dict[str, Assembly]] = {}
 

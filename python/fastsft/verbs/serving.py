@@ -66,6 +66,7 @@ def serve(
     import torch
 
     from fastsft.engine.load import load_core
+    from fastsft.engine.options import EngineOptions
 
     try:
         from fastsft.engine.server.run import run
@@ -77,18 +78,20 @@ def serve(
         name or model.resolve().name, host=host, port=port, api_keys=keys, max_body_bytes=max_body_mib << 20,
         requests_per_minute=requests_per_minute, request_seconds=request_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
-    core = load_core(
-        model, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
-        kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
-        prefill_threads=prefill_threads,
-        max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
-        speculative_config={"method": speculative} if speculative else None,
-    )  # fmt: skip
+    folders = {}
     for given in adapters:
         adapter, _, path = given.partition("=")
         if not path:
             raise UsageError(f"serve: --adapters: expected NAME=FOLDER, got {given!r}")
-        core.add_adapter(adapter, path)
+        folders[adapter] = path
+    options = EngineOptions(
+        dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
+        kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+        max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
+        speculative_config={"method": speculative} if speculative else None, adapters=folders,
+        prefill_threads=prefill_threads,
+    )  # fmt: skip
+    core = load_core(model, options=options)
 
     def announce(url: str) -> None:
         if json:

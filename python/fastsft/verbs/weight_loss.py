@@ -13,7 +13,7 @@ import torch
 from fastsft.data.prepare import Progress
 from fastsft.data.store import SampleStore
 from fastsft.engine.llm import LLM
-from fastsft.engine.load import QUANTIZATIONS
+from fastsft.engine.options import QUANTIZATIONS
 
 FORMATS = ("float32", "bfloat16", *QUANTIZATIONS)
 _SAMPLES = 256  # scored by one call

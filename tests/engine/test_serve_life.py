@@ -108,14 +108,19 @@ def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    if "--json" in options:
+        told = json.loads(line)
+        assert told["model"] == "llama"
+        return process, told["url"]
     found = re.fullmatch(r"llama: (http://127\.0\.0\.1:\d+)\n", line)
-    assert found, line + process.communicate()[1]
+    assert found, line
     return process, found[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_finish(number: signal.Signals, folder: Path) -> None:
-    process, url = start(folder)
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGTERM, ["--json"]), (signal.SIGINT, [])])
+def test_a_signal_lets_requests_finish(number: signal.Signals, options: list[str], folder: Path) -> None:
+    process, url = start(folder, *options)
     try:
         whole = httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).json()["choices"][0]["text"]
         texts: list[str] = []

@@ -62,6 +62,9 @@ def server(folder: Path) -> Iterator[Running]:
         ({"prompt": "a", "best_of": 9}, "n", "at most 8"),
         ({"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         ({"prompt": "a", "logit_bias": {"999": 1}}, "prompt", "999"),
+        ({"prompt": "a", "structured_outputs": {"regexp": "a"}}, "structured_outputs", "keys among .*, regex"),
+        ({"prompt": "a", "structured_outputs": {"regex": 5}}, "structured_outputs", "regex: expected a string, got 5"),
+        ({"prompt": "a", "structured_outputs": 5}, "structured_outputs", "got 5"),
         ({"prompt": "a", "tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"prompt": "a", "tool_choice": "required"}, "tool_choice", "not supported"),
     ],
@@ -113,6 +116,35 @@ def test_bodies_that_are_none(server: Running) -> None:
     assert server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=form).status_code == 415
     assert server.http.get("/v1/completions").status_code == 405
     assert server.http.get("/nothing").json()["error"]["message"] == "GET /nothing: Not Found"
+
+
+@pytest.mark.parametrize("levels", [65, 500, 900, 1000])
+@pytest.mark.parametrize(
+    ("path", "head", "tail"),
+    [
+        ("/v1/completions", "", ""),
+        ("/v1/completions", '{"prompt": ', "}"),
+        ("/v1/completions", '{"prompt": [5], "metadata": ', "}"),
+        ("/v1/completions", '{"prompt": [5], "structured_outputs": {"json": {"items": ', "}}}"),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": ', "}]}"),
+        ("/v1/chat/completions", '{"messages": [], "chat_template_kwargs": {"a": ', "}}"),
+        ("/infill", '{"response_fields": ', "}"),
+        ("/tokenize", '{"messages": ', "}"),
+    ],
+)
+def test_nested_bodies_are_refused(path: str, head: str, tail: str, levels: int, server: Running) -> None:
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        inner = opening * levels + "1" + closing * levels
+        response = server.http.post(path, content=head + inner + tail, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, response.text
+        assert re.search("expected at most 64 levels|expected JSON", response.json()["error"]["message"])
+
+
+def test_a_body_of_many_parts_is_no_deep_one(server: Running) -> None:
+    metadata: dict[str, Any] = {f"{i}": [{"a": [i]}] for i in range(300)}
+    for _ in range(59):  # 64 with the body and those inside
+        metadata = {"a": metadata}
+    assert server.complete(prompt=[5], max_tokens=1, metadata=metadata)["choices"]
 
 
 def test_large_bodies_are_refused(server: Running) -> None:

@@ -23,6 +23,11 @@ def to_json(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
 
 
+def print_json_line(value: Any) -> None:
+    """At once, for who reads line by line from a process that goes on."""
+    print(json.dumps(_finite(value), allow_nan=False), flush=True)
+
+
 def print_json(value: Any) -> None:
     print(to_json(value), end="")
 

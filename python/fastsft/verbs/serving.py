@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Literal
 
-from fastsft.verbs.console import UsageError, print_json
+from fastsft.verbs.console import UsageError, print_json_line
 
 _KEY = "FASTSFT_API_KEY"
 
@@ -61,7 +60,7 @@ def serve(
         max_body_mib: largest request.
         request_seconds: time in which a request must be answered.
         drain_seconds: time that requests in progress have after SIGTERM.
-        json: print the address as JSON.
+        json: print the address as a line of JSON.
     """
     import torch
 
@@ -95,9 +94,8 @@ def serve(
 
     def announce(url: str) -> None:
         if json:
-            print_json({"model": settings.model, "url": url})
+            print_json_line({"model": settings.model, "url": url})
         else:
-            print(f"{settings.model}: {url}")
-        sys.stdout.flush()
+            print(f"{settings.model}: {url}", flush=True)
 
     run(core, settings, announce)

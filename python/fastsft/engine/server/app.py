@@ -34,6 +34,7 @@ from fastsft.engine.server.sse import ClientGone
 
 B = TypeVar("B", bound=Body)
 _CLIENT_GONE = 499  # nginx's: nobody gets it, but the metrics count it
+_MAX_DEPTH = 64  # of a body: what walks through it is recursive, here and in templates and schemas
 
 
 def make_app(core: EngineCore, settings: ServerSettings) -> FastAPI:
@@ -164,10 +165,22 @@ async def _body(request: Request, kind: type[B]) -> B:
     if media != "application/json":
         raise ApiError(415, f"Content-Type: expected application/json, got {media!r:.200}")
     try:
-        raw = orjson.loads(await request.body())
+        body = await request.body()
+        raw = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body: expected JSON, got what is none: {error}") from None
+    if body.count(b"[") + body.count(b"{") > _MAX_DEPTH and _deeper(raw, _MAX_DEPTH):  # most bodies have fewer
+        raise ApiError(400, f"the body: expected at most {_MAX_DEPTH} levels of objects and lists, got more")
     return kind.parse(raw)
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects stand in one another more than ``most`` times."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
+    return bool(level)
 
 
 def _schema(kind: type[Body]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -391,6 +393,48 @@ def test_a_fork_of_the_program_does_not_end_the_worker(folder: Path) -> None:
     os.waitpid(child, 0)
     time.sleep(0.1)
     assert _runs(pid)
+
+
+def test_a_fork_of_the_program_may_not_use_the_engine(folder: Path) -> None:
+    """It would write into the cache of this process, and talk to its worker."""
+    prompts, one = as_prompts(prompts_of([100, 90, 50])), SamplingParams(max_tokens=20, ignore_eos=True)
+    llm = engine(folder, prefill_threads=1)
+    expected = llm.generate(prompts, one)
+    ready, tell = os.pipe()
+    uses = [
+        lambda: llm.generate(as_prompts(prompts_of([200] * 4, seed=11)), one),
+        lambda: llm.update_weights(load_model(folder)),
+        lambda: llm.core.remove_adapter("none"),
+    ]
+    if (child := os.fork()) == 0:
+        for use in uses:
+            try:
+                use()
+            except Exception as error:
+                os.write(tell, f"{type(error).__name__}: {error}\n".encode())
+        os._exit(0)
+    os.close(tell)
+    with os.fdopen(ready) as lines:
+        told = list(lines)
+    os.waitpid(child, 0)
+    refusal = (
+        f"RuntimeError: engine with prefill_threads: expected to be used by the process that made it ({os.getpid()})"
+    )
+    assert [line.startswith(refusal) for line in told] == [True, True, False]
+    assert llm.generate(prompts, one) == expected
+
+
+def test_an_engine_that_outlives_its_modules_ends_in_silence(folder: Path) -> None:
+    """What else holds it when the interpreter ends is not ours to say."""
+    code = (
+        "import sys, fastsft, torch, fastsft.engine.prefill\n"
+        f"torch.kept, sys.kept = fastsft.LLM({str(folder)!r}, prefill_threads=1), fastsft.engine.prefill\n"
+        "torch.kept.generate({'prompt_token_ids': [9] * 40}, fastsft.SamplingParams(max_tokens=2))\n"
+        "print(torch.kept.core._handover.prefill.pid)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+    assert not _runs(int(ended.stdout))
 
 
 def test_the_worker_ends_when_its_engine_is_killed(folder: Path) -> None:

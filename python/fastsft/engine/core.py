@@ -87,8 +87,9 @@ class EngineCore:
 
         Raises:
             RequestError: one can never be served; the message says what does not fit. QueueFull: too much is waiting.
-            ValueError: an id is that of a request in progress, or of two of these.
+            ValueError: an id is that of a request in progress, or of two of these. RuntimeError: as :meth:`step`.
         """
+        self._handover.check_process()
         names = [request.request_id for request in requests]
         for i, name in enumerate(names):
             if name in self._live or name in names[:i]:
@@ -175,12 +176,16 @@ class EngineCore:
         With a prefill worker, a step that has nothing else to do waits for it.
 
         An error of the model leaves the core in order: the next call computes again what was running.
+
+        Raises:
+            RuntimeError: with a prefill worker, in a fork of the process that made the engine: they share the cache.
         """
         if self._put_back:
             updates, self._put_back = self._put_back, []
             return updates
         if not self.busy:
             return []
+        self._handover.check_process()
         try:
             complete = self._compute()
         except BaseException:

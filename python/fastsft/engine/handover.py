@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -30,12 +31,24 @@ class Handover:
     """Between the scheduler, which says what is computed apart, and who does it; None: nobody, and nothing is."""
 
     def __init__(self, scheduler: Scheduler, prefill: Prefill | None) -> None:
-        self._scheduler, self.prefill = scheduler, prefill
+        self._scheduler, self.prefill, self._owner = scheduler, prefill, os.getpid()
 
     @property
     def failures(self) -> int:
         """See :class:`Prefill`."""
         return self.prefill.failures if self.prefill else 0
+
+    def check_process(self) -> None:
+        """Where prompts are computed apart, the cache is shared: a fork of this process would write into it.
+
+        Raises:
+            RuntimeError: this is not the process that made the engine.
+        """
+        if self.prefill and (here := os.getpid()) != self._owner:
+            raise RuntimeError(
+                f"engine with prefill_threads: expected to be used by the process that made it ({self._owner}), whose "
+                f"cache and prefill process it is, got process {here}, forked from it: make an engine of its own there"
+            )
 
     def submit(self, apart: list[Work]) -> None:
         """Begin the job of a step, if it has one."""
@@ -48,7 +61,8 @@ class Handover:
             self._scheduler.landed()
 
     def settle(self) -> None:
-        """Let the job under way finish; what it loses by failing is computed again."""
+        """Let the job under way finish; what it loses by failing is computed again. Raises as check_process does."""
+        self.check_process()
         try:
             self.land(wait=True)
         except RuntimeError:

@@ -53,16 +53,16 @@ class LiveWeights:
         """See :meth:`EngineCore.add_adapter`."""
         if not name:
             raise ValueError("add_adapter: name: expected a text, got an empty one")
-        self._adapters[name] = Adapter(name, next(self._numbers), self._runner.pack_adapter(adapter))
         self._handover.settle()
+        self._adapters[name] = Adapter(name, next(self._numbers), self._runner.pack_adapter(adapter))
         self._renew()
 
     def remove(self, name: str) -> None:
         """See :meth:`EngineCore.remove_adapter`."""
         if name not in self._adapters:
             raise ValueError(f"remove_adapter: name: expected one of {list(self._adapters)}, got {name!r}")
-        del self._adapters[name]
         self._handover.settle()
+        del self._adapters[name]
         self._renew()  # the other process would keep it in memory
 
     def _renew(self) -> None:

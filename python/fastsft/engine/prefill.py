@@ -17,6 +17,7 @@ import pickle
 import signal
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from multiprocessing import Pipe
@@ -46,7 +47,7 @@ class PrefillWorker:
     def __init__(self, runner: Runner, threads: int) -> None:
         self.failures = 0
         """Processes lost, and steps that failed in one."""
-        self._runner, self._threads, self._owner = runner, threads, os.getpid()
+        self._runner, self._threads = runner, threads
         self._process: tuple[int, Connection] | None = None
         self._adapters: list[DecoderAdapter] = []  # what the process knows, by place
         self._job: bytes | None = None  # under way in it
@@ -120,21 +121,14 @@ class PrefillWorker:
         """End the process, at once: the next job starts one that sees the weights of then, and these adapters."""
         self._adapters, self._job = list(adapters), None
         if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process[0], signal.SIGKILL)
-            self._reap(*self._process)
-
-    def _reap(self, pid: int, connection: Connection) -> int:
-        """The exit status of the process, which has ended or is about to."""
-        self._process = None
-        connection.close()
-        with contextlib.suppress(ChildProcessError):  # the host program collects its children itself
-            return os.waitpid(pid, 0)[1]
-        return 0
+            self._process = None
+            self._at_exit()
 
     def _ending(self) -> str:
-        """How the process ended."""
-        code = os.waitstatus_to_exitcode(self._reap(*self._process)) if self._process else 0
+        """How the process, which has ended or is about to, ended."""
+        process, self._process = self._process, None
+        self._at_exit.detach()
+        code = os.waitstatus_to_exitcode(_reap(*process)) if process else 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
     def _start(self) -> tuple[int, Connection]:
@@ -143,11 +137,24 @@ class PrefillWorker:
         if pid == 0:
             _work(self._runner, self._adapters, theirs, self._threads)
         theirs.close()
+        # Not __del__: that may come when the interpreter has taken the modules apart.
+        self._at_exit = weakref.finalize(self, _end, os.getpid(), pid, ours)
         return pid, ours
 
-    def __del__(self) -> None:
-        if os.getpid() == self._owner:  # not in a fork of the program, whose copy this is
-            self.renew()
+
+def _end(owner: int, pid: int, connection: Connection) -> None:
+    if os.getpid() == owner:  # not in a fork of the program
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _reap(pid, connection)
+
+
+def _reap(pid: int, connection: Connection) -> int:
+    """The exit status of the process, which has ended or is about to."""
+    connection.close()
+    with contextlib.suppress(ChildProcessError):  # the host program collects its children itself
+        return os.waitpid(pid, 0)[1]
+    return 0
 
 
 def _compute(runner: Runner, adapters: list[DecoderAdapter], job: bytes) -> None:

@@ -35,11 +35,11 @@ ANYTHING = {"cli", "verbs", "demo", "report", "__main__", "__init__"}
 OPTIONAL = {
     "pyarrow", "datasets", "matplotlib", "transformers", "triton", "cuda", "fastapi", "uvicorn", "ray",
     "tree_sitter", "tree_sitter_python", "bitsandbytes", "peft", "wandb", "trackio", "tensorboard",
-    "starlette", "prometheus_client",
+    "starlette", "prometheus_client", "trl", "accelerate",
 }  # fmt: skip
 # made of optional packages, at the top of their modules: imported as those are. Kernels, which Triton reads as source,
-# and the server's endpoints
-WHOLLY_OPTIONAL = ("fastsft.ops._triton", "fastsft.engine.server")
+# the server's endpoints, and the plug-ins
+WHOLLY_OPTIONAL = ("fastsft.ops._triton", "fastsft.engine.server", "fastsft.integrations")
 
 
 def sources() -> list[Path]:

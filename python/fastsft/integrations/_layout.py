@@ -1,0 +1,163 @@
+"""The mask of a batch as offsets: which packed queries see which packed keys, without a [queries, keys] tensor.
+
+transformers asks the registered mask function for a mask once per forward pass and hands what it gets to every layer.
+Ours is a layout: int32 [1, 1, 2, N + 1], ``cu_seqlens`` of the queries and of the keys of N segments, where the batch's
+rows are laid end to end. Four dimensions, as transformers passes such masks on untouched. Within a segment attention is
+causal and aligned at its end; the window of a layer reaches it as an argument of its own.
+
+A row with padding is five segments, so that nothing has to be gathered and the sizes do not depend on values:
+queries before its content (which see no key), keys before it (which nobody sees), the content, keys after, queries
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_layout(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+
+
+def dense(rows: int, queries: int, keys: int, device: Any) -> Tensor:
+    """Every row a segment."""
+    bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return torch.stack([bounds * queries, bounds * keys])[None, None]
+
+
+def layout_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor:
+    """What transformers calls for ``attn_implementation="fastsft"``: see ``transformers.masking_utils``.
+
+    Raises:
+        ValueError: for a mask that is not causal attention within documents or a contiguous part of each row.
+    """
+    if use_vmap:
+        raise ValueError("fastsft attention: and_mask_function, or_mask_function: expected neither; use sdpa for them")
+    apart = _documents_begin(mask_function, batch_size, q_length, q_offset, device)
+    if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length:
+        return _packed(apart, batch_size, q_length, device)
+    return _padded(apart, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+
+
+def _documents_begin(
+    mask_function: Callable[..., Tensor] | None, rows: int, length: int, offset: int | Tensor, device: Any
+) -> Tensor:
+    """bool [rows, length - 1]: whether the token after does not see the one before it.
+
+    In causal attention within documents (or chunks) that is where the next one begins. The mask function is all there
+    is to read documents from: transformers derives them from ``position_ids`` and hides them in it.
+    """
+    if mask_function is None or length < 2:
+        return torch.zeros(rows, max(length - 1, 0), dtype=torch.bool, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    index = torch.arange(length, device=device)[None] + offset
+    head = index.new_zeros(())
+    before, after = index[:, :-1], index[:, 1:]
+    refuse(
+        mask_function(row, head, before, after).any(),
+        "fastsft attention: attention_mask: expected a causal mask, got one by which tokens see later ones; use sdpa",
+    )
+    return ~mask_function(row, head, after, before).expand(rows, length - 1)
+
+
+def _packed(apart: Tensor, rows: int, length: int, device: Any) -> Tensor:
+    total = rows * length
+    begins = torch.ones(rows, length, dtype=torch.bool, device=device)
+    begins[:, 1:] = apart
+    if torch.compiler.is_compiling():  # as many segments as there may be, the last ones empty: a size without values
+        bounds = torch.full((total + 1,), total, dtype=torch.int64, device=device)
+        token = torch.arange(total, device=device)
+        bounds = bounds.scatter_reduce(0, begins.flatten().cumsum(0) - 1, token, "amin")
+    else:
+        bounds = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=total)
+    return bounds.to(torch.int32).expand(1, 1, 2, -1)
+
+
+def _padded(
+    apart: Tensor,
+    rows: int,
+    queries: int,
+    keys: int,
+    q_offset: int | Tensor,
+    kv_offset: int | Tensor,
+    mask: Tensor | None,
+    device: Any,
+) -> Tensor:
+    """Rows with padding, with cached keys, or with room for keys that are not there yet (a static cache)."""
+    first = q_offset - kv_offset  # key position of the first query
+    position = torch.arange(keys, device=device)
+    kept = (position < first + queries).expand(rows, keys)
+    if mask is not None:
+        missing = keys + kv_offset - mask.shape[1] if isinstance(kv_offset, int) else keys
+        mask = torch.nn.functional.pad(mask.to(torch.bool), (0, max(missing, 0)))
+        kept = kept & mask.index_select(1, position + kv_offset)
+    begin = torch.where(kept, position, keys).amin(1)
+    end = torch.where(kept, position + 1, 0).amax(1)
+    begin = torch.minimum(begin, end)
+    refuse(
+        (kept.sum(1) != end - begin).any(),
+        "fastsft attention: attention_mask: expected one run of ones in each row, got zeros between ones",
+    )
+    from_query, to_query = ((x - first).clamp(0, queries) for x in (begin, end))
+    index = torch.arange(1, queries, device=device)
+    refuse(
+        (apart & (index > from_query[:, None]) & (index < to_query[:, None])).any(),
+        "fastsft attention: attention_mask: expected full or sliding-window attention with padding or a cache, "
+        "got a mask that cuts rows into chunks",
+    )
+    if not torch.compiler.is_compiling() and bool(kept.all() & (to_query - from_query == queries).all()):
+        return dense(rows, queries, keys, device)
+    q_bounds = torch.stack([from_query, from_query, to_query, to_query, torch.full_like(end, queries)], 1)
+    k_bounds = torch.stack([torch.zeros_like(begin), begin, end, *[torch.full_like(end, keys)] * 2], 1)
+    row = torch.arange(rows, device=device)[:, None]
+    both = torch.stack([(q_bounds + row * queries).flatten(), (k_bounds + row * keys).flatten()])
+    return torch.nn.functional.pad(both, (1, 0)).to(torch.int32)[None, None]
+
+
+def check_positions(layout: Tensor, position_ids: Tensor, rows: int, queries: int) -> None:
+    """Refuse positions that restart or jump where the layout has no new document: attention would cross documents.
+
+    transformers derives documents from positions only where neither a 2-D mask nor a cache is given.
+    """
+    cu_q, cu_k = layout[0, 0].long()
+    position = position_ids.expand(rows, queries).flatten()
+    token = torch.arange(rows * queries, device=position.device)
+    segment = torch.searchsorted(cu_q, token, right=True) - 1
+    sees_keys = cu_k.diff()[segment] > 0
+    begins = cu_q[segment] == token
+    step = position[1:] - position[:-1]
+    inside = sees_keys[1:] & ~begins[1:]
+    refuse(
+        (inside & (step != 1)).any(),
+        "fastsft attention: position_ids: they restart or jump within what the mask says is one document. Give neither "
+        "attention_mask nor a cache (use_cache=False) with packed rows, or give cu_seq_lens_q and cu_seq_lens_k",
+    )
+    new_row = token[1:] % queries == 0
+    refuse(
+        (sees_keys[1:] & sees_keys[:-1] & begins[1:] & ~new_row & (position[1:] != 0)).any(),
+        "fastsft attention: position_ids: they jump to a number other than 0. transformers' masks begin a new document "
+        "there and its flash attention does not: give cu_seq_lens_q and cu_seq_lens_k",
+    )
+
+
+def refuse(condition: Tensor, message: str) -> None:
+    """Raise if it is true. In a compiled graph, whose values are not known yet, the graph itself stops."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~condition, message)
+    elif bool(condition):
+        raise ValueError(message)

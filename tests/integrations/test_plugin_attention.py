@@ -1,0 +1,217 @@
+"""attn_implementation="fastsft" against transformers' own eager attention, which computes masks in full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from plugin_cases import CONFIGS, VOCABULARY, assert_same_gradients, build, ids  # noqa: E402
+
+import fastsft.integrations.transformers  # noqa: E402, F401
+from fastsft.integrations._attention import attention  # noqa: E402
+
+FAMILY = pytest.mark.parametrize("family", CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[Any, Any]]:
+    return {name: (build(config, "fastsft"), build(config, "eager")) for name, config in CONFIGS.items()}
+
+
+def padding(left: int, right: int, rows: int = 3, length: int = 17) -> torch.Tensor:
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, :left] = 0
+    mask[1, length - right :] = 0
+    mask[2, :left] = 0
+    mask[2, length - right :] = 0
+    return mask
+
+
+def loss(model: Any, kept: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+    """Sees every logit of tokens that are kept, and sends gradients through all of them."""
+    logits = model(**inputs).logits
+    weight = torch.linspace(-1, 1, VOCABULARY) * torch.linspace(0.5, 1.5, logits.shape[1])[:, None]
+    each = (logits * weight).sum(-1)
+    return (each if kept is None else each * kept).sum()
+
+
+def compare(ours: Any, eager: Any, kept: torch.Tensor | None = None, **inputs: Any) -> None:
+    losses = [loss(m, kept, **inputs) for m in (ours, eager)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    for model, value in zip((ours, eager), losses, strict=True):
+        model.zero_grad()
+        value.backward()
+    assert_same_gradients(ours, eager)
+
+
+@FAMILY
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (5, 0), (0, 4), (5, 4)])
+def test_padding(pairs: dict[str, tuple[Any, Any]], family: str, left: int, right: int) -> None:
+    mask = padding(left, right)
+    compare(*pairs[family], kept=mask, input_ids=ids(3, 17), attention_mask=mask, use_cache=False)
+
+
+@FAMILY
+@pytest.mark.parametrize("rows", [1, 3])
+def test_documents_by_positions(pairs: dict[str, tuple[Any, Any]], family: str, rows: int) -> None:
+    lengths = [[7, 10], [3, 9, 5], [1, 1, 15]][:rows]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    compare(*pairs[family], input_ids=ids(rows, 17), position_ids=positions, use_cache=False)
+
+
+def test_a_document_may_begin_in_its_middle_at_the_beginning_of_a_row(pairs: dict[str, tuple[Any, Any]]) -> None:
+    positions = torch.cat([torch.arange(5, 9), torch.arange(6)])[None]
+    compare(*pairs["mistral"], input_ids=ids(1, 10), position_ids=positions, use_cache=False)
+
+
+@FAMILY
+def test_packed_documents_are_what_they_are_alone(pairs: dict[str, tuple[Any, Any]], family: str) -> None:
+    """By the keys that padding-free collators emit."""
+    ours, eager = pairs[family]
+    lengths = [4, 9, 1, 12, 2]
+    tokens = ids(1, sum(lengths))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    packed = ours(
+        input_ids=tokens, position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=12, max_length_k=12,
+        seq_idx=torch.repeat_interleave(torch.arange(5, dtype=torch.int32), torch.tensor(lengths))[None],
+        use_cache=False,
+    ).logits  # fmt: skip
+    alone = torch.cat([eager(input_ids=t).logits for t in tokens.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+@FAMILY
+@pytest.mark.parametrize("left", [0, 5])
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 2}])
+def test_generate(pairs: dict[str, tuple[Any, Any]], family: str, left: int, how: dict[str, Any]) -> None:
+    """Prefill, then one token at a time from a cache; windows are shorter than what is generated."""
+    mask = padding(left, 0)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, **how}
+    ours, theirs = (m.generate(ids(3, 17), **options) for m in pairs[family])
+    assert torch.equal(ours, theirs)
+
+
+@FAMILY
+@pytest.mark.parametrize("left", [0, 5])
+def test_a_prompt_in_parts(pairs: dict[str, tuple[Any, Any]], family: str, left: int) -> None:
+    """Fewer queries than keys, aligned at the end."""
+    tokens, mask = ids(3, 17), padding(left, 0)
+    found = []
+    for model in pairs[family]:
+        cache, parts = None, []
+        for begin, end in ((0, 3), (3, 11), (11, 12), (12, 17)):
+            out = model(
+                input_ids=tokens[:, begin:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            parts.append(out.logits)
+        found.append(torch.cat(parts, 1)[mask.bool()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_and_activations_in_float32() -> None:
+    """PEFT keeps norms in float32; attention answers in the model's type."""
+    model = build(CONFIGS["qwen3"], "fastsft").to(torch.bfloat16)
+    layer = model.model.layers[0].self_attn
+    query, key, value = (torch.randn(2, h, 9, 32) for h in (4, 2, 2))
+    out, probabilities = attention(layer, query, key, value, None, scaling=0.2)
+    assert (out.dtype, probabilities) == (torch.bfloat16, None)
+    assert (out.shape, out.is_contiguous()) == ((2, 9, 4, 32), True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.2, enable_gqa=True
+    )
+    torch.testing.assert_close(out.float(), expected.transpose(1, 2), rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(layer.float(), query, key, value)[0].dtype == torch.bfloat16
+    assert attention(layer, query, key, value)[0].dtype == torch.float32
+
+
+def test_values_of_a_smaller_head() -> None:
+    query, key, value = torch.randn(1, 2, 9, 48), torch.randn(1, 2, 9, 48), torch.randn(1, 2, 9, 24)
+    out, _ = attention(torch.nn.Identity(), query, key, value, is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_without_causality() -> None:
+    query, key, value = (torch.randn(2, 2, n, 32) for n in (5, 9, 9))
+    out, _ = attention(torch.nn.Identity(), query, key, value, is_causal=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+ONE = torch.ones(1, 10, dtype=torch.long)
+RESTART = torch.cat([torch.arange(4), torch.arange(6)])[None]
+BOUNDS = torch.tensor([0, 4, 10], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"position_ids": RESTART, "attention_mask": ONE}, "position_ids: they restart or jump within"),
+        ({"position_ids": RESTART, "use_cache": True}, "position_ids: they restart or jump within"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 7, 8, 9, 10, 11, 12, 13]])}, "position_ids: they jump to a number"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])}, "got zeros between ones"),
+        ({"attention_mask": torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()}, "attention_mask: expected a 2-D mask"),
+        (
+            {"attention_mask": torch.tensor([[0] * 4 + [1] * 6]), "cu_seq_lens_q": BOUNDS},
+            "attention_mask: expected neither padding nor a cache with cu_seq_lens_q",
+        ),
+        ({"input_ids": ids(2, 10), "cu_seq_lens_q": BOUNDS}, "cu_seq_lens_q: expected one packed row with it"),
+    ],
+)  # fmt: skip
+def test_ambiguous_inputs_are_refused(pairs: dict[str, tuple[Any, Any]], inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pairs["llama"][0](**{"input_ids": ids(1, 10), "use_cache": False, **inputs})
+
+
+@pytest.mark.parametrize(
+    "option", [{"dropout": 0.1}, {"s_aux": torch.ones(2)}, {"position_bias": torch.ones(1)}, {"cache": object()},
+               {"output_attentions": True}, {"is_causal": False, "sliding_window": 4}],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused(option: dict[str, Any]) -> None:
+    x = torch.randn(1, 2, 5, 32)
+    with pytest.raises(ValueError, match=f"fastsft attention: {list(option)[-1]}: expected"):
+        attention(torch.nn.Identity(), x, x, x, **option)
+    wide = torch.randn(1, 2, 5, 300)
+    with pytest.raises(ValueError, match="a head size of at most 256"):
+        attention(torch.nn.Identity(), wide, wide, wide)
+
+
+def test_masks_with_functions_of_their_own_are_refused() -> None:
+    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+    model = build(CONFIGS["llama"], "fastsft")
+    shape = {"config": model.config, "inputs_embeds": torch.randn(1, 6, 64), "attention_mask": None}
+    with pytest.raises(ValueError, match="or_mask_function: expected neither"):
+        create_causal_mask(**shape, past_key_values=None, or_mask_function=lambda b, h, q, k: q == k)
+    with pytest.raises(ValueError, match="expected a causal mask"):
+        create_bidirectional_mask(**shape)
+
+
+def test_attention_probabilities_are_refused(pairs: dict[str, tuple[Any, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"output_attentions"):
+        pairs["llama"][0](input_ids=ids(1, 5), output_attentions=True)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gemma2", "padded"), ("qwen2", "packed")])
+def test_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]], family: str, kind: str) -> None:
+    torch.compiler.reset()
+    ours, eager = pairs[family]
+    mask = padding(5, 4)
+    inputs = {"input_ids": ids(3, 17), "use_cache": False}
+    if kind == "padded":
+        inputs["attention_mask"], kept = mask, mask.bool()
+    else:
+        inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(10)])[None].expand(3, -1)
+        kept = torch.ones_like(mask, dtype=torch.bool)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(**inputs).logits
+    torch.testing.assert_close(compiled[kept], eager(**inputs).logits[kept], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,114 @@
+"""The loss within a causal language model's forward, without its [tokens, vocabulary] logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastsft import ops
+from fastsft.integrations._patches import is_patched, original
+
+# Whose forward is: backbone, slice, lm_head, then the scale or the cap that _scaling knows. The tests hold each of
+# them against its own forward.
+FAMILIES = (
+    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3",
+    "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+
+
+def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In training and with labels: the loss alone (``logits`` is None). In all else the model's own forward.
+
+    The result is that of transformers' ``ForCausalLMLoss``, with ``num_items_in_batch``, ``shift_labels``,
+    ``ignore_index`` and ``logits_to_keep`` as there, except that a batch in which no token has a label has loss 0.
+    """
+    given = kwargs
+    if args:
+        given = dict(zip(list(inspect.signature(type(self).forward).parameters)[1:], args, strict=False)) | kwargs
+    wants_loss = given.get("labels") is not None or given.get("shift_labels") is not None
+    if not self.training or not wants_loss or self.loss_function is not ForCausalLMLoss:
+        return original(self)(*args, **kwargs)
+
+    given = dict(given)
+    labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
+    items = given.pop("num_items_in_batch", None)
+    ignore_index, keep = given.pop("ignore_index", -100), given.pop("logits_to_keep", 0)
+    return_dict = given.pop("return_dict", None)
+    outputs = self.base_model(**given)
+    hidden = _kept(outputs.last_hidden_state, keep)
+    targets = _next(labels, ignore_index) if shifted is None else shifted
+    loss = _head(self)(
+        hidden.flatten(0, -2),
+        targets=targets.flatten().to(hidden.device),
+        ignore_index=ignore_index,
+        normalizer=None if items is None else torch.as_tensor(items, dtype=torch.float32).sum(),
+        **_scaling(self.config),
+    )
+    out = CausalLMOutputWithPast(
+        loss=loss, past_key_values=outputs.get("past_key_values"), hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )  # fmt: skip
+    return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+def head_forward(self: torch.nn.Linear, hidden: Tensor, *, targets: Tensor | None = None, **options: Any) -> Any:
+    """Of the head itself, so that whatever acts on a module's call (FSDP gathers its weight) acts on the loss too."""
+    if targets is None:
+        return original(self)(hidden)
+    return ops.linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **options)
+
+
+def check(model: Any) -> None:
+    """
+    Raises:
+        ValueError: for a model whose loss is not computed here.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES or type(model).__name__[-len("ForCausalLM") :] != "ForCausalLM":
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"enable: model: expected a causal language model of {known}, got {type(model).__name__} ({kind}); "
+            "with loss=False the model computes its loss itself"
+        )
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        got = type(model.get_output_embeddings()).__name__
+        raise ValueError(f"enable: model: expected torch.nn.Linear as its lm_head, got {got}; give loss=False")
+
+
+def _head(model: Any) -> Any:
+    """The head, patched or a wrapper that hands calls on to it (PEFT's modules_to_save); not an adapter around it."""
+    head = model.get_output_embeddings()
+    if not is_patched(head) and not hasattr(head, "modules_to_save"):
+        got = type(head).__name__
+        raise ValueError(f"fastsft loss: lm_head: expected the one that enable() saw, got {got}; enable(loss=False)")
+    return head
+
+
+def _scaling(config: Any) -> dict[str, float]:
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    if softcap and scale != 1.0:
+        raise ValueError("fastsft loss: config: expected logit_scale or final_logit_softcapping, got both")
+    return {"softcap": float(softcap), "temperature": 1.0 / scale}
+
+
+def _next(labels: Tensor, ignore_index: int) -> Tensor:
+    """Each position's label is the next position's."""
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions that ``logits_to_keep`` names, as transformers' ``slice_logits_to_keep`` reads it."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.dim() == 1:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep][None]
+    return torch.take_along_dim(hidden, keep[..., None], dim=1)

@@ -90,7 +90,7 @@ class Drafts:
         import torch
 
         from fastsft import LLM
-        from fastsft.engine.runner import Runner
+        from fastsft.engine.packed_runner import PackedRunner
         from fastsft.models.tokenizer import Tokenizer
         from fastsft.models.weights import init_model, save_model
 
@@ -113,9 +113,9 @@ class Drafts:
             self.llms[name] = LLM(folder, dtype=dtype, quantization=quantization, speculative_config=config)
         self.kinds = {kind: tasks(kind) for kind in KINDS}
         self.text: list[int] = []
-        forward, targets = Runner.forward, [llm.core._runner for llm in self.llms.values()]
+        forward, targets = PackedRunner.forward, [llm.core._runner for llm in self.llms.values()]
 
-        def forced(runner: Runner, inputs: Any, rows: torch.Tensor) -> torch.Tensor:
+        def forced(runner: PackedRunner, inputs: Any, rows: torch.Tensor) -> torch.Tensor:
             logits = forward(runner, inputs, rows)
             first = int(inputs.context_lens_B[0]) - int(inputs.cu_seqlens[1])
             for row, at in zip(logits, rows.tolist(), strict=True):
@@ -124,7 +124,7 @@ class Drafts:
                     row[self.text[place]] = 1e9
             return logits
 
-        Runner.forward = forced  # type: ignore[method-assign]
+        PackedRunner.forward = forced  # type: ignore[method-assign]
 
     def seconds(self, kind: str, method: str) -> dict[str, float]:
         """Of all answers of a kind but for their first tokens; tokens; and the shares of drafts accepted."""

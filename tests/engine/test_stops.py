@@ -252,7 +252,7 @@ def test_options_that_the_kernels_do_not_have(name: str, value: Any, expected: s
 def test_contradicting_arguments(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"kv_cache_bytes: expected at least \d+, one block, got 10"):
         LLM(folder, kv_cache_bytes=10)
-    with torch.device("meta"), pytest.raises(ValueError, match=r"model: expected on the CPU .* got meta"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"LLM: device: expected cpu or cuda, got meta"):
         LLM(Decoder(load_model(folder).config), tokenizer())
     with pytest.raises(ValueError, match="tokenizer: needed beside a loaded model"):
         LLM(load_model(folder))

@@ -24,7 +24,7 @@ def test_interpreted() -> None:
 
 def kernels() -> dict[str, tuple[Any, dict[str, int], int]]:
     """Name -> kernel, its constants, its warps: as launched at ordinary widths."""
-    from fastsft.ops._triton import activation, norm, rope
+    from fastsft.ops._triton import activation, norm, rope, sampling
 
     rows, block, warps = norm._tile(4096)
     tile = {"WIDTH": 4096, "ROWS": rows, "BLOCK": block}
@@ -36,11 +36,22 @@ def kernels() -> dict[str, tuple[Any, dict[str, int], int]]:
         "rope": (rope._rotate, turn, 4),
         "swiglu": (activation._forward, {"BLOCK": activation._BLOCK}, activation._WARPS),
         "swiglu backward": (activation._backward, {"BLOCK": activation._BLOCK}, activation._WARPS),
+        "draw": (sampling._best, {"CHUNKS": 38, "BLOCK": sampling._BLOCK}, sampling._WARPS),
     }
 
 
-NUMBERS = {"rows": "i32", "count": "i32", "size": "i32", "token_stride": "i32", "head_stride": "i32", "eps": "fp32"}
-FLOAT32 = {"scale", "parts"}  # whatever the type of x
+NUMBERS = {
+    "rows": "i32",
+    "count": "i32",
+    "size": "i32",
+    "vocab": "i32",
+    "token_stride": "i32",
+    "head_stride": "i32",
+    "eps": "fp32",
+}
+FLOAT32 = {"scale", "parts", "scores", "temperature", "best"}  # whatever the type of x
+INT64 = {"seeds", "positions", "index"}
+WRITES_LITTLE = {"sum of parts", "draw"}
 NOT_SPECIALISED = {"rows", "count", "eps"}
 
 
@@ -57,7 +68,7 @@ def test_compiled(dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, 
         signature = {
             argument: "constexpr"
             if argument in constants
-            else NUMBERS.get(argument, "*fp32" if argument in FLOAT32 else f"*{dtype}")
+            else NUMBERS.get(argument, "*fp32" if argument in FLOAT32 else "*i64" if argument in INT64 else f"*{dtype}")
             for argument in kernel.arg_names
         }
         by_16 = {
@@ -70,7 +81,7 @@ def test_compiled(dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, 
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert compiled.asm["cubin"], name
         assert "ld.global.v4.b32" in compiled.asm["ptx"], name
-        assert name == "sum of parts" or "st.global.v4.b32" in compiled.asm["ptx"], name
+        assert name in WRITES_LITTLE or "st.global.v4.b32" in compiled.asm["ptx"], name
 
 
 WITHOUT_TRITON = """
@@ -79,7 +90,7 @@ sys.modules["triton"] = None
 import torch
 import fastsft
 found = fastsft.info()["ops"]
-for op in ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_backward"):
+for op in ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_backward", "sample"):
     assert found[op]["cuda"]["kind"] == "torch", found[op]
     assert found[op]["cuda"]["reason"].startswith("Triton is not installed"), found[op]
 """

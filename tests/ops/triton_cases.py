@@ -15,7 +15,8 @@ from samples import randn
 
 from fastsft.ops import reference
 from fastsft.ops._library import triton_or
-from fastsft.ops._triton import activation, norm, rope
+from fastsft.ops._triton import activation, norm, rope, sampling
+from fastsft.ops.sampling import best_tokens
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1: these tensors are not on a GPU")
@@ -110,6 +111,30 @@ def test_swiglu_far_out() -> None:
     torch.testing.assert_close(activation.swiglu(gate, up), reference.swiglu(gate, up), equal_nan=True)
     d_gate, _ = activation.swiglu_backward(up, gate, up)
     torch.testing.assert_close(d_gate[:6], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("vocab", [1, 17, 4096, 9000])
+def test_draws(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against plain torch in float64; the last token of a chunk, ties and rows that nothing is left of included."""
+    monkeypatch.setattr(sampling, "_BLOCK", 1024)
+    scores = randn(12, vocab) * 2
+    scores[:2] = 0
+    scores[2] = -torch.inf
+    scores[2, -1] = 0
+    temperature = (torch.arange(12) % 3).float()
+    seeds, positions = torch.randint(-(2**63), 2**63 - 1, (12,)), torch.randint(0, 2**40, (12,))
+    ids = sampling.best_tokens(scores, temperature, seeds, positions)
+    assert torch.equal(ids, best_tokens(scores.double(), temperature, seeds, positions))
+    assert ids[0] == 0
+
+
+def test_noise_near_its_ends() -> None:
+    """Every token is drawn as often as its noise says: the greatest noise of 2 million, from the finest numbers."""
+    scores, one = torch.zeros(2, 1 << 20), torch.ones(2)
+    seeds, positions = torch.tensor([3, 4]), torch.zeros(2, dtype=torch.int64)
+    assert torch.equal(
+        sampling.best_tokens(scores, one, seeds, positions), best_tokens(scores.double(), one, seeds, positions)
+    )
 
 
 def test_launched_as_the_ops_do() -> None:

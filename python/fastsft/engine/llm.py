@@ -26,11 +26,11 @@ class LLM:
         options: the fields of :class:`~fastsft.engine.options.EngineOptions`: ``dtype``, ``quantization``,
             ``kv_cache_dtype``, ``block_size``, ``kv_cache_bytes``, ``num_blocks``, ``max_num_seqs``,
             ``max_batched_tokens``, ``speculative_config`` (methods "ngram", "suffix", "draft_model" and "heads"),
-            ``adapters`` (see :meth:`generate`), ``prefill_threads``.
+            ``adapters`` (see :meth:`generate`), ``prefill_threads``, ``device``.
 
     Raises:
-        ValueError: a value out of range, a cache too small for one block, a model that is not on the CPU, or arguments
-            that contradict each other. (TypeError: an unknown option.)
+        ValueError: a value out of range, a cache too small for one block, or arguments that contradict each other or
+            the device. (TypeError: an unknown option.)
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class LLM:
             Their version, which each output carries (``weight_versions``). It begins at 0.
 
         Raises:
-            ValueError: another architecture, dtype or device.
+            ValueError: another architecture.
         """
         return self.core.update_weights(model)
 

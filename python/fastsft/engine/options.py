@@ -34,6 +34,8 @@ class EngineOptions:
         adapters: name -> folder of an adapter (LoRA) as PEFT and ``fastsft train`` write it, or a decoder with one.
         prefill_threads: above 0, prompts are computed by a process of their own with so many threads, so that running
             sequences do not wait for them; the results are the same. It is forked from this one.
+        device: where it computes: "cpu", "cuda", "cuda:1"; None: where a decoder is, and the CPU for a folder. On GPUs
+            weights are float32 or bfloat16, the cache is as the activations are, and there is no prefill process.
 
     Raises:
         ValueError: an unknown or a too small value; the message names the argument.
@@ -52,6 +54,7 @@ class EngineOptions:
     speculative_config: Mapping[str, Any] | None = None
     adapters: Mapping[str, str | os.PathLike[str] | Decoder] = field(default_factory=dict)
     prefill_threads: int = 0
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.bfloat16):

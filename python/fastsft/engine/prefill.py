@@ -26,7 +26,8 @@ from typing import NoReturn
 
 import torch
 
-from fastsft.engine.runner import Inputs, Runner
+from fastsft.engine.packed_runner import PackedRunner
+from fastsft.engine.runner import Inputs
 from fastsft.ops.decoder import DecoderAdapter
 from fastsft.ops.threads import set_num_threads
 
@@ -44,7 +45,7 @@ class PrefillWorker:
         threads: of the worker.
     """
 
-    def __init__(self, runner: Runner, threads: int) -> None:
+    def __init__(self, runner: PackedRunner, threads: int) -> None:
         self.failures = 0
         """Processes lost, and steps that failed in one."""
         self._runner, self._threads = runner, threads
@@ -157,14 +158,14 @@ def _reap(pid: int, connection: Connection) -> int:
     return 0
 
 
-def _compute(runner: Runner, adapters: list[DecoderAdapter], job: bytes) -> None:
+def _compute(runner: PackedRunner, adapters: list[DecoderAdapter], job: bytes) -> None:
     *arrays, places = pickle.loads(job)
     ids, bounds, contexts, table = map(torch.from_numpy, arrays)
     chosen = [None if place is None else adapters[place] for place in places]
     runner.forward(Inputs(ids, bounds, contexts, table, chosen), torch.empty(0, dtype=torch.int64))
 
 
-def _work(runner: Runner, adapters: list[DecoderAdapter], connection: Connection, threads: int) -> NoReturn:
+def _work(runner: PackedRunner, adapters: list[DecoderAdapter], connection: Connection, threads: int) -> NoReturn:
     """The worker's life: until the other end of the connection is closed, be it by the kernel."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the engine's process decides

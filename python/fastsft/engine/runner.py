@@ -1,21 +1,18 @@
-"""Runs the packed decoder over the paged cache.
+"""What the engine computes a step with: the step as tensors, and who runs it.
 
-Shape suffixes: T tokens of the step, B sequences, R rows wanted, V vocabulary.
+Shape suffixes: T tokens of the step, B sequences, R rows wanted, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from fastsft.engine.sequence import Sequence
 from fastsft.models.decoder import Decoder
-from fastsft.models.packed import PackedDecoder
-from fastsft.models.packed_adapter import pack_adapter
-from fastsft.ops.decoder import DecoderAdapter
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,8 @@ class Inputs:
     cu_seqlens: torch.Tensor
     context_lens_B: torch.Tensor
     block_table: torch.Tensor
-    adapters: list[DecoderAdapter | None] = field(default_factory=list)
-    """Of each sequence; empty where none has one."""
+    adapters: list[Any] = field(default_factory=list)
+    """Of each sequence what the runner made of it, or None; empty where none has one."""
 
     @classmethod
     def build(cls, work: list[tuple[Sequence, int]]) -> Inputs:
@@ -49,56 +46,39 @@ class Inputs:
         )
 
 
-class Runner:
-    """A model and its cache: what a step computes with.
+class Runner(Protocol):
+    """A model and its cache of ``num_blocks`` blocks of ``block_size`` tokens.
 
-    A row's logits are the same bits whatever shares its step and however its tokens were split into steps. The keys and
-    values of all the step's tokens are written, layer by layer, before any of its rows attends: a sequence may read
-    blocks that another one fills in the same step.
-
-    Args:
-        model: the packed weights.
-        kv_format: "float32" or "bfloat16", as the model's activations are, or "int8".
-        block_size: tokens of a block, a multiple of 16.
-        num_blocks: blocks of the cache.
-        shared: whether forked processes write to the same cache.
+    The keys and values of all the step's tokens are written, layer by layer, before any of its rows attends: a sequence
+    may read blocks that another one fills in the same step.
     """
 
-    def __init__(
-        self, model: PackedDecoder, *, kv_format: str, block_size: int, num_blocks: int, shared: bool = False
-    ) -> None:
-        self.model, self.kv_format, self.block_size, self.num_blocks = model, kv_format, block_size, num_blocks
-        self.vocab_size = model.config.vocab_size
-        self.max_position_embeddings = model.config.max_position_embeddings
-        self._cache = model.new_cache(num_blocks, kv_format=kv_format, block_size=block_size)
-        if shared:
-            memory = mmap.mmap(-1, self._cache.nbytes)  # anonymous: no name is left behind
-            self._cache = torch.frombuffer(memory, dtype=torch.uint8).view(self._cache.shape)
-        self.bytes_per_block = self._cache[:, :1].nbytes
+    block_size: int
+    num_blocks: int
+    bytes_per_block: int
+    vocab_size: int
+    max_position_embeddings: int
 
     def new_hidden(self, rows: int) -> torch.Tensor:
         """[rows, D], for :meth:`forward` to fill."""
-        return torch.empty(rows, self.model.config.hidden_size, dtype=self.model.dtype)
 
     def forward(self, inputs: Inputs, rows_R: torch.Tensor, hidden_RD: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, and into
-        ``hidden_RD`` what the head made them from."""
-        return self.model.step(
-            inputs.ids_T, self._cache, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B, rows_R,
-            kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters, hidden=hidden_RD,
-        )  # fmt: skip
+        """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, valid until the
+        next call, and into ``hidden_RD`` what the head made them from."""
 
-    def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DecoderAdapter:
-        """Arguments and errors: :func:`fastsft.models.packed_adapter.pack_adapter`."""
-        return pack_adapter(self.model, adapter)
+    def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> Any:
+        """What ``Inputs.adapters`` takes.
+
+        Raises:
+            ValueError: a folder that cannot be read, or an adapter that does not fit the model.
+        """
 
     def copy_block(self, source: int, target: int) -> None:
-        self._cache[:, target] = self._cache[:, source]
+        """In all layers, before what is computed next."""
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Compute with other weights of the same architecture. What is in the cache belongs to the old ones.
 
         Raises:
-            ValueError: another architecture or device.
+            ValueError: another architecture.
         """
-        self.model.update(model)

@@ -38,6 +38,8 @@ def draw(
     Returns:
         How many drafts of each sequence were right.
     """
+    if not logits_RV.is_cpu and any(s.processors or s.draft_probs_KV is not None for s in sequences):
+        logits_RV = logits_RV.cpu()  # where those work
     starts, rows = [], 0
     for draft in drafts:
         starts.append(rows)
@@ -86,8 +88,8 @@ def draw(
 def report(logits_V: torch.Tensor, token: int, count: int) -> dict[int, float]:
     """Log-probabilities of ``token`` and of the ``count`` most probable tokens, under the whole softmax."""
     logprobs_V = torch.log_softmax(logits_V, -1)
-    shown = [token, *logprobs_V.topk(min(count, len(logprobs_V))).indices.tolist()]
-    return {i: float(logprobs_V[i]) for i in shown}
+    top = logprobs_V.topk(min(count, len(logprobs_V)))
+    return {token: float(logprobs_V[token]), **dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))}
 
 
 def score(sequence: Sequence, logits_KV: torch.Tensor, begin: int) -> None:
@@ -96,7 +98,8 @@ def score(sequence: Sequence, logits_KV: torch.Tensor, begin: int) -> None:
     scored = sequence.tokens[known : min(begin + 1 + len(logits_KV), sequence.prompt_len)]
     logprobs_KV = torch.log_softmax(logits_KV[known - begin - 1 :][: len(scored)], -1)
     top_KN = logprobs_KV.topk(min(count, logprobs_KV.shape[-1]))
-    own = logprobs_KV.gather(1, torch.tensor(scored, dtype=torch.int64)[:, None]).flatten().tolist()
+    scored_K1 = torch.tensor(scored, dtype=torch.int64, device=logprobs_KV.device)[:, None]
+    own = logprobs_KV.gather(1, scored_K1).flatten().tolist()
     for token, logprob, ids, values in zip(scored, own, top_KN.indices.tolist(), top_KN.values.tolist(), strict=True):
         sequence.prompt_logprobs.append({token: logprob, **dict(zip(ids, values, strict=True))})
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 
-import torch
-from torch import Tensor
-
-from fastsft.models.adapter import read_adapter
-from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
-from fastsft.models.lora import lora_layers
-from fastsft.models.packed import PackedDecoder, check_sizes
-from fastsft.ops.decoder import AdapterLayer, DecoderAdapter, LowRank
+from fastsft.models.packed import PackedDecoder
+from fastsft.models.stacked_adapter import stack_adapter
+from fastsft.ops.decoder import DecoderAdapter
 from fastsft.ops.matvec import pack_weight
 
 
@@ -27,51 +22,5 @@ def pack_adapter(packed: PackedDecoder, adapter: str | os.PathLike[str] | Decode
         ValueError: a folder that cannot be read or is not plain LoRA on linear layers of the blocks (see
             :func:`fastsft.models.adapter.load_adapter`), a decoder without adapters or of other sizes.
     """
-    found = _of_decoder(packed.config, adapter) if isinstance(adapter, Decoder) else _of_folder(packed.config, adapter)
-    config, format = packed.config, str(packed.dtype).removeprefix("torch.")
-    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-    def low(i: int, parts: dict[str, int]) -> LowRank | None:
-        """``parts``: linear layer -> output channels, in the order in which they are stacked."""
-        pairs = {name: found[path] for name in parts if (path := f"layers.{i}.{name}") in found}
-        if not pairs:
-            return None
-        a = torch.cat([pair[0] for pair in pairs.values()])
-        b, row, column = torch.zeros(sum(parts.values()), len(a)), 0, 0
-        for name, width in parts.items():
-            if name in pairs:
-                own = pairs[name][1]
-                b[row : row + width, column : column + own.shape[1]] = own
-                column += own.shape[1]
-            row += width
-        return LowRank(pack_weight(a, format), pack_weight(b, format))
-
-    layers = [
-        AdapterLayer(
-            qkv=low(i, {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads}),
-            o=low(i, {"self_attn.o_proj": config.hidden_size}),
-            gate_up=low(i, {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}),
-            down=low(i, {"mlp.down_proj": config.hidden_size}),
-        )
-        for i in range(config.num_hidden_layers)
-    ]
-    return DecoderAdapter(packed.weights, layers)
-
-
-def _of_folder(config: ModelConfig, folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> A and scale B, in float32."""
-    with torch.device("meta"):
-        empty = Decoder(config)
-    lora, stored = read_adapter(empty, folder)
-    return {name: (a.float(), b.float() * lora.scale) for name, (a, b) in stored.items()}
-
-
-def _of_decoder(config: ModelConfig, model: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
-    check_sizes("adapter", config, model.config)
-    found = {
-        name: (layer.lora_A.detach().float().cpu(), layer.lora_B.detach().float().cpu() * layer.config.scale)
-        for name, layer in lora_layers(model)
-    }
-    if not found:
-        raise ValueError("adapter: model: expected one with adapters, found none")
-    return found
+    format = str(packed.dtype).removeprefix("torch.")
+    return DecoderAdapter(packed.weights, stack_adapter(packed.config, adapter, lambda w: pack_weight(w, format)))

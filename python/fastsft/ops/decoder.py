@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,45 +13,49 @@ from fastsft import _C
 from fastsft.ops._registry import Implementation, record
 from fastsft.ops.matvec import PackedWeight
 
+Weight = TypeVar("Weight")
+"""A matrix in the form that one kind of step reads: packed here, as a device holds it in ``models/device.py``."""
+
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """One layer's weights. Vectors are float32; D hidden size, H query heads, G key heads, K head size, F MLP width."""
+class DecoderLayer(Generic[Weight]):
+    """One layer's weights; D hidden size, H query heads, G key heads, K head size, F MLP width. Vectors are float32
+    beside packed weights."""
 
     attention_norm: Tensor  # [D]
-    qkv: PackedWeight  # [(H + 2 G) K, D]: the queries' channels, the keys', the values'
+    qkv: Weight  # [(H + 2 G) K, D]: the queries' channels, the keys', the values'
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [K]
     k_norm: Tensor | None
-    o: PackedWeight  # [D, H K]
+    o: Weight  # [D, H K]
     o_bias: Tensor | None
     mlp_norm: Tensor  # [D]
-    gate_up: PackedWeight  # [2 F, D]: the gate's channels, then those of `up`
+    gate_up: Weight  # [2 F, D]: the gate's channels, then those of `up`
     gate_up_bias: Tensor | None
-    down: PackedWeight  # [D, F]
+    down: Weight  # [D, F]
     down_bias: Tensor | None
     window_left: int  # keys seen before a token's own; -1: all
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Generic[Weight]):
     """What an adapter adds to a product with x: b (a x), each product rounded to the activations' type.
 
     Of products that are stacked, as in ``qkv``, a stacks theirs, and b has theirs on its diagonal.
     """
 
-    a: PackedWeight  # [rank, K]
-    b: PackedWeight  # [N, rank], the adapter's scale in it
+    a: Weight  # [rank, K]
+    b: Weight  # [N, rank], the adapter's scale in it
 
 
 @dataclass(frozen=True)
-class AdapterLayer:
+class AdapterLayer(Generic[Weight]):
     """One layer's additions; None where nothing is added."""
 
-    qkv: LowRank | None
-    o: LowRank | None
-    gate_up: LowRank | None
-    down: LowRank | None
+    qkv: LowRank[Weight] | None
+    o: LowRank[Weight] | None
+    gate_up: LowRank[Weight] | None
+    down: LowRank[Weight] | None
 
 
 class DecoderWeights:
@@ -71,7 +76,7 @@ class DecoderWeights:
     def __init__(
         self,
         embedding: Tensor,
-        layers: Sequence[DecoderLayer],
+        layers: Sequence[DecoderLayer[PackedWeight]],
         norm: Tensor,
         head: PackedWeight,
         *,
@@ -107,7 +112,7 @@ class DecoderAdapter:
         ValueError: another number of layers, or shapes that do not fit the weights.
     """
 
-    def __init__(self, weights: DecoderWeights, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, weights: DecoderWeights, layers: Sequence[AdapterLayer[PackedWeight]]) -> None:
         self.native = weights.native.adapter(list(layers))
 
 
@@ -163,5 +168,5 @@ def decoder_step(
 record(
     "decoder_step",
     cpu=Implementation("native", "C++, packed weights and a cache in the kernels' layout"),
-    cuda=Implementation("none", "the engine runs on the CPU"),
+    cuda=Implementation("torch", "one op after the other (models/device.py), not yet run on a GPU"),
 )

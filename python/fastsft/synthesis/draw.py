@@ -47,6 +47,8 @@ class DrawOptions:
     """Of weights and cache."""
     seconds: float = 5.0
     """Time that one run of a sample may take."""
+    device: str = "cpu"
+    """Where samples are drawn: "cpu", or "cuda"."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def draw(
         drawn = [_drawn(row) for row in read_whole(place / _SAMPLES, ids, size)]
         if len(drawn) < len(tasks):
             judged = {"workers": workers, "languages": languages}
-            llm = LLM(model, dtype=getattr(torch, options.dtype))
+            llm = LLM(model, dtype=getattr(torch, options.dtype), device=options.device)
             with open(place / _SAMPLES, "ab") as stream:
                 for begin in range(len(drawn), len(tasks), size):
                     if progress:

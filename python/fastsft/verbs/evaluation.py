@@ -38,6 +38,7 @@ def evaluate(
     workers: int | None = None,
     fields: dict[str, str] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
     weights: tuple[Literal["float32", "bfloat16", "int8", "w8a8", "int4"], ...] = (),
     json: bool = False,
 ) -> None:
@@ -62,6 +63,7 @@ def evaluate(
         workers: samples executed at once; one per core by default.
         fields: names used in the files, as in data.fields of a run.
         dtype: of weights and cache.
+        device: where samples are drawn: cpu, or cuda for a GPU.
         weights: the loss with weights packed in these formats too, as the engine computes it.
         json: machine-readable output.
     """
@@ -94,7 +96,7 @@ def evaluate(
             from fastsft.synthesis.draw import DrawOptions
             from fastsft.verbs.scoring import Scoring, pass_at
 
-            options = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds)
+            options = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds, device)
             workers = workers or os.cpu_count() or 1
             scoring = Scoring(model, tasks, samples, output, languages, k, workers, options)
             results["tasks"] = pass_at(scoring, tell)

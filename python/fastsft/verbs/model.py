@@ -60,6 +60,7 @@ def generate(
     n: int = 1,
     stop: tuple[str, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Continue a prompt, answer a message, or fill in the middle.
@@ -77,6 +78,7 @@ def generate(
         n: continuations.
         stop: strings that end the text.
         dtype: of weights and cache.
+        device: cpu, or cuda for a GPU.
         json: machine-readable output.
     """
     import torch
@@ -88,7 +90,7 @@ def generate(
     params = fastsft.SamplingParams(
         n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, max_tokens=max_tokens
     )
-    llm = fastsft.LLM(model, dtype=getattr(torch, dtype))
+    llm = fastsft.LLM(model, dtype=getattr(torch, dtype), device=device)
     if infill is not None:
         result = llm.infill(*infill, params)
     elif chat is not None:

@@ -28,6 +28,7 @@ def sample(
     seconds: float = 5.0,
     workers: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Draw answers to tasks, execute them in a sandbox, and keep those that pass as training rows.
@@ -52,6 +53,7 @@ def sample(
         seconds: time that one run of a sample may take.
         workers: samples executed at once.
         dtype: of weights and cache.
+        device: cpu, or cuda for a GPU.
         json: machine-readable report.
     """
     from fastsft.progress import bars
@@ -63,7 +65,7 @@ def sample(
     given = read_tasks(tasks)
     if not given:
         raise UsageError(f"sample: {tasks}: no task")
-    drawing = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds)
+    drawing = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds, device)
     selection = SelectOptions(per_task, choose, near, near_all, seed)
     with bars() as tell:
         report = sample_tasks(

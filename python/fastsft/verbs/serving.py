@@ -20,6 +20,7 @@ def serve(
     name: str | None = None,
     adapters: tuple[str, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
     quantization: Literal["int8", "w8a8", "int4"] | None = None,
     speculative: Literal["ngram", "suffix"] | None = None,
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
@@ -47,6 +48,7 @@ def serve(
         name: what clients call the model; the folder's name by default.
         adapters: NAME=FOLDER of adapters (LoRA); clients call them by their names, as they do the model.
         dtype: of weights and cache.
+        device: cpu, or cuda for a GPU.
         quantization: of the weights, packed when they are loaded.
         speculative: guess tokens from the text so far; no answer changes.
         kv_cache_dtype: auto is the one of the weights.
@@ -84,7 +86,7 @@ def serve(
             raise UsageError(f"serve: --adapters: expected NAME=FOLDER, got {given!r}")
         folders[adapter] = path
     options = EngineOptions(
-        dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
+        device=device, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
         kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         speculative_config={"method": speculative} if speculative else None, adapters=folders,

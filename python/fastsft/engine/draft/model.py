@@ -13,10 +13,10 @@ import torch
 
 from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
 from fastsft.engine.draft.noise import draw_alike
+from fastsft.engine.place import make_runner
 from fastsft.engine.rejection import guess
-from fastsft.engine.runner import Inputs, Runner
+from fastsft.engine.runner import Inputs
 from fastsft.engine.sequence import Sequence
-from fastsft.models.packed import pack_decoder
 from fastsft.models.tokenizer import Tokenizer
 
 
@@ -28,6 +28,7 @@ class DraftModel:
         tokenizer: of the model that the drafts are for.
         vocab_size: that model's.
         rejection: sampled drafts are for rejection sampling.
+        device: where it computes.
 
     Raises:
         ValueError: another tokenizer; the message names the first token that differs. Or a cache without a block.
@@ -41,24 +42,20 @@ class DraftModel:
         *,
         kv_cache_bytes: int,
         rejection: bool = False,
+        device: torch.device,
     ) -> None:
         check_same_tokens(tokenizer, Tokenizer.from_folder(folder))
-        packed = pack_decoder(folder, "bfloat16")
-        if packed.config.vocab_size < tokenizer.vocab_size:
+        self.runner = make_runner(
+            folder, device=device, format="bfloat16", kv_cache_bytes=kv_cache_bytes, what="speculative_config"
+        )
+        self.block_size = self.runner.block_size
+        self.allocator = BlockAllocator(self.runner.num_blocks)
+        self.vocab_size = min(vocab_size, self.runner.vocab_size)
+        if self.runner.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"speculative_config: model: expected at least {tokenizer.vocab_size} tokens, the tokenizer's, got "
-                f"{packed.config.vocab_size}"
+                f"{self.runner.vocab_size}"
             )
-        self.block_size = 16
-        per_block = packed.config.num_hidden_layers * packed.cache_block_bytes("bfloat16", self.block_size)
-        if kv_cache_bytes < per_block:
-            raise ValueError(
-                f"speculative_config: kv_cache_bytes: expected at least {per_block}, one block, got {kv_cache_bytes}"
-            )
-        blocks = kv_cache_bytes // per_block
-        self.runner = Runner(packed, kv_format="bfloat16", block_size=self.block_size, num_blocks=blocks)
-        self.allocator = BlockAllocator(blocks)
-        self.vocab_size = min(vocab_size, packed.config.vocab_size)
         self.rejection, self.target_vocab_size = rejection, vocab_size
 
 
@@ -121,7 +118,7 @@ class ModelGuess:
         logits_1V = self._draft.runner.forward(inputs, torch.tensor([len(new) - 1]))[:, : self._draft.vocab_size]
         sequence, params = self._sequence, self._sequence.params
         if self._draft.rejection and params.temperature > 0:
-            token, q_V = guess(logits_1V, params, sequence.seed, sequence.generated + place)
+            token, q_V = guess(logits_1V.cpu(), params, sequence.seed, sequence.generated + place)
             padding = self._draft.target_vocab_size - self._draft.vocab_size
             self._probs_KV.append(torch.nn.functional.pad(q_V, (0, padding)))
             return token

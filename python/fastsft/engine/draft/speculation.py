@@ -16,6 +16,7 @@ from fastsft.engine.draft.model import DraftModel, ModelGuess
 from fastsft.engine.draft.ngram import NgramGuess
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.sequence import Sequence
+from fastsft.models.device import DeviceDecoder
 from fastsft.models.packed import PackedDecoder
 from fastsft.models.tokenizer import Tokenizer
 
@@ -88,7 +89,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
 
 
-def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, target: PackedDecoder) -> Speculation:
+def speculation_from(
+    config: Mapping[str, Any], tokenizer: Tokenizer, target: PackedDecoder | DeviceDecoder
+) -> Speculation:
     """From ``speculative_config``; names as in vLLM.
 
     Args:
@@ -135,11 +138,14 @@ def speculation_from(config: Mapping[str, Any], tokenizer: Tokenizer, target: Pa
             target.config.vocab_size,
             kv_cache_bytes=integer("kv_cache_bytes", 1),
             rejection=options["acceptance"] == "rejection",
+            device=target.device,
         )
 
         def make(sequence: Sequence) -> Guess:
             return ModelGuess(draft, sequence)
     elif method == "heads":
+        if not isinstance(target, PackedDecoder):
+            raise ValueError(f"speculative_config: method: heads are of the CPU; the model is on {target.device}")
         heads = PackedHeads(options["model"], target)
         most = min(most, heads.count)
 

@@ -1,0 +1,74 @@
+"""From a model to what runs it: packed on the CPU, in torch ops and kernels on a device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastsft.engine.device_runner import DeviceRunner
+from fastsft.engine.options import EngineOptions
+from fastsft.engine.packed_runner import PackedRunner
+from fastsft.models.decoder import Decoder
+from fastsft.models.device import place_decoder
+from fastsft.models.packed import pack_decoder
+
+PACKED = ("cpu",)
+"""Kinds of devices whose models are packed."""
+
+
+def check_device(device: torch.device, options: EngineOptions) -> None:
+    """Raise a ValueError for a device that is not there, and for what the CPU has and others have not."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"LLM: device: expected cpu or cuda, got {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"LLM: device: torch finds no usable GPU, got {device}")
+    if device.type in PACKED:
+        return
+    for name, expected in (("quantization", None), ("kv_cache_dtype", "auto"), ("prefill_threads", 0)):
+        if (value := getattr(options, name)) != expected:
+            raise ValueError(f"LLM: {name}: {value} is of the CPU alone; on {device}, expected {expected}")
+
+
+def make_runner(
+    model: str | os.PathLike[str] | Decoder,
+    *,
+    device: torch.device,
+    format: str,
+    kv_format: str = "auto",
+    block_size: int = 16,
+    kv_cache_bytes: int = 0,
+    num_blocks: int | None = None,
+    shared: bool = False,
+    what: str = "LLM",
+) -> PackedRunner | DeviceRunner:
+    """A model on a device, with a cache.
+
+    Args:
+        device: where it computes; the model may be elsewhere.
+        format: of the weights.
+        kv_format: "auto", as the activations are, or "int8", on the CPU.
+        kv_cache_bytes: memory of the cache, as many blocks as it holds; ``num_blocks`` sets their number directly.
+        shared: whether forked processes write to the cache, on the CPU.
+        what: who is told in an error.
+
+    Raises:
+        ValueError: no room for a block, or a model that cannot be read or placed.
+    """
+    if device.type not in PACKED:
+        held = place_decoder(model, format, device=device)
+        blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
+        return DeviceRunner(held, block_size=block_size, num_blocks=blocks)
+    packed = pack_decoder(model, format)
+    kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format
+    per_block = packed.config.num_hidden_layers * packed.cache_block_bytes(kv_format, block_size)
+    blocks = _blocks(what, per_block, kv_cache_bytes, num_blocks)
+    return PackedRunner(packed, kv_format=kv_format, block_size=block_size, num_blocks=blocks, shared=shared)
+
+
+def _blocks(what: str, per_block: int, kv_cache_bytes: int, num_blocks: int | None) -> int:
+    if num_blocks is None:
+        if kv_cache_bytes < per_block:
+            raise ValueError(f"{what}: kv_cache_bytes: expected at least {per_block}, one block, got {kv_cache_bytes}")
+        return kv_cache_bytes // per_block
+    return num_blocks

@@ -1,0 +1,230 @@
+"""A decoder's weights on a device and its step over a paged cache, in ops that any device has.
+
+Shape suffixes: T rows of the step, D hidden size, H query heads, G key heads, K head size, R rows wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastsft import ops
+from fastsft.models.config import ModelConfig
+from fastsft.models.decoder import Decoder
+from fastsft.models.rope import RotaryTable
+from fastsft.models.stacked import Stacker, Tensors, check_sizes
+from fastsft.models.stacked_adapter import stack_adapter
+from fastsft.ops._attention_inputs import HEAD_DIMS
+from fastsft.ops.decoder import AdapterLayer, DecoderLayer, LowRank
+from fastsft.ops.device_linear import FORMATS, DeviceWeight, device_linear, device_logits, hold_weight
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step computes, on the device. Row t is a token of one of B sequences."""
+
+    ids_T: Tensor
+    """int32 or int64."""
+    positions_T: Tensor
+    """int32 or int64: each token's place in its sequence."""
+    slots_T: Tensor
+    """int64: where in the cache its key and value go: block times block size, and the place in the block."""
+    block_table: Tensor
+    """int32 [B, M], as of ``ops.paged_attention``, like the two that follow."""
+    cu_seqlens: Tensor
+    context_lens_B: Tensor
+
+
+@dataclass(frozen=True)
+class DeviceAdapter:
+    """An adapter (LoRA) of a :class:`DeviceDecoder`, a layer's additions each."""
+
+    layers: tuple[AdapterLayer[DeviceWeight], ...]
+
+
+Span = tuple[int, int, DeviceAdapter]
+"""Rows [begin, end) of a step that go through an adapter."""
+
+
+class DeviceDecoder:
+    """Build it with :func:`place_decoder`. Tensors keep their addresses for life: graphs of the step stay valid."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer[DeviceWeight]],
+        norm: Tensor,
+        head: DeviceWeight,
+        format: str,
+    ) -> None:
+        self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, tuple(layers), norm, head
+        self.format = format
+        self._rotary = RotaryTable(config.rope, config.head_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations and the cache."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def nbytes(self) -> int:
+        """What a step of one token reads of the weights."""
+        matrices = [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return sum(w.nbytes for w in [self.head, *matrices])
+
+    def cache_block_bytes(self, block_size: int) -> int:
+        """Of one block in all layers."""
+        config = self.config
+        per_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+        return per_token * block_size * self.dtype.itemsize
+
+    def new_cache(self, num_blocks: int, block_size: int) -> Tensor:
+        """[layers, 2, num_blocks, block_size, G, K]: keys and values. Zeros: a value that nothing has written yet is
+        multiplied by a probability of 0, which would not hide a NaN."""
+        config = self.config
+        shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def hidden(self, rows: Rows, cache: Tensor, spans: Sequence[Span] = ()) -> Tensor:
+        """Write the rows' keys and values to the cache; [T, D] after the final norm.
+
+        All keys and values of a layer are written before any row attends. Nothing waits for the device, so that a graph
+        can hold the call, but for ``ops.paged_attention`` where plain torch serves it.
+        """
+        eps = self.config.rms_norm_eps
+        cos, sin = self._rotary(rows.positions_T, self.dtype)
+        x_TD = functional.embedding(rows.ids_T, self.embedding)
+        for layer, kv, own in zip(self.layers, cache, self._additions(spans), strict=True):
+            h_TD = ops.rms_norm(x_TD, layer.attention_norm, eps)
+            qkv = _product(h_TD, layer.qkv, layer.qkv_bias, [(b, e, a.qkv) for b, e, a in own])
+            out_THK = self._attend(layer, qkv, cos, sin, rows, kv)
+            x_TD = x_TD + _product(out_THK.flatten(1), layer.o, layer.o_bias, [(b, e, a.o) for b, e, a in own])
+            h_TD = ops.rms_norm(x_TD, layer.mlp_norm, eps)
+            gate_up = _product(h_TD, layer.gate_up, layer.gate_up_bias, [(b, e, a.gate_up) for b, e, a in own])
+            h_TF = ops.swiglu(*gate_up.chunk(2, -1))
+            x_TD = x_TD + _product(h_TF, layer.down, layer.down_bias, [(b, e, a.down) for b, e, a in own])
+        return ops.rms_norm(x_TD, self.norm, eps)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """float32 [R, V]."""
+        return device_logits(hidden_RD, self.head)
+
+    def update(self, model: Decoder | str | os.PathLike[str]) -> None:
+        """Take over another state of the same model, into the same memory.
+
+        Args:
+            model: a decoder on any device, or a Hugging Face folder.
+
+        Raises:
+            ValueError: sizes that differ from this model's, before anything is changed.
+        """
+        with ExitStack() as stack:
+            tensors = Tensors(model, stack)
+            check_sizes("update", self.config, tensors.config)
+            _Holder(tensors, self.format, self.device).all(self)
+
+    def _additions(self, spans: Sequence[Span]) -> list[list[tuple[int, int, AdapterLayer[DeviceWeight]]]]:
+        """Of each layer."""
+        return [[(b, e, adapter.layers[i]) for b, e, adapter in spans] for i in range(len(self.layers))]
+
+    def _attend(
+        self, layer: DecoderLayer[DeviceWeight], qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: Tensor
+    ) -> Tensor:
+        """``kv`` [2, num_blocks, block_size, G, K] of the layer -> [T, H, K]."""
+        config = self.config
+        groups = config.num_key_value_heads
+        heads = [config.num_attention_heads, groups, groups]
+        q_THK, k_TGK, v_TGK = qkv.view(len(qkv), -1, config.head_dim).split_with_sizes(heads, 1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q_THK = ops.rms_norm(q_THK, layer.q_norm, config.rms_norm_eps)
+            k_TGK = ops.rms_norm(k_TGK, layer.k_norm, config.rms_norm_eps)
+        q_THK, k_TGK = ops.apply_rope(q_THK, cos, sin), ops.apply_rope(k_TGK, cos, sin)
+        for slots, new in zip(kv.flatten(1, 2), (k_TGK, v_TGK), strict=True):
+            slots.index_copy_(0, rows.slots_T, new)
+        window = None if layer.window_left < 0 else (layer.window_left, 0)
+        return ops.paged_attention(
+            q_THK, kv[0], kv[1], rows.block_table, rows.cu_seqlens, rows.context_lens_B, window=window
+        )
+
+
+def place_decoder(
+    model: Decoder | str | os.PathLike[str], format: str = "bfloat16", *, device: torch.device | str
+) -> DeviceDecoder:
+    """Copy a model to a device, one tensor at a time.
+
+    Args:
+        model: a decoder on any device, with or without adapters, or a Hugging Face folder.
+        format: of the weights and the activations: "float32" or "bfloat16".
+
+    Raises:
+        ValueError: an unknown format, a head size that ``ops.paged_attention`` does not have, or a folder that cannot
+            be read.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"place_decoder: format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    with ExitStack() as stack:
+        tensors = Tensors(model, stack)
+        if (size := tensors.config.head_dim) not in HEAD_DIMS:
+            raise ValueError(f"place_decoder: head_dim: expected one of {HEAD_DIMS}, got {size}")
+        return _Holder(tensors, format, torch.device(device)).all()
+
+
+def place_adapter(model: DeviceDecoder, adapter: str | os.PathLike[str] | Decoder) -> DeviceAdapter:
+    """An adapter for steps of ``model``, in the type of its activations.
+
+    Args:
+        adapter: PEFT's folder, or a decoder that has the adapter on it (its own weights are not read).
+
+    Raises:
+        ValueError: see :func:`fastsft.models.stacked_adapter.stack_adapter`.
+    """
+    format = str(model.dtype).removeprefix("torch.")
+    return DeviceAdapter(tuple(stack_adapter(model.config, adapter, lambda w: hold_weight([w], format, model.device))))
+
+
+class _Holder(Stacker[DeviceWeight]):
+    def __init__(self, tensors: Tensors, format: str, device: torch.device) -> None:
+        super().__init__(tensors, format)
+        self.device = device
+        self.dtype = torch.float32 if format == "float32" else torch.bfloat16
+
+    def all(self, old: DeviceDecoder | None = None) -> DeviceDecoder:
+        config = self.config
+        embedding = self.vector(["embed_tokens.weight"], old.embedding if old else None)
+        layers = [self.layer(i, old.layers[i] if old else None) for i in range(config.num_hidden_layers)]
+        norm = self.vector(["norm.weight"], old.norm if old else None)
+        head = DeviceWeight(self.format, (config.vocab_size, config.hidden_size), embedding)
+        if not config.tie_word_embeddings:
+            head = self.head(self.format, old.head if old else None)
+        return old or DeviceDecoder(config, embedding, layers, norm, head, self.format)
+
+    def matrix(self, names: list[str], format: str, old: DeviceWeight | None) -> DeviceWeight:
+        return hold_weight([self.tensors.read(name) for name in names], format, self.device, out=old)
+
+    def vector(self, names: list[str], old: Tensor | None) -> Tensor:
+        new = torch.cat([self.tensors.read(name).to(self.device, self.dtype) for name in names])
+        return new if old is None else old.copy_(new)
+
+
+def _product(
+    x: Tensor,
+    weight: DeviceWeight,
+    bias: Tensor | None,
+    additions: Sequence[tuple[int, int, LowRank[DeviceWeight] | None]],
+) -> Tensor:
+    out = device_linear(x, weight, bias)
+    for begin, end, low in additions:
+        if low is not None:
+            out[begin:end] += device_linear(device_linear(x[begin:end], low.a), low.b)
+    return out

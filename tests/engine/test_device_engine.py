@@ -1,0 +1,147 @@
+"""The engine over the runner for devices, run here on CPU tensors, beside the one over packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+
+from fastsft.engine import place
+from fastsft.engine.device_runner import DeviceRunner
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import SamplingParams
+from fastsft.models.adapter import save_adapter
+from fastsft.models.lora import LoraConfig, add_lora, lora_layers
+from fastsft.models.weights import init_model, load_model
+
+GREEDY: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 3}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+def device_engine(model: Any, **options: Any) -> LLM:
+    """As on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "PACKED", ())
+        llm = engine(model, **options)
+    assert isinstance(llm.core._runner, DeviceRunner)
+    return llm
+
+
+def texts(llm: LLM, prompts: list[list[int]], **params: Any) -> list[list[tuple[int, ...]]]:
+    outputs = llm.generate(as_prompts(prompts), SamplingParams(**params))
+    assert_nothing_held(llm)
+    return [[o.token_ids for o in r.outputs] for r in outputs]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, {**SAMPLED, "n": 3}], ids=["greedy", "sampled", "n"])
+def test_texts_are_those_of_packed_weights(params: dict[str, Any], folder: Path) -> None:
+    """In chunks, with shared prefixes, copies on write and preemption."""
+    prompts = prompts_of([5, 40, 70, 16])
+    prompts.append([*prompts[2][:50], 9, 9])
+    expected = texts(engine(folder), prompts, **params)
+    llm = device_engine(folder, max_batched_tokens=33, num_blocks=20)
+    assert texts(llm, prompts, **params) == expected
+    assert texts(llm, prompts[::-1], **params)[::-1] == expected
+    stats = llm.core.stats()
+    assert stats.found_tokens
+    assert stats.preemptions or "n" not in params
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 3, "prompt_logprobs": 2},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {40: 3.0}},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "temperature": 1.0, "seed": 5},
+        {"allowed_token_ids": [40, 41, 42, 43], "temperature": 1.0, "seed": 5, "logprobs": 0},
+    ],
+    ids=lambda p: next(iter(p)),
+)
+def test_whatever_is_asked_for(params: dict[str, Any], one_folder: Path) -> None:
+    prompts = as_prompts(prompts_of([5, 40]))
+    asked = SamplingParams(**GREEDY | params)
+    for a, b in zip(
+        device_engine(one_folder).generate(prompts, asked), engine(one_folder).generate(prompts, asked), strict=True
+    ):
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
+        shown = [(*(r.outputs[0].logprobs or ()), *(r.prompt_logprobs or ())[1:]) for r in (a, b)]
+        assert len(shown[0]) == len(shown[1])
+        for mine, its in zip(*shown, strict=True):
+            assert mine == pytest.approx(its, abs=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"method": "ngram"}, {"method": "suffix"}, {"method": "draft_model"}], ids=str)
+def test_speculation(config: dict[str, Any], one_folder: Path) -> None:
+    prompts = [p * 3 for p in prompts_of([8, 12])]
+    options = {"adaptive": False, **config} | ({"model": one_folder} if config["method"] == "draft_model" else {})
+    llm = device_engine(one_folder, speculative_config=options)
+    for params in (GREEDY, SAMPLED):
+        assert texts(llm, prompts, **params) == texts(engine(one_folder), prompts, **params)
+    assert llm.core.stats().drafted_tokens
+
+
+def test_adapters_share_steps(one_folder: Path, tmp_path: Path) -> None:
+    model = load_model(one_folder)
+    add_lora(model, LoraConfig(rank=4), seed=1)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    save_adapter(model, tmp_path)
+    prompts, names = as_prompts(prompts_of([5, 40, 9])), ["red", None, "red"]
+    answers = [
+        [
+            r.outputs[0].token_ids
+            for r in make(one_folder, adapters={"red": tmp_path}).generate(
+                prompts, SamplingParams(**GREEDY), adapter=names
+            )
+        ]
+        for make in (device_engine, engine)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_new_weights(one_folder: Path) -> None:
+    old, new = load_model(one_folder), init_model(load_model(one_folder).config, seed=6)
+    prompts = prompts_of([20, 33])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "PACKED", ())
+        llm = LLM(old, tokenizer(), num_blocks=64)
+    assert texts(llm, prompts, **GREEDY) == texts(LLM(old, tokenizer(), num_blocks=64), prompts, **GREEDY)
+    assert llm.update_weights(new) == 1
+    assert texts(llm, prompts, **GREEDY) == texts(LLM(new, tokenizer(), num_blocks=64), prompts, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"quantization": "w8a8"}, "LLM: quantization: w8a8 is of the CPU alone; on cpu, expected None"),
+        ({"kv_cache_dtype": "int8"}, "LLM: kv_cache_dtype: int8 is of the CPU alone; on cpu, expected auto"),
+        ({"prefill_threads": 1}, "LLM: prefill_threads: 1 is of the CPU alone; on cpu, expected 0"),
+        ({"num_blocks": None, "kv_cache_bytes": 9}, "LLM: kv_cache_bytes: expected at least 24576, one block, got 9"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_devices_do_not_have(options: dict[str, Any], expected: str, one_folder: Path) -> None:
+    with pytest.raises(ValueError, match=expected):
+        device_engine(one_folder, **options)
+
+
+def test_an_unusable_device(one_folder: Path) -> None:
+    with pytest.raises(ValueError, match="LLM: device: expected cpu or cuda, got meta"):
+        engine(one_folder, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="LLM: device: torch finds no usable GPU, got cuda:1"):
+            engine(one_folder, device="cuda:1")

@@ -32,14 +32,17 @@ class TimedOut(RuntimeError):
 
 
 class Stream:
-    """The updates of some requests, until each of their continuations has ended. A context manager that closes it."""
+    """The updates of some requests, until each of their continuations has ended: as many at once as there are when they
+    are asked for. A context manager that closes it."""
 
     def __init__(
         self, engine: AsyncEngine, requests: Sequence[Request], observe: Callable[[Update], None] | None = None
     ) -> None:
         self.requests = tuple(requests)
         self._engine, self._observe = engine, observe
-        self._queue: asyncio.Queue[Update | Exception] = asyncio.Queue()
+        self._come: list[Update] = []
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
         self._left = sum(r.params.best_of or r.params.n for r in requests)
         self.timer: asyncio.TimerHandle | None = None
 
@@ -47,12 +50,17 @@ class Stream:
     def finished(self) -> bool:
         return self._left == 0
 
-    def put(self, item: Update | Exception) -> None:
-        if isinstance(item, Update):
-            self._left -= item.finish_reason is not None
-            if self._observe:
-                self._observe(item)
-        self._queue.put_nowait(item)
+    def put(self, update: Update) -> None:
+        self._left -= update.finish_reason is not None
+        if self._observe:
+            self._observe(update)
+        self._come.append(update)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """No more will come."""
+        self._error = self._error or error
+        self._news.set()
 
     def close(self) -> None:
         """No more is wanted: what has not ended is aborted."""
@@ -67,17 +75,20 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> Update:
+    async def __anext__(self) -> list[Update]:
         """
         Raises:
             EngineFailed, TimedOut: no more will come.
         """
-        if self.finished and self._queue.empty():
+        if self.finished and not self._come:
             raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        await self._news.wait()
+        if not self._come and self._error is not None:
+            raise self._error
+        updates, self._come = self._come, []
+        if self._error is None:
+            self._news.clear()
+        return updates
 
 
 class AsyncEngine:
@@ -163,7 +174,7 @@ class AsyncEngine:
             raise
         if seconds is not None:
             late = TimedOut(f"the request was not finished within {seconds:g} seconds")
-            stream.timer = self._loop.call_later(seconds, stream.put, late)
+            stream.timer = self._loop.call_later(seconds, stream.fail, late)
         return stream
 
     def release(self, stream: Stream) -> None:
@@ -195,7 +206,7 @@ class AsyncEngine:
 
     def _fail_all(self, reason: str) -> None:
         for stream in set(self._streams.values()):
-            stream.put(EngineFailed(reason))
+            stream.fail(EngineFailed(reason))
 
     def _tell(self, function: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens

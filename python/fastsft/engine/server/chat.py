@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from starlette.responses import Response
@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.prompts import encode_chat
-from fastsft.engine.request import SamplingParams
+from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.async_engine import EngineFailed, Stream, TimedOut
 from fastsft.engine.server.completions import usage
 from fastsft.engine.server.context import Context, api_error
@@ -79,8 +79,9 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         assembly = Assembly(self._stream.requests[0])
         try:
-            async for update in self._stream:
-                assembly.take(update)
+            async for updates in self._stream:
+                for update in updates:
+                    assembly.take(update)
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         choices = [
@@ -93,7 +94,7 @@ class _Answer:
             "usage": usage(self._prompt, assembly.generated),
         }  # fmt: skip
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         with_usage = self._body.stream_options.include_usage
         head = {**self._identity, "object": "chat.completion.chunk", **({"usage": None} if with_usage else {})}
 
@@ -101,21 +102,23 @@ class _Answer:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return {**head, "choices": [choice]}
 
-        for index in range(self._params.n):
-            yield chunk(index, {"role": "assistant", "content": ""})
+        def chunks(update: Update) -> Iterator[dict[str, Any]]:
+            logprobs = self._logprobs(update.token_ids, update.logprobs)
+            if update.text or (logprobs and update.token_ids):
+                yield chunk(update.index, {"content": update.text}, logprobs)
+            if update.finish_reason is not None:
+                yield chunk(update.index, {}, None, update.finish_reason)
+
+        yield [chunk(index, {"role": "assistant", "content": ""}) for index in range(self._params.n)]
         generated = 0
         try:
-            async for update in self._stream:
-                generated += len(update.token_ids)
-                logprobs = self._logprobs(update.token_ids, update.logprobs)
-                if update.text or (logprobs and update.token_ids):
-                    yield chunk(update.index, {"content": update.text}, logprobs)
-                if update.finish_reason is not None:
-                    yield chunk(update.index, {}, None, update.finish_reason)
+            async for updates in self._stream:
+                generated += sum(len(update.token_ids) for update in updates)
+                yield [one for update in updates for one in chunks(update)]
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         if with_usage:
-            yield {**head, "choices": [], "usage": usage(self._prompt, generated)}
+            yield [{**head, "choices": [], "usage": usage(self._prompt, generated)}]
 
     def _logprobs(self, tokens: tuple[int, ...], each: tuple[dict[int, float], ...] | None) -> dict[str, Any] | None:
         if each is None:

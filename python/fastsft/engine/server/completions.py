@@ -94,8 +94,9 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         try:
-            async for update in self._stream:
-                self._take(update)
+            async for updates in self._stream:
+                for update in updates:
+                    self._take(update)
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         return {**self._identity, "choices": [self._shown(c) for c in self._best()], "usage": self._usage()}
@@ -109,21 +110,25 @@ class _Completion:
             kept += sorted(self._choices[begin : begin + self._draws], key=lambda c: -c.score)[: self._body.n]
         return [dataclasses.replace(choice, index=i) for i, choice in enumerate(kept)]
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        body = self._body
-        with_usage = body.stream_options.include_usage
-        more = {"usage": None} if with_usage else {}
+    async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+        with_usage = self._body.stream_options.include_usage
+        head = {**self._identity, **({"usage": None} if with_usage else {})}
         try:
-            async for update in self._stream:
-                choice = self._take(update)
-                if choice.text or choice.finish_reason or body.logprobs is not None:
-                    yield {**self._identity, "choices": [self._shown(choice)], **more}
-                choice.characters += len(choice.text)
-                choice.text, choice.tokens, choice.logprobs = "", [], []
+            async for updates in self._stream:
+                yield [{**head, "choices": [shown]} for update in updates if (shown := self._piece(update)) is not None]
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         if with_usage:
-            yield {**self._identity, "choices": [], "usage": self._usage()}
+            yield [{**head, "choices": [], "usage": self._usage()}]
+
+    def _piece(self, update: Update) -> dict[str, Any] | None:
+        """What an update adds to its choice, if that can be shown."""
+        choice = self._take(update)
+        shown = choice.text or choice.finish_reason or self._body.logprobs is not None
+        piece = self._shown(choice) if shown else None
+        choice.characters += len(choice.text)
+        choice.text, choice.tokens, choice.logprobs = "", [], []
+        return piece
 
     def _take(self, update: Update) -> _Choice:
         body, place = self._body, self._place[update.request_id]

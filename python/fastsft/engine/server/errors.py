@@ -43,10 +43,16 @@ def invalid(error: ValueError, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=named[1] if named else param)
 
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> str:
     """Only ASCII, as messages repeat what clients sent, lone surrogates too. JSON has no infinity: -9999 stands for a
     log-probability of -inf, as in vLLM."""
-    return json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    try:
+        return _encode(value)
+    except ValueError:  # rare: to look for it each time would take longer than the rest
+        return _encode(_finite(value))
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -33,22 +33,29 @@ async def infill(context: Context, body: InfillBody, receive: Receive) -> Respon
     stream = await context.submit([ids], params, adapter, "input_prefix")
     middle = Middle(body)
 
-    async def events() -> AsyncGenerator[dict[str, Any], None]:
+    def event(update: Update) -> dict[str, Any]:
+        text = middle.take(update)
+        if middle.stop_type is None:
+            return {"index": 0, "content": text, "tokens": list(update.token_ids), "stop": False}
+        return {**middle.result(context, len(ids), params), "content": text}
+
+    async def events() -> AsyncGenerator[list[dict[str, Any]], None]:
         try:
-            async for update in stream:
-                text = middle.take(update)
-                if middle.stop_type is None:
-                    yield {"index": 0, "content": text, "tokens": list(update.token_ids), "stop": False}
-                    continue
-                yield {**middle.result(context, len(ids), params), "content": text}
-                return
+            async for updates in stream:
+                found = []
+                for update in updates:
+                    found.append(event(update))
+                    if middle.stop_type is not None:
+                        yield found
+                        return
+                yield found
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
 
     async def whole() -> dict[str, Any]:
         result: dict[str, Any] = {}
-        async for event in events():
-            result = event
+        async for found in events():
+            result = found[-1]
         return _selected({**result, "content": middle.text}, body.response_fields)
 
     if body.stream:

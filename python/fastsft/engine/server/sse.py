@@ -41,7 +41,7 @@ class EventStream(Response):
     """Server-sent events, ended by ``data: [DONE]``.
 
     Args:
-        events: what each holds. An ApiError from it becomes the last event.
+        events: what each holds, of those that can go out together. An ApiError from it becomes the last event.
         close: called at the end, also when the client disconnects before the first event.
         ping_seconds: after so long without one a comment is sent, which keeps proxies from closing the connection.
     """
@@ -49,10 +49,16 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[Any, None], close: Callable[[], None], *, ping_seconds: float, done: bool = True
+        self,
+        events: AsyncGenerator[list[Any], None],
+        close: Callable[[], None],
+        *,
+        ping_seconds: float,
+        done: bool = True,
     ) -> None:
         super().__init__(headers=_HEADERS)
         self._events, self._close, self._ping, self._done = events, close, ping_seconds, done
+        self._spoke = 0.0  # when something was sent last
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,38 +77,32 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        following: asyncio.Future[Any] | None = None
+        self._spoke = asyncio.get_running_loop().time()
+        pinging = asyncio.ensure_future(self._break_silences(send))
         try:
-            while True:
-                following = following or asyncio.ensure_future(_next(self._events))
-                finished, _ = await asyncio.wait({following}, timeout=self._ping)
-                if not finished:
-                    await send(_part(": ping\n\n"))
-                    continue
-                try:
-                    event = following.result()
-                except StopAsyncIteration:
-                    break
-                except ApiError as error:
-                    await send(_part(f"data: {to_json(error.body())}\n\n"))
-                    break
-                following = None
-                await send(_part(f"data: {to_json(event)}\n\n"))
-            await send(_part("data: [DONE]\n\n" if self._done else "", more=False))
+            async for events in self._events:
+                if events:
+                    await self._say(send, "".join(f"data: {to_json(event)}\n\n" for event in events))
+        except ApiError as error:
+            await self._say(send, f"data: {to_json(error.body())}\n\n")
         finally:
-            if following is not None:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)
+        await self._say(send, "data: [DONE]\n\n" if self._done else "", more=False)
 
+    async def _break_silences(self, send: Send) -> None:
+        """A task for a whole stream: a time-out for each event would cost more than the event."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while (left := self._spoke + self._ping - loop.time()) > 0:
+                await asyncio.sleep(left)
+            await self._say(send, ": ping\n\n")
 
-async def _next(events: AsyncGenerator[T, None]) -> T:
-    return await anext(events)
+    async def _say(self, send: Send, text: str, more: bool = True) -> None:
+        self._spoke = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _part(text: str, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": more}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastsft import ops
 from fastsft.integrations._patches import is_patched, original
 
-# Whose forward is: backbone, slice, lm_head, then the scale or the cap that _scaling knows. The tests hold each of
+# Whose forward is: backbone, slice, lm_head, then the scale or the cap that scaling() knows. The tests hold each of
 # them against its own forward.
 FAMILIES = (
     "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3",
@@ -41,13 +42,14 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return_dict = given.pop("return_dict", None)
     outputs = self.base_model(**given)
     hidden = _kept(outputs.last_hidden_state, keep)
-    targets = _next(labels, ignore_index) if shifted is None else shifted
-    loss = _head(self)(
+    targets = next_labels(labels, ignore_index) if shifted is None else shifted
+    loss = head_of(self)(
         hidden.flatten(0, -2),
+        fused=ops.linear_cross_entropy,
         targets=targets.flatten().to(hidden.device),
         ignore_index=ignore_index,
         normalizer=None if items is None else torch.as_tensor(items, dtype=torch.float32).sum(),
-        **_scaling(self.config),
+        **scaling(self.config),
     )
     out = CausalLMOutputWithPast(
         loss=loss, past_key_values=outputs.get("past_key_values"), hidden_states=outputs.get("hidden_states"),
@@ -56,11 +58,14 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
-def head_forward(self: torch.nn.Linear, hidden: Tensor, *, targets: Tensor | None = None, **options: Any) -> Any:
-    """Of the head itself, so that whatever acts on a module's call (FSDP gathers its weight) acts on the loss too."""
-    if targets is None:
+def head_forward(
+    self: torch.nn.Linear, hidden: Tensor, *, fused: Callable[..., Any] | None = None, **options: Any
+) -> Any:
+    """``fused(hidden, weight, bias=bias, ...)`` in the head's place, as a call of the head itself: whatever acts on a
+    module's call (FSDP gathers its weight) acts on it too."""
+    if fused is None:
         return original(self)(hidden)
-    return ops.linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **options)
+    return fused(hidden, self.weight, bias=self.bias, **options)
 
 
 def check(model: Any) -> None:
@@ -80,7 +85,7 @@ def check(model: Any) -> None:
         raise ValueError(f"enable: model: expected torch.nn.Linear as its lm_head, got {got}; give loss=False")
 
 
-def _head(model: Any) -> Any:
+def head_of(model: Any) -> Any:
     """The head, patched or a wrapper that hands calls on to it (PEFT's modules_to_save); not an adapter around it."""
     head = model.get_output_embeddings()
     if not is_patched(head) and not hasattr(head, "modules_to_save"):
@@ -89,7 +94,7 @@ def _head(model: Any) -> Any:
     return head
 
 
-def _scaling(config: Any) -> dict[str, float]:
+def scaling(config: Any) -> dict[str, float]:
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
@@ -98,7 +103,7 @@ def _scaling(config: Any) -> dict[str, float]:
     return {"softcap": float(softcap), "temperature": 1.0 / scale}
 
 
-def _next(labels: Tensor, ignore_index: int) -> Tensor:
+def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """Each position's label is the next position's."""
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 

@@ -18,7 +18,12 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Non
 
     The signature stays: trainers read from it which columns a model takes. Nothing is kept in closures, so that a deep
     copy of the module calls its own methods.
+
+    Raises:
+        ValueError: it is replaced already.
     """
+    if is_patched(module):
+        raise ValueError(f"fastsft: the forward of {type(module).__name__} is replaced already; call disable() first")
     before = module.__dict__.get("forward")
 
     @functools.wraps(type(module).forward)

@@ -335,6 +335,7 @@ class EngineCore:
         scheduler = self._scheduler
         return Stats(
             steps=self._steps,
+            graph_steps=self._runner.graph_steps,
             waiting=len(scheduler.waiting),
             waiting_tokens=sum(len(s.tokens) for s in scheduler.waiting),
             running=len(scheduler.running),

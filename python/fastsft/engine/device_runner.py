@@ -9,7 +9,8 @@ import os
 
 import torch
 
-from fastsft.engine.runner import Inputs
+from fastsft.engine.graphs import Capture, DecodeSteps
+from fastsft.engine.runner import Inputs, places_of
 from fastsft.models.decoder import Decoder
 from fastsft.models.device import DeviceAdapter, DeviceDecoder, Rows, Span, place_adapter
 
@@ -17,18 +18,31 @@ from fastsft.models.device import DeviceAdapter, DeviceDecoder, Rows, Span, plac
 class DeviceRunner:
     """A model and its cache on a device. Steps come from the host and logits stay on the device.
 
+    Steps of one token per sequence are padded and, on a GPU, replayed as CUDA graphs (engine/graphs.py); those with
+    prompts, drafts or adapters are launched kernel by kernel.
+
     Args:
         model: the weights.
         block_size: tokens of a block.
         num_blocks: blocks of the cache.
+        max_rows: sequences of a step that is padded.
+        capture: None: no graphs.
     """
 
-    def __init__(self, model: DeviceDecoder, *, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self, model: DeviceDecoder, *, block_size: int, num_blocks: int, max_rows: int, capture: Capture | None
+    ) -> None:
         self.model, self.block_size, self.num_blocks = model, block_size, num_blocks
         self.vocab_size = model.config.vocab_size
         self.max_position_embeddings = model.config.max_position_embeddings
-        self._cache = model.new_cache(num_blocks, block_size)
+        self._cache = model.new_cache(num_blocks + 1, block_size)
         self.bytes_per_block = self._cache[:, :, :1].nbytes
+        self._decode = DecodeSteps(model, self._cache, block_size=block_size, max_rows=max_rows, capture=capture)
+
+    @property
+    def graph_steps(self) -> int:
+        """Steps that were one launch of a CUDA graph."""
+        return self._decode.replayed
 
     def new_hidden(self, rows: int) -> torch.Tensor:
         """[rows, D], for :meth:`forward` to fill."""
@@ -38,12 +52,22 @@ class DeviceRunner:
     def forward(self, inputs: Inputs, rows_R: torch.Tensor, hidden_RD: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, valid until the
         next call, and into ``hidden_RD`` what the head made them from."""
-        rows = rows_of(inputs, self.block_size, self.model.device)
-        out_TD = self.model.hidden(rows, self._cache, spans_of(inputs))
-        wanted_RD = out_TD[rows_R.to(self.model.device)]
+        count = len(inputs.ids_T)
+        rows_R, whole = rows_R.to(self.model.device), torch.equal(rows_R, torch.arange(count))
+        if len(inputs.context_lens_B) == count <= self._decode.max_rows and not inputs.adapters:
+            hidden_TD, logits_TV = self._decode(inputs)
+            wanted_RD, logits_RV = (hidden_TD, logits_TV) if whole else (hidden_TD[rows_R], logits_TV[rows_R])
+        else:
+            wanted_RD = self.model.hidden(self._rows(inputs), self._cache, spans_of(inputs))[rows_R]
+            logits_RV = self.model.logits(wanted_RD)
         if hidden_RD is not None:
             hidden_RD.copy_(wanted_RD)
-        return self.model.logits(wanted_RD)
+        return logits_RV
+
+    def _rows(self, inputs: Inputs) -> Rows:
+        places = places_of(inputs, self.block_size)
+        host = (inputs.ids_T, *places, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B)
+        return Rows(*(x.to(self.model.device) for x in host))
 
     def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DeviceAdapter:
         """Arguments and errors: :func:`fastsft.models.device.place_adapter`."""
@@ -59,22 +83,6 @@ class DeviceRunner:
             ValueError: another architecture.
         """
         self.model.update(model)
-
-
-def rows_of(inputs: Inputs, block_size: int, device: torch.device) -> Rows:
-    """The step on the device: where each token stands, and where its key and value go."""
-    bounds, contexts = inputs.cu_seqlens.long(), inputs.context_lens_B.long()
-    owner_T = torch.repeat_interleave(bounds.diff())
-    positions_T = torch.arange(len(inputs.ids_T)) + (contexts - bounds[1:])[owner_T]
-    slots_T = inputs.block_table[owner_T, positions_T // block_size].long() * block_size + positions_T % block_size
-    return Rows(
-        inputs.ids_T.to(device),
-        positions_T.to(device),
-        slots_T.to(device),
-        inputs.block_table.to(device),
-        inputs.cu_seqlens.to(device),
-        inputs.context_lens_B.to(device),
-    )
 
 
 def spans_of(inputs: Inputs) -> list[Span]:

@@ -26,7 +26,8 @@ class LLM:
         options: the fields of :class:`~fastsft.engine.options.EngineOptions`: ``dtype``, ``quantization``,
             ``kv_cache_dtype``, ``block_size``, ``kv_cache_bytes``, ``num_blocks``, ``max_num_seqs``,
             ``max_batched_tokens``, ``speculative_config`` (methods "ngram", "suffix", "draft_model" and "heads"),
-            ``adapters`` (see :meth:`generate`), ``prefill_threads``, ``device``.
+            ``adapters`` (see :meth:`generate`), ``prefill_threads``, ``device``,
+            ``enforce_eager``.
 
     Raises:
         ValueError: a value out of range, a cache too small for one block, or arguments that contradict each other or

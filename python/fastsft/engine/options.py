@@ -36,6 +36,7 @@ class EngineOptions:
             sequences do not wait for them; the results are the same. It is forked from this one.
         device: where it computes: "cpu", "cuda", "cuda:1"; None: where a decoder is, and the CPU for a folder. On GPUs
             weights are float32 or bfloat16, the cache is as the activations are, and there is no prefill process.
+        enforce_eager: on a GPU, launch every step kernel by kernel: no CUDA graphs.
 
     Raises:
         ValueError: an unknown or a too small value; the message names the argument.
@@ -55,6 +56,7 @@ class EngineOptions:
     adapters: Mapping[str, str | os.PathLike[str] | Decoder] = field(default_factory=dict)
     prefill_threads: int = 0
     device: torch.device | str | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.bfloat16):

@@ -7,11 +7,13 @@ import os
 import torch
 
 from fastsft.engine.device_runner import DeviceRunner
+from fastsft.engine.graphs import CudaCapture
 from fastsft.engine.options import EngineOptions
 from fastsft.engine.packed_runner import PackedRunner
 from fastsft.models.decoder import Decoder
 from fastsft.models.device import place_decoder
 from fastsft.models.packed import pack_decoder
+from fastsft.ops._attention_inputs import CUDA_DTYPES, HAS_CUDA
 
 PACKED = ("cpu",)
 """Kinds of devices whose models are packed."""
@@ -40,6 +42,8 @@ def make_runner(
     kv_cache_bytes: int = 0,
     num_blocks: int | None = None,
     shared: bool = False,
+    max_rows: int = 1,
+    enforce_eager: bool = False,
     what: str = "LLM",
 ) -> PackedRunner | DeviceRunner:
     """A model on a device, with a cache.
@@ -50,6 +54,8 @@ def make_runner(
         kv_format: "auto", as the activations are, or "int8", on the CPU.
         kv_cache_bytes: memory of the cache, as many blocks as it holds; ``num_blocks`` sets their number directly.
         shared: whether forked processes write to the cache, on the CPU.
+        max_rows: sequences of a step that is replayed as a CUDA graph.
+        enforce_eager: no graphs.
         what: who is told in an error.
 
     Raises:
@@ -58,12 +64,19 @@ def make_runner(
     if device.type not in PACKED:
         held = place_decoder(model, format, device=device)
         blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
-        return DeviceRunner(held, block_size=block_size, num_blocks=blocks)
+        graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
+        capture = CudaCapture() if graphs else None
+        return DeviceRunner(held, block_size=block_size, num_blocks=blocks, max_rows=max_rows, capture=capture)
     packed = pack_decoder(model, format)
     kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format
     per_block = packed.config.num_hidden_layers * packed.cache_block_bytes(kv_format, block_size)
     blocks = _blocks(what, per_block, kv_cache_bytes, num_blocks)
     return PackedRunner(packed, kv_format=kv_format, block_size=block_size, num_blocks=blocks, shared=shared)
+
+
+def graphs_serve(dtype: torch.dtype) -> bool:
+    """Whether a step has no op that waits for the device: plain torch's paged attention does."""
+    return HAS_CUDA and dtype in CUDA_DTYPES
 
 
 def _blocks(what: str, per_block: int, kv_cache_bytes: int, num_blocks: int | None) -> int:

@@ -46,6 +46,15 @@ class Inputs:
         )
 
 
+def places_of(inputs: Inputs, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [T] each: where a token stands in its sequence, and the slot of the cache that its key and value go to."""
+    bounds, contexts = inputs.cu_seqlens.long(), inputs.context_lens_B.long()
+    owner_T = torch.repeat_interleave(bounds.diff())
+    positions_T = torch.arange(len(inputs.ids_T)) + (contexts - bounds[1:])[owner_T]
+    blocks_T = inputs.block_table[owner_T, positions_T // block_size].long()
+    return positions_T, blocks_T * block_size + positions_T % block_size
+
+
 class Runner(Protocol):
     """A model and its cache of ``num_blocks`` blocks of ``block_size`` tokens.
 
@@ -58,6 +67,10 @@ class Runner(Protocol):
     bytes_per_block: int
     vocab_size: int
     max_position_embeddings: int
+
+    @property
+    def graph_steps(self) -> int:
+        """Steps that were one launch of a CUDA graph."""
 
     def new_hidden(self, rows: int) -> torch.Tensor:
         """[rows, D], for :meth:`forward` to fill."""

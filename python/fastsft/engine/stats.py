@@ -10,6 +10,8 @@ class Stats:
     """Counts since the start, and what there is now."""
 
     steps: int
+    graph_steps: int
+    """Of them, those that were one launch of a CUDA graph."""
     waiting: int
     """Continuations that hold no blocks; ``waiting_tokens`` are theirs."""
     waiting_tokens: int

@@ -34,7 +34,7 @@ class Rows:
     positions_T: Tensor
     """int32 or int64: each token's place in its sequence."""
     slots_T: Tensor
-    """int64: where in the cache its key and value go: block times block size, and the place in the block."""
+    """int32 or int64: where in the cache its key and value go: block times block size, and the place in the block."""
     block_table: Tensor
     """int32 [B, M], as of ``ops.paged_attention``, like the two that follow."""
     cu_seqlens: Tensor
@@ -105,10 +105,11 @@ class DeviceDecoder:
         eps = self.config.rms_norm_eps
         cos, sin = self._rotary(rows.positions_T, self.dtype)
         x_TD = functional.embedding(rows.ids_T, self.embedding)
+        slots_T = rows.slots_T.long()
         for layer, kv, own in zip(self.layers, cache, self._additions(spans), strict=True):
             h_TD = ops.rms_norm(x_TD, layer.attention_norm, eps)
             qkv = _product(h_TD, layer.qkv, layer.qkv_bias, [(b, e, a.qkv) for b, e, a in own])
-            out_THK = self._attend(layer, qkv, cos, sin, rows, kv)
+            out_THK = self._attend(layer, qkv, cos, sin, rows, slots_T, kv)
             x_TD = x_TD + _product(out_THK.flatten(1), layer.o, layer.o_bias, [(b, e, a.o) for b, e, a in own])
             h_TD = ops.rms_norm(x_TD, layer.mlp_norm, eps)
             gate_up = _product(h_TD, layer.gate_up, layer.gate_up_bias, [(b, e, a.gate_up) for b, e, a in own])
@@ -116,9 +117,12 @@ class DeviceDecoder:
             x_TD = x_TD + _product(h_TF, layer.down, layer.down_bias, [(b, e, a.down) for b, e, a in own])
         return ops.rms_norm(x_TD, self.norm, eps)
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """float32 [R, V]."""
-        return device_logits(hidden_RD, self.head)
+    def logits(self, hidden_RD: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """float32 [R, V], in ``out`` if it is given."""
+        if out is None:
+            out = hidden_RD.new_empty(len(hidden_RD), self.head.shape[0], dtype=torch.float32)
+        device_logits(hidden_RD, self.head, out)
+        return out
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Take over another state of the same model, into the same memory.
@@ -139,7 +143,14 @@ class DeviceDecoder:
         return [[(b, e, adapter.layers[i]) for b, e, adapter in spans] for i in range(len(self.layers))]
 
     def _attend(
-        self, layer: DecoderLayer[DeviceWeight], qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: Tensor
+        self,
+        layer: DecoderLayer[DeviceWeight],
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Rows,
+        slots_T: Tensor,
+        kv: Tensor,
     ) -> Tensor:
         """``kv`` [2, num_blocks, block_size, G, K] of the layer -> [T, H, K]."""
         config = self.config
@@ -151,7 +162,7 @@ class DeviceDecoder:
             k_TGK = ops.rms_norm(k_TGK, layer.k_norm, config.rms_norm_eps)
         q_THK, k_TGK = ops.apply_rope(q_THK, cos, sin), ops.apply_rope(k_TGK, cos, sin)
         for slots, new in zip(kv.flatten(1, 2), (k_TGK, v_TGK), strict=True):
-            slots.index_copy_(0, rows.slots_T, new)
+            slots.index_copy_(0, slots_T, new)
         window = None if layer.window_left < 0 else (layer.window_left, 0)
         return ops.paged_attention(
             q_THK, kv[0], kv[1], rows.block_table, rows.cu_seqlens, rows.context_lens_B, window=window

@@ -62,10 +62,9 @@ def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None = None) -
     return linear(x, weight.data, bias)
 
 
-def device_logits(x: Tensor, weight: DeviceWeight) -> Tensor:
-    """``x @ weight.T`` in float32, not rounded to 16 bits where x has them: what a draw is made from."""
-    if x.dtype == torch.float32 or not x.is_cuda:
-        return linear(x.float(), weight.data.float())
-    out = x.new_empty(len(x), weight.shape[0], dtype=torch.float32)
-    multiply_cuda(x, weight.data.t(), out)
-    return out
+def device_logits(x: Tensor, weight: DeviceWeight, out: Tensor) -> None:
+    """``out`` float32 [T, N] becomes ``x @ weight.T``, on a GPU not rounded to x's type: draws are made of it."""
+    if x.is_cuda:
+        multiply_cuda(x, weight.data.t(), out)
+    else:
+        out.copy_(linear(x.float(), weight.data.float()))

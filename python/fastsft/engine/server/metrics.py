@@ -93,6 +93,7 @@ class _OfEngine(Collector):
         }
         counters = {
             "engine_steps": ("Steps", stats.steps),
+            "graph_steps": ("Steps that were one launch of a CUDA graph", stats.graph_steps),
             "engine_failures": ("Steps that failed", self._engine.failures),
             "prefill_failures": ("Ends and failed steps of the prefill process", stats.prefill_failures),
             "num_preemptions": ("Continuations that had to give up their blocks", stats.preemptions),

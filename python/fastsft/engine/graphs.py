@@ -1,0 +1,130 @@
+"""Steps of one token per sequence in buffers that stay where they are, so that CUDA graphs can replay them.
+
+A layer of such a step is a dozen kernels of a few microseconds each, which the host takes longer to launch than the
+device to run. A graph is one launch for all of them. It repeats what it saw: the same kernels on the same addresses.
+So a step is padded to 1, 2, 4, 8, ... rows and a block table of 1, 2, 4, 8, ... columns, and has one buffer for each
+pair of them that occurs; rows that pad write to a block that nobody reads.
+
+Shape suffixes: T sequences of a step, N of its bucket, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fastsft.engine.runner import Inputs, places_of
+from fastsft.models.device import DeviceDecoder, Rows
+
+
+class Graph(Protocol):
+    def replay(self) -> None:
+        """Run again what was captured, on what the same addresses hold now."""
+
+
+Capture = Callable[[Callable[[], None]], Graph]
+"""Records what a function launches, without running it. The function has run before: nothing is compiled now."""
+
+
+class CudaCapture:
+    """:data:`Capture` on the current device. All graphs share one memory for what is between their kernels: they are
+    replayed one after the other, and their results are in buffers of their own."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        self._pool = graph.pool()
+        return graph
+
+
+@dataclass
+class _Step:
+    """The step of one size. ``buffer`` holds all that changes from step to step, so that one copy brings it."""
+
+    buffer: torch.Tensor
+    rows: Rows
+    ran: bool = False
+    graph: Graph | None = None
+
+
+class DecodeSteps:
+    """Runs steps of one token per sequence, by graphs where they can be captured, with the same results without.
+
+    Args:
+        cache: of ``model``; its last block is nobody's.
+        max_rows: of a step.
+        capture: None runs every step kernel by kernel.
+
+    Attributes:
+        max_rows: that many, rounded up to a power of two.
+        replayed: steps that were one launch.
+    """
+
+    def __init__(
+        self, model: DeviceDecoder, cache: torch.Tensor, *, block_size: int, max_rows: int, capture: Capture | None
+    ) -> None:
+        self._model, self._cache, self._block_size, self._capture = model, cache, block_size, capture
+        self._spare = cache.shape[2] - 1
+        self.max_rows, self.replayed = bucket_of(max_rows), 0
+        shape_ND, shape_NV = (self.max_rows, model.config.hidden_size), (self.max_rows, model.config.vocab_size)
+        self._hidden_ND = torch.zeros(shape_ND, dtype=model.dtype, device=model.device)
+        self._logits_NV = torch.zeros(shape_NV, device=model.device)
+        self._steps: dict[tuple[int, int], _Step] = {}
+
+    def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [T, D] and logits [T, V] of the step's tokens, in memory that the next call overwrites."""
+        count = len(inputs.ids_T)
+        size, width = bucket_of(count), bucket_of(inputs.block_table.shape[1])
+        if (size, width) not in self._steps:
+            self._steps[size, width] = self._new_step(size, width)
+        step = self._steps[size, width]
+        step.buffer.copy_(self._filled(inputs, size, width))
+        if step.ran and self._capture and step.graph is None:
+            step.graph = self._capture(lambda: self._run(step.rows, size))
+        if step.graph is None:
+            self._run(step.rows, size)
+            step.ran = True
+        else:
+            step.graph.replay()
+            self.replayed += 1
+        return self._hidden_ND[:count], self._logits_NV[:count]
+
+    def _new_step(self, size: int, width: int) -> _Step:
+        buffer = torch.zeros(size * (4 + width), dtype=torch.int32, device=self._model.device)
+        ids, positions, slots, contexts = buffer[: 4 * size].view(4, size)
+        rows = Rows(
+            ids_T=ids,
+            positions_T=positions,
+            slots_T=slots,
+            block_table=buffer[4 * size :].view(size, width),
+            cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self._model.device),
+            context_lens_B=contexts,
+        )
+        return _Step(buffer, rows)
+
+    def _filled(self, inputs: Inputs, size: int, width: int) -> torch.Tensor:
+        """What the buffer is to hold, on the host. A row that pads is a context of one token in the spare block."""
+        count, columns = inputs.block_table.shape
+        positions_T, slots_T = places_of(inputs, self._block_size)
+        heads = torch.tensor([0, 0, self._spare * self._block_size, 1], dtype=torch.int32)[:, None].repeat(1, size)
+        heads[:, :count] = torch.stack([inputs.ids_T, positions_T, slots_T, inputs.context_lens_B.long()])
+        table = torch.full((size, width), self._spare, dtype=torch.int32)
+        table[:count, :columns] = inputs.block_table
+        return torch.cat([heads.flatten(), table.flatten()])
+
+    def _run(self, rows: Rows, size: int) -> None:
+        hidden_ND = self._model.hidden(rows, self._cache)
+        self._hidden_ND[:size].copy_(hidden_ND)
+        self._model.logits(hidden_ND, out=self._logits_NV[:size])
+
+
+def bucket_of(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,165 @@
+"""Steps in padded buffers and their replays, with a capture on the CPU that runs again what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsft.engine import place
+from fastsft.engine.device_runner import DeviceRunner
+from fastsft.engine.graphs import DecodeSteps, Graph, bucket_of
+from fastsft.engine.llm import LLM
+from fastsft.engine.request import SamplingParams
+from fastsft.engine.runner import Inputs
+from fastsft.models.adapter import save_adapter
+from fastsft.models.device import place_decoder
+from fastsft.models.lora import LoraConfig, add_lora
+from fastsft.models.weights import init_model, load_model
+
+BLOCK, BLOCKS = 16, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+
+
+class NoWaiting(TorchDispatchMode):
+    """As on a device while a graph is captured: nothing may be read back."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), function
+        return function(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Keeps what a capture was given; a replay runs it again."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def __call__(self, run: Callable[[], None]) -> Graph:
+        self.captured += 1
+
+        class Recorded:
+            def replay(self) -> None:
+                with NoWaiting():
+                    run()
+
+        return Recorded()
+
+
+def graphed(model: Any, recorder: Recorder | None, **options: Any) -> LLM:
+    """As on a GPU, with ``recorder`` for its graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "PACKED", ())
+        patch.setattr(place, "DeviceRunner", lambda *a, **k: DeviceRunner(*a, **k | {"capture": recorder}))
+        return engine(model, **options) if isinstance(model, Path) else LLM(model, tokenizer(), num_blocks=64)
+
+
+def texts(llm: LLM, prompts: list[list[int]], **params: Any) -> list[list[tuple[int, ...]]]:
+    outputs = llm.generate(as_prompts(prompts), SamplingParams(**{"max_tokens": 24, "ignore_eos": True} | params))
+    assert_nothing_held(llm)
+    return [[o.token_ids for o in r.outputs] for r in outputs]
+
+
+def random_step(generator: torch.Generator, count: int) -> Inputs:
+    """Sequences of one more token, of any lengths, in blocks of their own."""
+    blocks = torch.randperm(BLOCKS, generator=generator)[:count, None].int()
+    return Inputs(
+        torch.randint(SHAPE["vocab_size"], (count,), generator=generator),  # type: ignore[call-overload]
+        torch.arange(count + 1, dtype=torch.int32),
+        torch.randint(1, BLOCK + 1, (count,), generator=generator, dtype=torch.int32),
+        blocks,
+    )
+
+
+def test_the_next_power_of_two() -> None:
+    assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
+
+
+def test_a_replay_has_the_bits_of_the_step_and_writes_what_it_writes() -> None:
+    """Steps of all sizes in turn, so that each replay finds other rows in its buffers than the time before."""
+    model = place_decoder(init_model(SHAPE | {"model_type": "qwen2"}, seed=5), "bfloat16", device="cpu")
+    first = model.new_cache(BLOCKS + 1, BLOCK).normal_(generator=torch.Generator().manual_seed(1))
+    caches = [first, first.clone()]
+    recorder, generator = Recorder(), torch.Generator().manual_seed(2)
+    steps = [
+        DecodeSteps(model, cache, block_size=BLOCK, max_rows=6, capture=capture)
+        for cache, capture in zip(caches, (recorder, None), strict=True)
+    ]
+    addresses = set()
+    with torch.inference_mode():
+        for turn in range(4):
+            for count in (1, 3, 8, 2, 5):
+                before, inputs = caches[0].clone(), random_step(generator, count)
+                (hidden, logits), (same_hidden, same_logits) = (step(inputs) for step in steps)
+                addresses.add((hidden.data_ptr(), logits.data_ptr()))
+                assert hidden.shape[0] == logits.shape[0] == count
+                assert torch.equal(hidden, same_hidden), turn
+                assert torch.equal(logits, same_logits), turn
+                changed = (caches[0] != before).flatten(4).any(-1).any(0).any(0)[:BLOCKS].nonzero().tolist()
+                places = zip(inputs.block_table[:, 0].tolist(), (inputs.context_lens_B - 1).tolist(), strict=True)
+                assert sorted(map(tuple, changed)) == sorted(places)
+                assert torch.equal(caches[0][:, :, :BLOCKS], caches[1][:, :, :BLOCKS])
+    assert len(addresses) == 1, "a replay writes where the capture wrote"
+    assert recorder.captured == 4  # 1, 2, 4 and 8 rows
+    assert steps[0].replayed == 20 - 4
+    assert steps[1].replayed == 0
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 3, "n": 3}], ids=["greedy", "sampled"])
+def test_texts_are_those_without_graphs(params: dict[str, Any], folder: Path) -> None:
+    """Sequences join, end and are preempted between replays; contexts outgrow the width of a block table."""
+    prompts = prompts_of([5, 40, 70, 16, 33])
+    recorder = Recorder()
+    llm = graphed(folder, recorder, max_num_seqs=6, num_blocks=20, max_batched_tokens=50)
+    expected = texts(engine(folder), prompts, **params)
+    assert texts(llm, prompts, **params) == expected
+    replayed, captured = llm.core.stats().graph_steps, recorder.captured
+    assert replayed > 10
+    assert texts(llm, prompts, **params) == expected
+    assert llm.core.stats().graph_steps - replayed > replayed, "the second time nothing runs for the first time"
+    assert recorder.captured - captured < captured
+    plain = graphed(folder, None, max_num_seqs=6)
+    assert texts(plain, prompts, **params) == expected
+    assert plain.core.stats().graph_steps == 0
+
+
+def test_new_weights_under_a_captured_step(folder: Path) -> None:
+    old, prompts = load_model(folder), prompts_of([9, 20])
+    new = init_model(old.config, seed=8)
+    llm = graphed(old, Recorder())
+    assert texts(llm, prompts) == texts(LLM(old, tokenizer(), num_blocks=64), prompts)
+    replayed = llm.core.stats().graph_steps
+    llm.update_weights(new)
+    assert texts(llm, prompts) == texts(LLM(new, tokenizer(), num_blocks=64), prompts)
+    assert llm.core.stats().graph_steps > replayed
+
+
+def test_what_runs_kernel_by_kernel(folder: Path, tmp_path: Path) -> None:
+    """Adapters, and more sequences than the largest graph has rows; drafts where there are some."""
+    model = load_model(folder)
+    add_lora(model, LoraConfig(rank=2), seed=1)
+    save_adapter(model, tmp_path)
+    llm = graphed(folder, Recorder(), adapters={"red": tmp_path})
+    llm.generate(as_prompts(prompts_of([5, 9])), SamplingParams(max_tokens=6), adapter="red")
+    assert llm.core.stats().graph_steps == 0
+    runner = llm.core._runner
+    assert isinstance(runner, DeviceRunner)
+    with torch.inference_mode():
+        for _ in range(3):
+            inputs = random_step(torch.Generator().manual_seed(1), 4)
+            runner._decode.max_rows = 2
+            runner.forward(inputs, torch.arange(4))
+        assert runner.graph_steps == 0
+        runner._decode.max_rows = 4
+        for _ in range(3):
+            assert runner.forward(inputs, torch.tensor([3, 1])).shape == (2, SHAPE["vocab_size"])
+    assert runner.graph_steps == 2

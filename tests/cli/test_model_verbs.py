@@ -14,6 +14,8 @@ import pytest
 from cli_cases import conversations, refusal, result_of, write
 
 from fastsft import cli, progress
+from fastsft.models.heads import DraftHeads, save_heads
+from fastsft.models.weights import load_model
 
 
 def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +26,69 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(o["token_ids"]) <= 5 for o in result["outputs"])
     cli.main(["generate", str(model), "--chat", "say number 3", "--max-tokens", "3"])
     cli.main(["generate", str(model), "--infill", "say", "3", "--max-tokens", "3"])
+
+
+def test_generate_with_guesses(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By each method: what is generated is the same."""
+    model = trained / "run" / "model"
+    config = load_model(model).config
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    save_heads(DraftHeads(3, config.hidden_size), heads, vocab_size=config.vocab_size)
+    command = ["generate", model, "--prompt", "say number say number", "--temperature", "1", "--seed", "3"]
+    plain = result_of(capsys, *command, "--max-tokens", "40")["outputs"][0]
+    methods: tuple[dict[str, Any], ...] = (
+        {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 3},
+        {"method": "suffix", "corpus": ["number 3!"], "min_match": 1},
+        {"method": "draft_model", "model": str(model)},
+        {"method": "heads", "model": str(heads)},
+    )
+    for options in methods:
+        given = json.dumps(options | {"adaptive": False})
+        found = result_of(capsys, *command, "--max-tokens", "40", "--speculative-config", given)["outputs"][0]
+        assert (found["text"], found["token_ids"]) == (plain["text"], plain["token_ids"]), options
+        assert found["drafted_tokens"] > 0, options
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("ngram", """expected a JSON object such as '{"method": "ngram"}', got 'ngram'"""),
+        ('["ngram"]', "expected a JSON object"),
+        ("{}", "method: expected one of ngram, suffix, draft_model, heads, got None"),
+        ('{"method": "eagle"}', "method: expected one of ngram, .*, got 'eagle'"),
+        ('{"method": "ngram", "model": "x"}', "model: unknown to ngram; it has num_speculative_tokens, "),
+        ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens: expected an integer >= 1, got 0"),
+        ('{"method": "draft_model"}', "model: expected a folder, got None"),
+        ('{"method": "draft_model", "model": "nowhere"}', "nowhere"),
+        ('{"method": "heads", "model": "nowhere"}', "nowhere"),
+    ],
+)
+def test_wrong_guesses_are_told(config: str, says: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, *options in (["generate", "--prompt", "say"], ["serve", "--port", "0"]):
+        message = refusal(capsys, verb, trained / "run" / "model", *options, "--speculative-config", config)
+        assert re.search(says, message), message
+
+
+def test_eval_with_guesses(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "run" / "model"
+    tasks = write(tmp_path / "tasks.jsonl", [{"task_id": c, "prompt": "say number", "check": ""} for c in "abc"])
+    command = ["eval", model, "--tasks", tasks, "--n", "2", "--max-tokens", "20", "--temperature", "1"]
+    plain, guessed = (tmp_path / name for name in ("plain", "guessed"))
+    guesses = ["--speculative-config", '{"method": "ngram", "prompt_lookup_min": 1, "adaptive": false}']
+    result_of(capsys, *command, "--output", plain)
+    result_of(capsys, *command, "--output", guessed, *guesses)
+    for name in ("samples.jsonl", "completions.jsonl", "plan.json"):
+        assert (plain / name).read_bytes() == (guessed / name).read_bytes()
+    rejecting = [
+        "--speculative-config",
+        json.dumps({"method": "draft_model", "model": str(model), "acceptance": "rejection"}),
+    ]
+    assert "acceptance: expected 'noise'" in refusal(capsys, *command, *rejecting)
+    rows = [tmp_path / name for name in ("plain.jsonl", "guessed.jsonl")]
+    for path, more in zip(rows, ([], guesses), strict=True):
+        result_of(capsys, "sample", model, tasks, "--output", path, "--n", "2", "--max-tokens", "20", *more)
+    assert rows[0].read_bytes() == rows[1].read_bytes()
 
 
 def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

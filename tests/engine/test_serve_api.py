@@ -136,6 +136,27 @@ def test_adapters_are_called_by_their_names(folder: Path) -> None:
         assert "expected 'tiny' or 'tuned'" in server.refused(404, model="other", prompt="a")["message"]
 
 
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_guesses_change_no_answer(method: str, server: Running, folder: Path) -> None:
+    sampled = method == "draft_model"  # what is drawn from a random model's distribution repeats nothing
+    config = {"method": method, "adaptive": False, **({"model": str(folder)} if sampled else {})}
+    body: dict[str, Any] = {"prompt": TEXTS, "n": 2, "seed": 7, "temperature": float(sampled), "logprobs": 1}
+    body |= {"max_tokens": 40, "ignore_eos": True}
+    expected = server.complete(**body)["choices"]
+    with serving(folder, speculative_config=config) as guessing:
+        assert guessing.complete(**body)["choices"] == expected
+        texts, tokens = [""] * len(expected), [0] * len(expected)
+        response = guessing.post("/v1/completions", **body, stream=True)
+        for event in response.text.split("\n\n")[:-2]:
+            (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+            texts[choice["index"]] += choice["text"]
+            tokens[choice["index"]] += len(choice["logprobs"]["tokens"])
+        assert texts == [c["text"] for c in expected]
+        assert tokens == [40] * len(expected)
+        drafted, accepted = (guessing.metric(f"spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
+        assert drafted >= accepted > 0
+
+
 def test_an_answer_can_be_held_to_a_schema(server: Running) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}

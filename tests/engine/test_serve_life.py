@@ -118,7 +118,10 @@ def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     return process, found[1]
 
 
-@pytest.mark.parametrize(("number", "options"), [(signal.SIGTERM, ["--json"]), (signal.SIGINT, [])])
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, ["--json"]), (signal.SIGINT, ["--speculative-config", '{"method": "ngram"}'])],
+)
 def test_a_signal_lets_requests_finish(number: signal.Signals, options: list[str], folder: Path) -> None:
     process, url = start(folder, *options)
     try:

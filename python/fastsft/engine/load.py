@@ -40,7 +40,7 @@ def load_core(
     )  # fmt: skip
     tokenizer = tokenizer or Tokenizer.from_folder(model)  # type: ignore[arg-type]  # a model came with its tokenizer
     drafter = prefill = None
-    if options.speculative_config:
+    if options.speculative_config is not None:
         drafter = speculation_from(options.speculative_config, tokenizer, runner.model)
     if isinstance(runner, PackedRunner) and options.prefill_threads:
         prefill = PrefillWorker(runner, options.prefill_threads)

@@ -90,6 +90,7 @@ def draw(
     *,
     workers: int = 2,
     languages: Mapping[str, Language] | None = None,
+    speculative_config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Drawn]:
     """Draw ``options.n`` samples for each task and execute them in the sandbox.
@@ -103,19 +104,22 @@ def draw(
         folder: ``plan.json`` says what was asked for, ``samples.jsonl`` has one line per task.
         workers: samples executed at once.
         languages: as for :func:`fastsft.verify.judge.judge`.
+        speculative_config: as for :class:`fastsft.LLM`. The samples are the same.
 
     Returns:
         One result per task, in order.
 
     Raises:
-        ConfigError: another process works in ``folder``. ValueError: two tasks with one id, an option out of range, or
-            ``folder`` has samples that were drawn with another model, other tasks or other options. RuntimeError: the
-            sandbox cannot be set up.
+        ConfigError: another process works in ``folder``. ValueError: two tasks with one id, an option out of range,
+            drafts whose acceptance changes samples, or ``folder`` has samples that were drawn with another model, other
+            tasks or other options. RuntimeError: the sandbox cannot be set up.
     """
     ids = [task.task_id for task in tasks]
     if len(set(ids)) != len(ids):
         twice = next(i for n, i in enumerate(ids) if i in ids[:n])
         raise ValueError(f"tasks: expected different task_ids, got {twice!r} twice")
+    if speculative_config and speculative_config.get("acceptance") == "rejection":
+        raise ValueError("speculative_config: acceptance: expected 'noise', which changes no sample, got 'rejection'")
     size = max(1, _GROUP // _params(options, "").n)
     place = Path(folder)
     with hold(place):
@@ -125,7 +129,8 @@ def draw(
         drawn = [_drawn(row) for row in read_whole(place / _SAMPLES, ids, size)]
         if len(drawn) < len(tasks):
             judged = {"workers": workers, "languages": languages}
-            llm = LLM(model, dtype=getattr(torch, options.dtype), device=options.device)
+            llm = LLM(model, dtype=getattr(torch, options.dtype), device=options.device,
+                      speculative_config=speculative_config)  # fmt: skip
             with open(place / _SAMPLES, "ab") as stream:
                 for begin in range(len(drawn), len(tasks), size):
                     if progress:

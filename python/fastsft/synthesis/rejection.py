@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def sample_tasks(
     drawing: DrawOptions,
     selection: SelectOptions,
     workers: int = 2,
+    speculative_config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Draw samples, execute them, and write those that passed and were chosen as training rows.
@@ -32,6 +33,7 @@ def sample_tasks(
 
     Args:
         output: a file of JSON lines; it is written whole or not at all, and replaced if it exists.
+        workers, speculative_config: as for :func:`fastsft.synthesis.draw.draw`.
 
     Returns:
         The report, see :func:`fastsft.synthesis.select.select`.
@@ -44,7 +46,9 @@ def sample_tasks(
         raise ValueError(f"output: expected the name of a file, got the folder {target}")
     select([], [], selection, completion=drawing.completion)  # its options, before hours of drawing
     folder = target.with_name(f"{target.name}.samples")
-    drawn = draw(model, tasks, folder, drawing, workers=workers, progress=progress)
+    drawn = draw(
+        model, tasks, folder, drawing, workers=workers, speculative_config=speculative_config, progress=progress
+    )
     rows, report = select(tasks, drawn, selection, completion=drawing.completion)
     stage = target.with_name(f".{target.name}.tmp")
     with open(stage, "wb") as stream:

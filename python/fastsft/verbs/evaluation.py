@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastsft.verbs.console import UsageError, print_json
+from fastsft.verbs.speculating import read_speculation
 
 if TYPE_CHECKING:
     from fastsft.data.prepare import Progress
@@ -38,6 +39,7 @@ def evaluate(
     workers: int | None = None,
     fields: dict[str, str] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    speculative_config: str | None = None,
     device: str = "cpu",
     weights: tuple[Literal["float32", "bfloat16", "int8", "w8a8", "int4"], ...] = (),
     json: bool = False,
@@ -63,6 +65,8 @@ def evaluate(
         workers: samples executed at once; one per core by default.
         fields: names used in the files, as in data.fields of a run.
         dtype: of weights and cache.
+        speculative_config: guess tokens of the samples and check several in a step: JSON such as
+            '{"method": "ngram"}' (docs/engine.md). No sample changes.
         device: where samples are drawn: cpu, or cuda for a GPU.
         weights: the loss with weights packed in these formats too, as the engine computes it.
         json: machine-readable output.
@@ -83,6 +87,7 @@ def evaluate(
         raise UsageError("eval: --samples: expected no model, the samples are drawn already")
     if weights and not data:
         raise UsageError("eval: --weights: expected --data with it")
+    speculation = read_speculation("eval", speculative_config)
     most = None if samples is not None else n
     if tasks is not None and not (k and min(k) >= 1 and (most is None or max(k) <= most)):
         expected = "numbers from 1" if most is None else f"numbers from 1 to --n, {n}"
@@ -98,7 +103,7 @@ def evaluate(
 
             options = DrawOptions(n, temperature, top_p, max_tokens, seed, completion, stop, dtype, seconds, device)
             workers = workers or os.cpu_count() or 1
-            scoring = Scoring(model, tasks, samples, output, languages, k, workers, options)
+            scoring = Scoring(model, tasks, samples, output, languages, k, workers, options, speculation)
             results["tasks"] = pass_at(scoring, tell)
     if json:
         print_json(results)

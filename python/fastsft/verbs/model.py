@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastsft.verbs.console import UsageError, print_json
 from fastsft.verbs.planning import show_plan
+from fastsft.verbs.speculating import read_speculation
 
 if TYPE_CHECKING:
     from fastsft.config import Config
@@ -60,6 +61,7 @@ def generate(
     n: int = 1,
     stop: tuple[str, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "float32",
+    speculative_config: str | None = None,
     device: str = "cpu",
     json: bool = False,
 ) -> None:
@@ -78,6 +80,8 @@ def generate(
         n: continuations.
         stop: strings that end the text.
         dtype: of weights and cache.
+        speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'
+            (docs/engine.md).
         device: cpu, or cuda for a GPU.
         json: machine-readable output.
     """
@@ -90,7 +94,8 @@ def generate(
     params = fastsft.SamplingParams(
         n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, max_tokens=max_tokens
     )
-    llm = fastsft.LLM(model, dtype=getattr(torch, dtype), device=device)
+    speculation = read_speculation("generate", speculative_config)
+    llm = fastsft.LLM(model, dtype=getattr(torch, dtype), device=device, speculative_config=speculation)
     if infill is not None:
         result = llm.infill(*infill, params)
     elif chat is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsft.verbs.console import UsageError, print_json
+from fastsft.verbs.speculating import read_speculation
 
 
 def sample(
@@ -28,6 +29,7 @@ def sample(
     seconds: float = 5.0,
     workers: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    speculative_config: str | None = None,
     device: str = "cpu",
     json: bool = False,
 ) -> None:
@@ -53,6 +55,8 @@ def sample(
         seconds: time that one run of a sample may take.
         workers: samples executed at once.
         dtype: of weights and cache.
+        speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'
+            (docs/engine.md). No sample changes.
         device: cpu, or cuda for a GPU.
         json: machine-readable report.
     """
@@ -62,6 +66,7 @@ def sample(
     from fastsft.synthesis.select import SelectOptions
     from fastsft.verify.tasks import read_tasks
 
+    speculation = read_speculation("sample", speculative_config)
     given = read_tasks(tasks)
     if not given:
         raise UsageError(f"sample: {tasks}: no task")
@@ -69,7 +74,8 @@ def sample(
     selection = SelectOptions(per_task, choose, near, near_all, seed)
     with bars() as tell:
         report = sample_tasks(
-            model, given, output, drawing=drawing, selection=selection, workers=workers, progress=tell
+            model, given, output, drawing=drawing, selection=selection, workers=workers,
+            speculative_config=speculation, progress=tell,
         )  # fmt: skip
     if json:
         print_json({**report, "output": str(output)})

@@ -34,6 +34,7 @@ class Scoring:
     k: tuple[int, ...]
     workers: int
     options: DrawOptions
+    speculation: dict[str, Any] | None
 
 
 def pass_at(scoring: Scoring, tell: Progress) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def pass_at(scoring: Scoring, tell: Progress) -> dict[str, Any]:
                              progress=lambda done, total: tell("executed", done, total))  # fmt: skip
         elif scoring.model is not None:
             drawn = draw(scoring.model, tasks, folder, options, workers=scoring.workers, languages=languages,
-                         progress=tell)  # fmt: skip
+                         speculative_config=scoring.speculation, progress=tell)  # fmt: skip
             if problem := next((d for d in drawn if d.problem), None):
                 raise UsageError(f"eval: task {problem.task_id}: {problem.problem}")
             outcomes = [Outcome(d.task_id, s.failure, s.said, 0.0) for d in drawn for s in d.samples]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastsft.verbs.console import UsageError, print_json_line
+from fastsft.verbs.speculating import read_speculation
 
 _KEY = "FASTSFT_API_KEY"
 
@@ -22,7 +23,7 @@ def serve(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
     quantization: Literal["int8", "w8a8", "int4"] | None = None,
-    speculative: Literal["ngram", "suffix"] | None = None,
+    speculative_config: str | None = None,
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
     kv_cache_mib: int = 256,
     max_num_seqs: int = 64,
@@ -50,7 +51,8 @@ def serve(
         dtype: of weights and cache.
         device: cpu, or cuda for a GPU.
         quantization: of the weights, packed when they are loaded.
-        speculative: guess tokens from the text so far; no answer changes.
+        speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'; docs/engine.md
+            has the methods (ngram, suffix, draft_model, heads) and their options.
         kv_cache_dtype: auto is the one of the weights.
         kv_cache_mib: memory of the cache.
         max_num_seqs: continuations running at once.
@@ -79,6 +81,7 @@ def serve(
         name or model.resolve().name, host=host, port=port, api_keys=keys, max_body_bytes=max_body_mib << 20,
         requests_per_minute=requests_per_minute, request_seconds=request_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
+    speculation = read_speculation("serve", speculative_config)
     folders = {}
     for given in adapters:
         adapter, _, path = given.partition("=")
@@ -89,7 +92,7 @@ def serve(
         device=device, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
         kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
-        speculative_config={"method": speculative} if speculative else None, adapters=folders,
+        speculative_config=speculation, adapters=folders,
         prefill_threads=prefill_threads,
     )  # fmt: skip
     core = load_core(model, options=options)

@@ -22,7 +22,7 @@ def test_allocator_against_a_model(num_blocks: int, data: st.DataObject) -> None
     evictions = 0
     for _ in range(data.draw(st.integers(0, 40))):
         held = Counter(b for h in holders for b in h)
-        action = data.draw(st.sampled_from(["allocate", "share", "release", "publish", "find", "forget"]))
+        action = data.draw(st.sampled_from(["allocate", "share", "release", "publish", "find", "clear"]))
         if action == "allocate":
             count = data.draw(st.integers(0, num_blocks + 1))
             if count > num_blocks - len(held):
@@ -48,9 +48,9 @@ def test_allocator_against_a_model(num_blocks: int, data: st.DataObject) -> None
                 allocator.share(found)
                 holders.append(found)
                 idle = [b for b in idle if b not in found]
-        elif action == "forget":
-            allocator.forget()
-            names, idle = {}, []
+        elif action == "clear":
+            allocator.clear()
+            holders, names, idle = [], {}, []
         elif holders:
             chosen = data.draw(st.sampled_from(range(len(holders))))
             if action == "share":

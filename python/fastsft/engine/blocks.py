@@ -95,9 +95,10 @@ class BlockAllocator:
             found.append(block)
         return found
 
-    def forget(self) -> None:
-        """Make all contents unfindable."""
-        self._free += reversed(self._cached)
+    def clear(self) -> None:
+        """Take all blocks from whoever holds them, and make all contents unfindable."""
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._references = [0] * self.num_blocks
         self._cached.clear()
         self._blocks.clear()
         self._keys.clear()

@@ -67,14 +67,14 @@ class EngineCore:
         self._weights = LiveWeights(runner, self._scheduler, self._handover)
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
-        self._put_back: list[Update] = []
+        self._updates: list[Update] = []  # that no step has returned
         self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
         self._arrivals = itertools.count()
 
     @property
     def busy(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._put_back) or self._scheduler.busy
+        return bool(self._updates) or self._scheduler.busy
 
     @property
     def max_model_len(self) -> int:
@@ -159,7 +159,7 @@ class EngineCore:
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""
-        self._put_back = [u for u in self._put_back if u.request_id != request_id]
+        self._updates = [u for u in self._updates if u.request_id != request_id]
         group = self._live.pop(request_id, None)
         for sequence in group or ():
             self._leave(sequence)
@@ -167,7 +167,7 @@ class EngineCore:
 
     def put_back(self, updates: list[Update]) -> None:
         """Let the next :meth:`step` return these, which came to who did not ask for them."""
-        self._put_back += updates
+        self._updates += updates
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -175,25 +175,23 @@ class EngineCore:
 
         With a prefill worker, a step that has nothing else to do waits for it.
 
-        An error of the model leaves the core in order: the next call computes again what was running.
+        After an error, an interruption too, nothing of the step has happened: the next call computes again what was
+        running, and draws the same.
 
         Raises:
             RuntimeError: with a prefill worker, in a fork of the process that made the engine: they share the cache.
         """
-        if self._put_back:
-            updates, self._put_back = self._put_back, []
-            return updates
-        if not self.busy:
-            return []
-        self._handover.check_process()
-        try:
-            complete = self._compute()
-        except BaseException:
-            self._handover.give_up()
-            self._scheduler.give_up()  # blocks may be published that were not computed
-            raise
-        self._steps += 1
-        return [self._advanced(sequence) for sequence in complete]
+        if self.busy and not self._updates:
+            self._handover.check_process()
+            try:
+                for sequence in self._compute():
+                    self._tell(sequence)
+            except BaseException:
+                self._take_back()
+                raise
+            self._steps += 1
+        updates, self._updates = self._updates, []
+        return updates
 
     def _compute(self) -> list[Sequence]:
         """The sequences that have new tokens."""
@@ -279,8 +277,10 @@ class EngineCore:
             sequence.hidden_D = hidden_RD[begin + right]
             begin += 1 + len(sequence.draft)
 
-    def _advanced(self, sequence: Sequence) -> Update:
+    def _tell(self, sequence: Sequence) -> None:
         update = sequence.update(self._weights.version)
+        self._updates.append(update)
+        sequence.told(update)
         self._generated += len(update.token_ids)
         if update.finish_reason is not None:
             self._leave(sequence)
@@ -288,7 +288,26 @@ class EngineCore:
             group.remove(sequence)
             if not group:
                 del self._live[sequence.request_id]
-        return update
+
+    def _take_back(self) -> None:
+        """Undo a step that failed, at whatever point, as far as no update tells of it.
+
+        Blocks may be published that were not computed, drafters and guides know drafts that are no longer there.
+        """
+        self._handover.give_up()
+        told = {(update.request_id, update.index): update for update in self._updates}
+        for name, group in list(self._live.items()):
+            for sequence in group:
+                if update := told.get((name, sequence.index)):
+                    sequence.told(update)
+                if self._drafter:
+                    self._drafter.forget(sequence)
+                if sequence.processors:
+                    sequence.processors = self._processors.make(sequence.params, sequence.tokens[: sequence.prompt_len])
+            self._live[name] = [sequence for sequence in group if sequence.take_back()]
+            if not self._live[name]:
+                del self._live[name]
+        self._scheduler.give_up(sequence for group in self._live.values() for sequence in group)
 
     def _leave(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

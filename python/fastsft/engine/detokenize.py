@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastsft.models.tokenizer import Tokenizer
 
 
@@ -19,6 +21,12 @@ class Detokenizer:
         new = self._decode(len(self._ids))
         if not new.endswith("\ufffd"):
             self._accept(new)
+
+    def restart(self, tokens: Iterable[int]) -> None:
+        """As if these alone had been pushed."""
+        self._ids, self._start, self._read, self.text = [], 0, 0, ""
+        for token in tokens:
+            self.push(token)
 
     def flush(self) -> None:
         """Accept an incomplete character as it stands."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -255,9 +255,6 @@ class Scheduler:
         for w in self.apart or ():
             w.sequence.computed += w.count
             self._publish(w.sequence, w.sequence.computed)
-        self._end_apart()
-
-    def _end_apart(self) -> None:
         self.apart = None
         self.allocator.release(self._left_behind)
         self._left_behind = []
@@ -281,30 +278,33 @@ class Scheduler:
         self.add(sequence)
         self.preemptions += 1
 
-    def give_up(self) -> None:
+    def give_up(self, everyone: Iterable[Sequence] | None = None) -> None:
         """A step that was scheduled did not run: compute everything again, and find nothing that it was to fill.
 
         Nor does anything run apart any more.
+
+        Args:
+            everyone: what there is to compute, where an error came between two changes to what is known here.
         """
-        self._end_apart()
-        self._restart_all()
-        self.allocator.forget()
+        self.apart, self._left_behind = None, []
+        self.waiting = sorted([*self.waiting, *self.running] if everyone is None else everyone, key=_order)
+        self.running = []
+        for sequence in self.waiting:
+            sequence.leave()
+        self.allocator.clear()
 
     def renew(self, version: int) -> None:
         """The weights are new: compute everything again.
 
         What the old ones left can no longer be found, and is evicted first: all of it was let go before anything new.
         """
-        self._restart_all()
+        for sequence in list(self.running):
+            self.remove(sequence)
+            self.add(sequence)
         for sequence in self.waiting:
             if not sequence.generated:
                 sequence.prompt_logprobs = [None]  # all of them from the same weights
         self._root = f"weights {version}".encode()
-
-    def _restart_all(self) -> None:
-        for sequence in list(self.running):
-            self.remove(sequence)
-            self.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and return its blocks."""
@@ -315,8 +315,7 @@ class Scheduler:
                 self._left_behind += sequence.blocks
             else:
                 self.allocator.release(sequence.blocks)
-            sequence.blocks, sequence.draft = [], []
-            sequence.computed = 0
+            sequence.leave()
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 

@@ -23,6 +23,15 @@ class Adapter:
     weights: Any  # what the runner made of it
 
 
+@dataclass(frozen=True)
+class _Told:
+    """The last update, and how many tokens and characters all of them brought."""
+
+    update: Update | None = None
+    tokens: int = 0
+    characters: int = 0
+
+
 @dataclass(eq=False)
 class Sequence:
     """One continuation in progress.
@@ -62,7 +71,7 @@ class Sequence:
     cumulative_logprob: float = 0.0  # of the generated tokens, under the unmodified distribution
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    _told: tuple[int, int] = (0, 0)  # generated tokens and characters of text that updates brought
+    _told: _Told = _Told()
 
     @property
     def generated(self) -> int:
@@ -116,14 +125,13 @@ class Sequence:
         return stop
 
     def update(self, weight_version: int) -> Update:
-        """What came since the last call."""
-        tokens, characters = self._told
-        self._told = self.generated, self._final_characters()
+        """What came since the one that was :meth:`told` last."""
+        tokens, characters = self._told.tokens, self._told.characters
         return Update(
             self.request_id,
             self.index,
             tuple(self.tokens[self.prompt_len + tokens :]),
-            self.detokenizer.text[characters : self._told[1]],
+            self.detokenizer.text[characters : self._final_characters()],
             None if self.params.logprobs is None else tuple(self.logprobs[tokens:]),
             self.finish_reason,
             self.stop_reason,
@@ -133,6 +141,29 @@ class Sequence:
             self.accepted,
             None if tokens or self.index or self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
+
+    def told(self, update: Update) -> None:
+        """This one is on its way: the next begins after it."""
+        told = self._told
+        if told.update is not update:
+            self._told = _Told(update, told.tokens + len(update.token_ids), told.characters + len(update.text))
+
+    def take_back(self) -> bool:
+        """Undo what no update brought: the draws come again, and the same. False: the updates have brought the end."""
+        told, update = self._told, self._told.update
+        self.siblings = []  # each computes the prompt, or finds it
+        if update is not None and update.finish_reason is not None:
+            return False
+        del self.tokens[self.prompt_len + told.tokens :], self.logprobs[told.tokens :]
+        self.detokenizer.restart(self.tokens[self.prompt_len :])
+        self.drafted, self.accepted = (update.drafted_tokens, update.accepted_tokens) if update else (0, 0)
+        self.cumulative_logprob = update.cumulative_logprob if update else 0.0
+        self.finish_reason = self.stop_reason = None
+        return True
+
+    def leave(self) -> None:
+        """Hold no block any more: what was computed has to be found or computed again."""
+        self.blocks, self.draft, self.computed = [], [], 0
 
     def _final_characters(self) -> int:
         """How much of the text no stop string can take back: all but the longest end that one begins with."""

@@ -10,7 +10,7 @@ PYTHON_ENV ?= .venv
 ARCHS ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-python test-cpp ptxas lint format build bench gpu-check wheel stubs clean
+.PHONY: demo test test-python test-cpp ptxas lint format build bench docs gpu-check wheel stubs clean
 
 demo: build
 	$(BIN)/fastsft demo $(DEMO_ARGS)
@@ -54,6 +54,12 @@ stubs: build
 
 bench: build
 	$(BIN)/pytest bench --benchmark-only $(BENCH_ARGS)
+
+# The site of docs/, in build/docs: the parts that are made from the code anew, then every broken link an error.
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs]"
+	$(BIN)/python docs/write_ops_reference.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 # For the GPU present: build, the GPU tests, the benches; GPU_ARGS="--quick" or "--only attention" cuts the last short.
 # PYTHON_ENV=system: with the packages that PYTHON has; nothing is downloaded, no virtual environment is made.

@@ -1,0 +1,91 @@
+"""The blocks of README and docs: Python runs, TOML and JSON are what they are said to be."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from docs_pages import DOCS, PAGE, PAGES, blocks
+
+from fastsft import cli
+from fastsft.config import load_config
+from fastsft.synthesis.plan import load_plan
+from fastsft.verify.languages import read_languages
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@PAGE
+def test_toml_blocks_load(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "toml"):
+        if block.options == "languages":
+            (tmp_path / "languages.toml").write_text(block.content)
+            read_languages(tmp_path / "languages.toml")
+        elif block.options == "plan":
+            load_plan(tomllib.loads(block.content))
+        else:
+            load_config(tomllib.loads(block.content))
+
+
+@PAGE
+def test_json_blocks_parse(page: Path) -> None:
+    for block in blocks(page, "json"):
+        for row in block.content.splitlines() if block.options.endswith(".jsonl") else [block.content]:
+            json.loads(row)
+
+
+def _names(page: str) -> dict[str, Any]:
+    """What the blocks of a page take for granted."""
+    if page not in ("README.md", "ops.md"):
+        return {}
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 50, bias=False)
+    ids = torch.randint(50, (7,))
+    return {
+        "q": torch.randn(7, 4, 32), "k": torch.randn(7, 2, 32), "v": torch.randn(7, 2, 32), "lm_head": head, "ids": ids,
+        "cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32), "targets": ids.roll(-1), "hidden": torch.randn(7, 32),
+        "token_weights": torch.ones(7), "total_weight": 7.0, "backbone": torch.nn.Embedding(50, 32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "quickstart.md"], ids=lambda p: p.name)
+def test_blocks_run(page: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's Python in order and in one namespace, beside a tiny model; training itself is replaced."""
+    import fastsft
+
+    monkeypatch.chdir(model_folder)
+    monkeypatch.setattr(type(fastsft.train), "__call__", lambda self, config: None)
+    names = _names(page.name)
+    for block in blocks(page, "python"):
+        if block.runs:
+            exec(compile(block.content, block.place, "exec"), names)
+        else:
+            compile(block.content, block.place, "exec")
+
+
+def test_the_quickstart_runs_from_its_first_line_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a reader would: files are written, Python runs, and commands marked ``run`` are given to the command line."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks(DOCS / "quickstart.md"):
+        if block.language in ("toml", "json") and block.options:
+            Path(block.options).write_text(block.content)
+        elif block.language == "python":
+            exec(compile(block.content, block.place, "exec"), names)
+        elif block.language == "sh" and block.options == "run":
+            for line in block.content.splitlines():
+                cli.main(shlex.split(line, comments=True)[1:])
+    said = capsys.readouterr().out
+    assert "«True<|endoftext|>»" in said
+    assert "\nTrue\n" in said
+    assert said.endswith("\nFalse\nTrue\n")

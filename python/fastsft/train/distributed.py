@@ -76,6 +76,12 @@ class World:
             for tensor, part in zip(small, torch.split(whole, [t.numel() for t in small]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def sum_rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's stretch of rows of a sum over the processes, of tensors with a multiple of ``size`` rows."""
+        mine = torch.empty_like(whole[: len(whole) // self.size])
+        dist.reduce_scatter_tensor(mine, whole)
+        return mine
+
 
 @contextmanager
 def joined() -> Iterator[World]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.ops.loss import LossAux
 from fastsft.ops.objectives import OBJECTIVES, numbers, scope
 from fastsft.train.reference import Reference
+from fastsft.train.trained import WideGradients
 
 
 def check_objective(options: ObjectiveOptions) -> None:
@@ -87,7 +88,7 @@ class Objective:
         *,
         divisor: float,
         noise: torch.Tensor | None = None,
-        accumulate_into: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        accumulate_into: WideGradients | None = None,
         see: Callable[[torch.Tensor, VarlenBatch], None] | None = None,
     ) -> tuple[torch.Tensor, LossAux]:
         """The batch's part of a step's loss, float32 and differentiable, and the figures of its tokens.
@@ -95,14 +96,14 @@ class Objective:
         Args:
             divisor: the step's; see :meth:`divisor`.
             noise: [T, D] or None, added to the embeddings.
-            accumulate_into: float32 buffers of embedding and head, which take their gradients: the head's in this call,
-                the embedding's in the backward pass. The parameters get none from autograd.
+            accumulate_into: takes the gradients of embedding and head: the head's in this call, the embedding's in the
+                backward pass. The parameters get none from autograd.
             see: called with the hidden states [T, D] after the final norm, and the batch.
         """
         o = self.options
         attend = VarlenAttend(batch.cu_seqlens)
-        into = accumulate_into or {}
-        hidden_TD = model(batch.ids, batch.position_ids, attend, noise, into.get(model.embed_tokens.weight))
+        into = accumulate_into or WideGradients()
+        hidden_TD = model(batch.ids, batch.position_ids, attend, noise, into.embedding)
         if see is not None:
             see(hidden_TD, batch)
         result = ops.linear_cross_entropy(
@@ -117,7 +118,7 @@ class Objective:
             label_smoothing=o.label_smoothing,
             z_loss=o.z_loss,
             return_aux=True,
-            accumulate_into=into.get(model.lm_head_weight),
+            accumulate_into=into.head,
             max_kept=int((batch.targets >= 0).sum()),
             **(self.reference.inputs(batch) if self.reference else {}),
         )

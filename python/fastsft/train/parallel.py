@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 import torch
@@ -15,6 +16,7 @@ from fastsft.data.batch import VarlenBatch
 from fastsft.models.decoder import Decoder
 from fastsft.train.distributed import World
 from fastsft.train.optim import MasterOptimizer
+from fastsft.train.trained import WideGradients
 
 _OPTIMIZER = "optimizer.safetensors"
 STATE = "state"  # of a checkpoint in parts, the folder that torch.distributed.checkpoint writes
@@ -73,11 +75,12 @@ class Copies:
         found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True, materialize_grads=True)
         return list(found)
 
-    def wide_gradients(self, optimizer: MasterOptimizer) -> dict[torch.Tensor, torch.Tensor]:
+    def wide_gradients(self, optimizer: MasterOptimizer) -> WideGradients:
         """Where a step's micro-batches add the gradients of embedding and head, which can be most of the model: float32
         buffers that live from step to step, with no further [V, D] beside them."""
-        wide = {self.model.embed_tokens.weight, self.model.lm_head_weight}  # once, where the two are tied
-        return {one.parameter: one.float_gradient() for one in optimizer.trained if one.parameter in wide}
+        embedding, head = self.model.embed_tokens.weight, self.model.lm_head_weight  # one, where the two are tied
+        found = {one.parameter: one.float_gradient() for one in optimizer.trained if one.parameter in {embedding, head}}
+        return WideGradients(*(found.get(cast(nn.Parameter, weight)) for weight in (embedding, head)))
 
     def sum_gradients(self, optimizer: MasterOptimizer) -> None:
         """Over all processes, after a step's last micro-batch."""

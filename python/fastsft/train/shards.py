@@ -28,6 +28,9 @@ from fastsft.train.checkpoint import sha256
 from fastsft.train.distributed import World
 from fastsft.train.optim import MasterOptimizer
 from fastsft.train.parallel import STATE, Copies, is_sharded
+from fastsft.train.trained import WideGradients
+
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 class Shards(Copies):
@@ -50,7 +53,8 @@ class Shards(Copies):
         blank: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
         self._whole = copy.deepcopy(model, blank)
         mesh = init_device_mesh("cpu", (world.size,))
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        # Inputs have the right type as they are, and a copy of a buffer would take what is added to it.
+        policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         # The loss multiplies with the head after the model's own forward pass: what is not in a layer stays gathered.
@@ -66,6 +70,7 @@ class Shards(Copies):
         # Taken now: a gathered parameter stands under the same name, as a plain tensor.
         self._every = cast("dict[str, DTensor]", dict(model.named_parameters()))
         self._trained = {name: p for name, p in self._every.items() if p.requires_grad}
+        self._wide: dict[str, torch.Tensor] = {}
         self._parts = _Parts({name: nn.Parameter(p.to_local().detach()) for name, p in self._trained.items()})
 
     @property
@@ -97,15 +102,25 @@ class Shards(Copies):
             parameter.grad = None
         return found
 
-    def wide_gradients(self, optimizer: MasterOptimizer) -> dict[torch.Tensor, torch.Tensor]:
-        return {}  # FSDP sums over the processes what autograd hands it
+    def wide_gradients(self, optimizer: MasterOptimizer) -> WideGradients:
+        for name in self._trained.keys() & {_EMBEDDING, _HEAD}:
+            vocab, width = self._trained[name].shape
+            if name not in self._wide:  # rows for equal stretches; what is beyond V stays zero
+                rows = -(-vocab // self.world.size) * self.world.size
+                self._wide[name] = torch.empty(rows, width)
+            self._wide[name].zero_()
+        views = {name: buffer[: self._trained[name].shape[0]] for name, buffer in self._wide.items()}
+        return WideGradients(views.get(_EMBEDDING), views.get(_EMBEDDING if self._whole.lm_head is None else _HEAD))
 
     def sum_gradients(self, optimizer: MasterOptimizer) -> None:
-        """FSDP has summed them; they are handed to the optimizer's parts."""
+        """FSDP has summed those that autograd handed it, at each micro-batch; all go to the optimizer's parts."""
         for name, parameter in self._trained.items():
             part = self._parts.named[name]
             part.data = parameter.to_local().detach()  # its first forward pass may have moved them
-            part.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
+            if name in self._wide:
+                part.grad = self.world.sum_rows(self._wide[name])[: len(part)]
+            else:
+                part.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
             parameter.grad = None
 
     def grad_norm(self, optimizer: MasterOptimizer) -> torch.Tensor:

@@ -134,6 +134,15 @@ class Batches:
                 yield pieces, found
 
 
+@dataclass(frozen=True)
+class WideGradients:
+    """float32 [V, D] to which the gradients of embedding and head are added, the same tensor where the two are tied.
+    None: autograd keeps that gradient, or there is none."""
+
+    embedding: torch.Tensor | None = None
+    head: torch.Tensor | None = None
+
+
 class WholeGradients:
     """Gradients for the ``torch.optim`` classes, which want those of all parameters, in float32, at once."""
 

@@ -116,7 +116,7 @@ class Update:
         noise = torch.rand(batch.num_tokens, size, generator=generator).mul_(2).sub_(1)
         lengths = batch.cu_seqlens.diff().long()
         bound = alpha / torch.sqrt(torch.repeat_interleave(lengths, lengths).float() * size)
-        return noise.mul_(bound[:, None]).to(self.model.embed_tokens.weight.dtype)
+        return noise.mul_(bound[:, None]).to(self._parallel.dtype)
 
     def _stop_at(self, fault: str | None) -> None:
         if fault is not None:

@@ -2,8 +2,10 @@
 and evaluations on the way. The gate: its memory grows by less than 1 MiB in 100 steps, the slowest step in a hundred
 takes at most 1.2 times the median, and the number of open files stays the same. All batches are of one size.
 
-A step's time is the CPU time of the process, which neighbours on the machine disturb least. The first quarter of the
-steps warms up. ``extra_info``: the growth, the ratio, and the slowest step of all by the median.
+A step's time is CPU time, and the least of three runs: they do the same work bit for bit, so that what differs between
+them is the machine (neighbours, clock speed), and what is slow in all three is the trainer. The first quarter of the
+steps warms up. ``extra_info``: the largest growth, the ratio, the slowest step by the median, the median of the three
+runs' own ratios.
 """
 
 from __future__ import annotations
@@ -77,31 +79,42 @@ def watch(process: subprocess.Popen[bytes], metrics: Path) -> tuple[np.ndarray, 
     return tuple(np.array(samples).T)
 
 
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.timeout(3600)
-def test_endurance(benchmark, tmp_path):
+def one_run(output: Path) -> tuple[np.ndarray, float, np.ndarray]:
+    """The seconds of each step after the warm-up, the memory's growth in MiB per 100 steps, and its open files."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTSFT_NUM_THREADS": "1"}
-    metrics = tmp_path / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment)
+    metrics = output / "metrics.jsonl"
+    process = subprocess.Popen([sys.executable, __file__, str(output)], env=environment)
     step, resident, files = watch(process, metrics)
     rows = steps_of(metrics)
     assert len(rows) == STEPS
-
     late = (step > STEPS // 4) & (step < STEPS)
     growth = np.polyfit(step[late], resident[late], 1)[0] * 100
-    seconds = np.array([row["seconds"] for row in rows[STEPS // 4 :]])
+    return np.array([row["seconds"] for row in rows[STEPS // 4 :]]), float(growth), files[late]
+
+
+def p99_to_p50(seconds: np.ndarray) -> float:
     half, most = np.quantile(seconds, [0.5, 0.99])
+    return float(most / half)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.timeout(3600)
+def test_endurance(benchmark, tmp_path):
+    runs = [one_run(tmp_path / str(number)) for number in range(3)]
+    seconds = np.min([run[0] for run in runs], axis=0)
     benchmark.group = f"{STEPS} training steps, {CAPACITY} tokens each, one thread"
     replayed = iter(seconds)
     benchmark.pedantic(lambda: CLOCK.advance(next(replayed)), rounds=len(seconds))
     benchmark.extra_info |= {
-        "MiB_per_100_steps": float(growth), "p99_to_p50": float(most / half),
-        "slowest_to_p50": float(seconds.max() / half),
-        "open_files": int(files[late].max()),
-    }  # fmt: skip
-    assert growth < 1
-    assert files[late].min() == files[late].max()
-    assert most <= 1.2 * half
+        "MiB_per_100_steps": max(growth for _, growth, _ in runs),
+        "p99_to_p50": p99_to_p50(seconds),
+        "p99_to_p50_of_one_run": float(np.median([p99_to_p50(run[0]) for run in runs])),
+        "slowest_to_p50": float(seconds.max() / np.median(seconds)),
+        "open_files": int(max(files.max() for _, _, files in runs)),
+    }
+    assert all(growth < 1 for _, growth, _ in runs)
+    assert all(files.min() == files.max() for _, _, files in runs)
+    assert p99_to_p50(seconds) <= 1.2
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ bench: build
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs]"
 	$(BIN)/python docs/write_ops_reference.py
+	$(BIN)/python docs/draw_architecture.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 # For the GPU present: build, the GPU tests, the benches; GPU_ARGS="--quick" or "--only attention" cuts the last short.

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= all
 PYTHON_ENV ?= .venv
 ARCHS ?=
 GPU_ARGS ?=
@@ -42,6 +42,7 @@ lint: build
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m pybind11_stubgen fastsft._C -o build/stubs --exit-code > /dev/null
 	diff -u python/fastsft/_C.pyi build/stubs/fastsft/_C.pyi
+	$(BIN)/python bench/record.py --check
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
@@ -53,7 +54,7 @@ stubs: build
 	cp build/stubs/fastsft/_C.pyi python/fastsft/_C.pyi
 
 bench: build
-	$(BIN)/pytest bench --benchmark-only $(BENCH_ARGS)
+	$(BIN)/fastsft bench $(BENCH_ARGS)
 
 # The site of docs/, in build/docs: the parts that are made from the code anew, then every broken link an error.
 docs: $(VENV)/ready

@@ -14,6 +14,6 @@ CONTESTANTS = {"fastsft": ops.swiglu, "eager": reference.swiglu}
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-def test_swiglu(benchmark, dtype, contestant):
+def test_swiglu(benchmark, limits, dtype, contestant):
     inputs = [torch.randn(4096, 2432).to(dtype), torch.randn(4096, 2432).to(dtype)]
-    layer_step(benchmark, f"swiglu fwd+bwd [4096, 2432] {dtype}", CONTESTANTS, contestant, inputs, passes=8)
+    layer_step(benchmark, limits, f"swiglu fwd+bwd [4096, 2432] {dtype}", CONTESTANTS, contestant, inputs, passes=8)

@@ -2,17 +2,14 @@
 
 Rivals: ``sdpa each`` (scaled_dot_product_attention one sequence at a time), ``sdpa padded`` (padded to the longest, the
 copies in and out included) and ``sdpa mask`` (one call with a dense block-diagonal mask). Every contestant passes a
-correctness gate before it is timed. ``extra_info`` holds the rate in GFLOP/s of visible work and the rate of a large
-torch matrix product in the same dtype as the machine's limit; for decoding, whose limit is memory, the rate at which
-the cache is read, and its share of the rates at which the same number of threads sums a large array (reading only, as
-decoding does, but front to back) and copies one (read and written bytes both count).
+correctness gate before it is timed. ``extra_info`` holds the rate in GFLOP/s of visible work and its share of a large
+product's; for decoding, whose limit is memory, the rate at which the cache is read, and its share of that of summing a
+large array (reading only, as decoding does, but front to back).
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 
 import pytest
 import torch
@@ -90,27 +87,16 @@ def gate(results, expected, low) -> None:
         assert (ours.double() - exact).norm() <= 2 * (other.double() - exact).norm() + slack
 
 
-@pytest.fixture(scope="session")
-def product_rate():
-    """GFLOP/s of a large torch matrix product, by dtype."""
+@pytest.fixture(scope="module", autouse=True)
+def equal_threads():
     torch.set_num_threads(_C.num_threads())
-    rates = {}
-    for name, dtype in DTYPES.items():
-        a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        seconds = []
-        for _ in range(8):
-            start = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - start)
-        rates[name] = 2 * 1024**3 / statistics.median(seconds) / 1e9
-    return rates
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("mix", MIXES_2K, ids=lambda mix: mix.name)
-def test_packed(benchmark, product_rate, mix, mode, dtype, contestant):
+def test_packed(benchmark, limits, mix, mode, dtype, contestant):
     benchmark.group = f"varlen_attention {QWEN_05B.name} {mix.name} {dtype} {mode}"
     q, k, v, upstream = inputs(mix, QWEN_05B, DTYPES[dtype])
     function = CONTESTANTS[contestant](mix)
@@ -126,7 +112,7 @@ def test_packed(benchmark, product_rate, mix, mode, dtype, contestant):
     flops = products * 2 * mix.causal_pairs * QWEN_05B.query * QWEN_05B.dim
     if benchmark.stats:  # absent with --benchmark-disable
         benchmark.extra_info["GFLOP/s"] = round(flops / benchmark.stats["median"] / 1e9, 1)
-        benchmark.extra_info["torch matmul GFLOP/s"] = round(product_rate[dtype], 1)
+    limits.share_flops(benchmark, flops, DTYPES[dtype])
 
 
 def gathered_sdpa(q, k_cache, v_cache, table, cu_seqlens, context_lens):
@@ -134,22 +120,6 @@ def gathered_sdpa(q, k_cache, v_cache, table, cu_seqlens, context_lens):
     length = int(context_lens[0])
     k, v = (cache[table.long()].flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
     return sdpa(q[:, None], k, v)[:, 0]
-
-
-@pytest.fixture(scope="session")
-def memory_rates():
-    """Bytes per second of a sum and, read and written, of a copy beyond every cache."""
-    torch.set_num_threads(_C.num_threads())
-    source = torch.ones(2**25)
-    target = torch.empty_like(source)
-    seconds: dict[str, list[float]] = {"read": [], "copy": []}
-    for _ in range(9):
-        for name, run in (("read", source.sum), ("copy", lambda: target.copy_(source))):
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    moved = {"read": source.nbytes, "copy": 2 * source.nbytes}
-    return {name: moved[name] / statistics.median(times) for name, times in seconds.items()}
 
 
 # A decoder's layers take turns, so that a call finds none of its keys and values in a processor's cache.
@@ -160,7 +130,7 @@ COLD_BYTES = 96 * 2**20
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [QWEN_05B, LLAMA_8B], ids=lambda heads: heads.name)
 @pytest.mark.parametrize(("sequences", "context"), [(1, 1024), (16, 512), (64, 512), (8, 4096), (1, 32768)])
-def test_decode(benchmark, memory_rates, sequences, context, heads, dtype, contestant):
+def test_decode(benchmark, limits, sequences, context, heads, dtype, contestant):
     benchmark.group = f"paged_attention {heads.name} decode {sequences}x{context} {dtype}"
     block_size, element = 16, DTYPES[dtype]
     read = 2 * sequences * context * heads.key * heads.dim * element.itemsize
@@ -184,10 +154,8 @@ def test_decode(benchmark, memory_rates, sequences, context, heads, dtype, conte
     turn = itertools.cycle(tables)
     benchmark(lambda: function(q, k_cache, v_cache, next(turn), *rest))
     if benchmark.stats:
-        rate = read / benchmark.stats["median"]
-        benchmark.extra_info["cache GB/s"] = round(rate / 1e9, 2)
-        for name, limit in memory_rates.items():
-            benchmark.extra_info[f"share of {name} bandwidth"] = round(rate / limit, 3)
+        benchmark.extra_info["cache GB/s"] = round(read / benchmark.stats["median"] / 1e9, 2)
+    limits.share_bytes(benchmark, read=read)
 
 
 def uniform_offsets(sequences: int) -> torch.Tensor:

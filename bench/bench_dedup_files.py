@@ -2,8 +2,8 @@
 
 Every contestant is a process of its own that reads JSON lines and writes those kept, at equal parameters (word 5-grams,
 128 hashes, threshold 0.7, one process, one thread); text-dedup and datatrove do not compare candidates exactly.
-``FASTSFT_RIVALS`` names the Python of an environment with text-dedup 0.4, datatrove 0.10, spacy and xxhash < 4, which
-do not go together with what we use. datatrove gets a tenth of the rows.
+``FASTSFT_BENCH_RIVALS`` names the Python of an environment with text-dedup 0.4, datatrove 0.10, spacy and xxhash < 4,
+which do not go together with what we use. datatrove gets a tenth of the rows.
 ``fastsft, imported`` is the call alone in a process that has imported everything and made it before, as in a pipeline.
 The gate: of the pairs of texts with equal words, every contestant keeps one.
 ``extra_info``: documents, documents per second, CPU seconds, kept documents.
@@ -25,9 +25,10 @@ from pathlib import Path
 
 import corpus
 import pytest
+from sizes import size
 
-COUNT = int(os.environ.get("FASTSFT_BENCH_DOCS", "100000"))
-RIVALS = os.environ.get("FASTSFT_RIVALS", sys.executable)
+COUNT = int(size("DOCS", 100_000, quick=2000))
+RIVALS = os.environ.get("FASTSFT_BENCH_RIVALS", sys.executable)
 
 DATATROVE = """
 import sys

@@ -1,4 +1,4 @@
-"""``fastsft dedup --memory`` on a file that is larger than the memory it may use, and killed on the way.
+"""``fastsft dedup`` on a file that is larger than the memory it may use, and killed on the way.
 
 ``FASTSFT_BENCH_GB`` is the size of the file (the disk needs three times as much), 0.2 by default; the limit is 1 GiB
 for 5 GB, and at least 128 MiB. The rows are random words; a known part of them stands twice, as it is or with some
@@ -25,8 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from sizes import size
 
-SIZE = int(float(os.environ.get("FASTSFT_BENCH_GB", "0.2")) * 1e9)
+SIZE = int(size("GB", 0.2, quick=0.02) * 1e9)
 LIMIT_MIB = max(128, round(1024 * SIZE / 5e9))
 KILLS = 4
 BASES = 20_000  # rows that later ones repeat: further apart than the memory reaches
@@ -47,7 +48,7 @@ def documents(seed: int = 0) -> Iterator[tuple[str, list[str]]]:
     vocabulary = np.array(["".join(row[:n]) for row, n in zip(letters, lengths, strict=True)], dtype=object)
     bases: list[np.ndarray] = []
     while True:
-        for size in np.minimum(rng.lognormal(np.log(200), 0.8, 1024), 5000).astype(int) + 60:
+        for length in np.minimum(rng.lognormal(np.log(200), 0.8, 1024), 5000).astype(int) + 60:
             kind = "new"
             if len(bases) == BASES and rng.random() < 0.25:
                 words = bases[int(rng.integers(BASES))]
@@ -56,7 +57,7 @@ def documents(seed: int = 0) -> Iterator[tuple[str, list[str]]]:
                     words = words.copy()
                     words[rng.integers(len(words), size=len(words) // 200 + 1)] = rng.integers(WORDS)
             else:
-                words = (float(WORDS) ** rng.random(size)).astype(np.int64)  # Zipf's law
+                words = (float(WORDS) ** rng.random(length)).astype(np.int64)  # Zipf's law
                 if len(bases) < BASES:
                     bases.append(words)
             yield kind, vocabulary[words].tolist()

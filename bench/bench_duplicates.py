@@ -3,7 +3,7 @@
 wall time.
 
 The corpus is FASTSFT_BENCH_DOCS (20,000) definitions of the installed Python sources, or the texts of a JSONL file,
-FASTSFT_BENCH_CORPUS. Each rival gets a list of str and splits it as its users do: datasketch and rensa by a regular
+FASTSFT_BENCH_DATA. Each rival gets a list of str and splits it as its users do: datasketch and rensa by a regular
 expression, gaoya by its own analyser. Those not installed are left out.
 
 The gate, on the corpus and on controlled mutants, against all pairs of exact similarity >= 0.7 by a product of sparse
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from corpus import documents, mutants
+from sizes import size
 from sparse_join import sparse_join
 
 from fastsft import _C, ops
@@ -38,7 +39,7 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")  # rensa and gaoya
 
 @functools.cache
 def corpus() -> list[str]:
-    return documents(int(os.environ.get("FASTSFT_BENCH_DOCS", "20000")))
+    return documents(int(size("DOCS", 20_000, quick=2000)))
 
 
 @functools.cache

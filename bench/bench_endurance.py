@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sizes import QUICK
 from train_case import Replay
 
 STEPS, LENGTH, CAPACITY = 2000, 64, 512
@@ -97,6 +98,7 @@ def p99_to_p50(seconds: np.ndarray) -> float:
     return float(most / half)
 
 
+@pytest.mark.skipif(QUICK, reason="short, it would show nothing")
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.timeout(3600)
 def test_endurance(benchmark, tmp_path):

@@ -1,7 +1,7 @@
 """Greedy generation against llama.cpp, OpenVINO GenAI, CTranslate2 and transformers: decoding, prompts, drafts.
 
 Randomly initialised Qwen2-style models. Every contestant is a process of its own (``engine_contestants.py``) and they
-take turns, each round on other prompts. FASTSFT_ENGINE_RIVALS names the Python of an environment with llama-cpp-python
+take turns, each round on other prompts. FASTSFT_BENCH_RIVALS names the Python of an environment with llama-cpp-python
 and gguf, openvino-genai, openvino-tokenizers and optimum-intel, ctranslate2 and transformers; what is not installed is
 left out. FASTSFT_BENCH_MODELS names a folder where models are kept.
 

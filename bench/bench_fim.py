@@ -2,13 +2,12 @@
 
 20,000 documents with log-normal lengths, 6 M tokens. The gate: the numpy contestant, given the cuts that the native op
 chose, builds the same tokens. ``extra_info`` holds documents and tokens per second and, as the machine's limit, the
-share of the time that copying as many bytes between warm buffers would take; the op pays for fresh pages besides.
+share of the rate at which as many bytes are copied between warm buffers; the op pays for fresh pages besides.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -65,22 +64,9 @@ def gate(tokens: np.ndarray, cu: np.ndarray) -> None:
         assert np.array_equal(out, row)
 
 
-@pytest.fixture(scope="session")
-def copy_rate() -> float:
-    """Bytes per second, read plus written, of a numpy copy."""
-    source = np.zeros(32 << 20, np.uint8)
-    target = np.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
-
-
 @pytest.mark.parametrize("contestant", ["fastsft", "numpy"])
 @pytest.mark.parametrize("rate", [0.5, 1.0])
-def test_fim(benchmark, copy_rate, rate, contestant):
+def test_fim(benchmark, limits, rate, contestant):
     tokens, cu = documents()
     gate(tokens, cu)
     benchmark.group = f"fim_permute {DOCUMENTS} documents, rate {rate}"
@@ -90,4 +76,4 @@ def test_fim(benchmark, copy_rate, rate, contestant):
     benchmark.extra_info["documents_per_second"] = DOCUMENTS / seconds
     benchmark.extra_info["tokens_per_second"] = len(tokens) / seconds
     if contestant == "fastsft":
-        benchmark.extra_info["share_of_copy_rate"] = moved / copy_rate / seconds
+        limits.share_bytes(benchmark, copied=moved)

@@ -47,7 +47,7 @@ def operands(way: str, shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("way", ["forward", "to the input", "to the weight"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_linear(benchmark, dtype, shape, way, contestant):
+def test_linear(benchmark, limits, dtype, shape, way, contestant):
     a, b, out = operands(way, shape, dtype)
     ours, theirs = (f(a, b, torch.empty_like(out)).float() for f in (fastsft, torch_mm))
     rounding = torch.finfo(dtype).eps + a.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
@@ -55,4 +55,5 @@ def test_linear(benchmark, dtype, shape, way, contestant):
     benchmark.group = f"linear {way}, {shape}, {dtype}"
     benchmark.pedantic(CONTESTANTS[contestant], (a, b, out), rounds=7, warmup_rounds=1)
     work = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    benchmark.extra_info["gflops"] = work / benchmark.stats["median"] / 1e9
+    benchmark.extra_info["GFLOP/s"] = work / benchmark.stats["median"] / 1e9
+    limits.share_flops(benchmark, work, dtype)

@@ -1,15 +1,13 @@
 """cached_attention against paged_attention (decoding) and varlen_attention (prefill), on the same values.
 
 Decoding goes through 160 MB of cache in one call, so that every block comes from memory; ``share_of_read`` is the
-bytes of keys and values per second by the rate at which torch sums a large array in the same rounds. A prefill's keys
+bytes of keys and values per second by the rate at which torch sums a large array. A prefill's keys
 are in the cache already; ``GFLOP/s`` counts the visible half.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -97,48 +95,37 @@ def threads(request: Any) -> Any:
     _C.set_num_threads(before[1])
 
 
-@pytest.fixture(scope="module")
-def buffer() -> torch.Tensor:
-    return torch.ones(STREAM // 4)
-
-
-@pytest.mark.parametrize(("name", "format"), CONTESTANTS)
+@pytest.mark.parametrize(("contestant", "format"), CONTESTANTS)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("context", [1024, 32768])
 @pytest.mark.parametrize("heads", SHAPES, ids=lambda heads: heads.name)
-def test_decode(benchmark, buffer, heads, context, rows, name, format, threads):
+def test_decode(benchmark, limits, heads, context, rows, contestant, format, threads):
     layout = KVLayout(format, heads.key, heads.dim, BLOCK)
     sequences = -(-STREAM // (context // BLOCK * layout.block_bytes))
     case = Case(heads, format, sequences, context, rows)
-    function = case.contestant(name)
+    function = case.contestant(contestant)
     case.gate(function)
-    sums: list[float] = []
-
-    def read() -> None:
-        start = time.perf_counter()
-        buffer.sum()
-        sums.append(buffer.nbytes / (time.perf_counter() - start))
-
     benchmark.group = f"decode {heads.name} {format}, context {context}, {rows} rows each, threads: {threads}"
-    benchmark.pedantic(function, setup=read, rounds=11, warmup_rounds=1)
+    benchmark.pedantic(function, rounds=11, warmup_rounds=1)
+    read = case.table.numel() * layout.block_bytes
     if benchmark.stats:
-        rate = case.table.numel() * layout.block_bytes / benchmark.stats["median"]
-        benchmark.extra_info["gigabytes_per_second"] = rate / 1e9
-        benchmark.extra_info["share_of_read"] = rate / statistics.median(sums)
+        benchmark.extra_info["gigabytes_per_second"] = read / benchmark.stats["median"] / 1e9
+    limits.share_bytes(benchmark, read=read)
 
 
 @pytest.mark.parametrize(
-    ("name", "format"),
+    ("contestant", "format"),
     [("fastsft varlen_attention", "float32"), ("fastsft varlen_attention", "bfloat16"), *CONTESTANTS],
 )
 @pytest.mark.parametrize("tokens", [512, 2048])
 @pytest.mark.parametrize("heads", SHAPES, ids=lambda heads: heads.name)
-def test_prefill(benchmark, heads, tokens, name, format, threads):
+def test_prefill(benchmark, limits, heads, tokens, contestant, format, threads):
     case = Case(heads, format, 1, tokens, tokens)
-    function = case.contestant(name)
+    function = case.contestant(contestant)
     case.gate(function)
     benchmark.group = f"prefill {heads.name} of {tokens} tokens in {case.q.dtype}, threads: {threads}"
     benchmark.pedantic(function, rounds=11, warmup_rounds=1)
+    flops = 2 * tokens * (tokens + 1) * heads.query * heads.dim
+    limits.share_flops(benchmark, flops, case.q.dtype)
     if benchmark.stats:
-        flops = 2 * tokens * (tokens + 1) * heads.query * heads.dim
         benchmark.extra_info["GFLOP/s"] = flops / benchmark.stats["median"] / 1e9

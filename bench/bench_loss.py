@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from fastsft import ops
+from fastsft.bench.limits import Limits
 from fastsft.ops import _loss_products
 
 TOKENS, HIDDEN, VOCAB, LARGE = 1024, 896, 32_768, 151_936
@@ -75,20 +76,21 @@ if hasattr(functional, "linear_cross_entropy"):  # torch >= 2.13
 
 OBJECTIVES: dict[str, Callable[[Head], dict[str, Any]]] = {
     "fastsft": lambda h: {},
-    "dft": lambda h: {"objective": "dft"},
-    "entropy_gate": lambda h: {"objective": "entropy_gate"},
-    "ratio_clip": lambda h: {"objective": "ratio_clip", "ref_logprobs": h.ref},
-    "pear_block": lambda h: {"objective": "pear_block", "ref_logprobs": h.ref, "cu_seqlens": h.cu_seqlens},
-    "iw_sequence": lambda h: {"objective": "iw_sequence", "ref_logprobs": h.ref, "cu_seqlens": h.cu_seqlens},
-    "asft (two heads: four products)": lambda h: {"objective": "asft", "reference": h.ref_head},
+    "fastsft, dft": lambda h: {"objective": "dft"},
+    "fastsft, entropy_gate": lambda h: {"objective": "entropy_gate"},
+    "fastsft, ratio_clip": lambda h: {"objective": "ratio_clip", "ref_logprobs": h.ref},
+    "fastsft, pear_block": lambda h: {"objective": "pear_block", "ref_logprobs": h.ref, "cu_seqlens": h.cu_seqlens},
+    "fastsft, iw_sequence": lambda h: {"objective": "iw_sequence", "ref_logprobs": h.ref, "cu_seqlens": h.cu_seqlens},
+    "fastsft, asft (two heads: four products)": lambda h: {"objective": "asft", "reference": h.ref_head},
 }
 
 
-def compare(benchmark: Any, head: Head, contestant: str) -> None:
+def compare(benchmark: Any, limits: Limits, head: Head, contestant: str) -> None:
     tolerance = 8e-2 if head.hidden.dtype == torch.bfloat16 else 1e-5  # torch may sum the losses in bfloat16
     assert head.step(fastsft) == pytest.approx(head.step(CONTESTANTS[contestant]), rel=tolerance)
     benchmark.pedantic(head.step, (CONTESTANTS[contestant],), rounds=5, warmup_rounds=1)
-    benchmark.extra_info["gflops"] = head.flops() / benchmark.stats["median"] / 1e9
+    benchmark.extra_info["GFLOP/s"] = head.flops() / benchmark.stats["median"] / 1e9
+    limits.share_flops(benchmark, head.flops(), head.hidden.dtype)
     benchmark.extra_info["extra_mib"] = extra_memory(head, CONTESTANTS[contestant])
 
 
@@ -112,15 +114,15 @@ def resident(field: str) -> float:
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("masked", [0.0, 0.33, 0.6])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss(benchmark, dtype, masked, contestant):
+def test_loss(benchmark, limits, dtype, masked, contestant):
     benchmark.group = f"linear_cross_entropy fwd+bwd {dtype}, V {VOCAB}, {masked:.0%} masked"
-    compare(benchmark, Head(DTYPES[dtype], masked), contestant)
+    compare(benchmark, limits, Head(DTYPES[dtype], masked), contestant)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_large_vocabulary(benchmark, contestant):
+def test_large_vocabulary(benchmark, limits, contestant):
     benchmark.group = f"linear_cross_entropy fwd+bwd bf16, V {LARGE}, 33% masked"
-    compare(benchmark, Head(torch.bfloat16, 0.33, LARGE), contestant)
+    compare(benchmark, limits, Head(torch.bfloat16, 0.33, LARGE), contestant)
 
 
 @pytest.mark.parametrize("contestant", OBJECTIVES)

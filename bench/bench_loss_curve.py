@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "train"))
-pytest.importorskip("transformers")
-import curve_cases
 import torch
 
 from fastsft import _C
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "train"))
+pytest.importorskip("transformers")
+curve_cases = pytest.importorskip("curve_cases", reason="needs a checkout: its helpers are the tests'")
 
 STEPS, LIMIT = 200, 1e-4
 

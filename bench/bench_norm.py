@@ -18,6 +18,6 @@ CONTESTANTS = {
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-def test_norm(benchmark, dtype, contestant):
+def test_norm(benchmark, limits, dtype, contestant):
     inputs = [torch.randn(4096, 896).to(dtype), torch.ones(896, dtype=dtype)]
-    layer_step(benchmark, f"rms_norm fwd+bwd [4096, 896] {dtype}", CONTESTANTS, contestant, inputs, passes=5)
+    layer_step(benchmark, limits, f"rms_norm fwd+bwd [4096, 896] {dtype}", CONTESTANTS, contestant, inputs, passes=5)

@@ -18,13 +18,14 @@ from pathlib import Path
 import orjson
 import pytest
 from corpus import natural
+from sizes import size
 
 from fastsft import ops
 from fastsft.data.streams import open_lines
 from fastsft.ops.reference.words import words
 
 NGRAMS = (8, 10, 13)
-LIMIT = int(os.environ.get("FASTSFT_BENCH_DOCS", "20000"))
+LIMIT = int(size("DOCS", 20_000, quick=2000))
 Found = dict[tuple[int, int], list[tuple[int, int]]]  # (text, reference) -> for each n, n-grams and words
 
 

@@ -28,9 +28,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sizes import size
 from train_case import Replay
 
-REQUESTS, CLIENTS, PROMPTS, WARM = 10_000, 24, 64, 3_000
+REQUESTS = int(size("REQUESTS", 10_000, quick=2000))
+CLIENTS, PROMPTS, WARM = 24, 64, 3 * REQUESTS // 10
 MODEL = {
     "model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True,

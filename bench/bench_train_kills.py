@@ -9,16 +9,17 @@ checkpoint that a killed process leaves is that of the uninterrupted run, byte f
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import sys
 from pathlib import Path
 
 import pytest
+from sizes import size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "train"))
+pytest.importorskip("kill_resume", reason="needs a checkout: its helpers are the tests'")
 
-KILLS = int(os.environ.get("FASTSFT_BENCH_KILLS", "50"))
+KILLS = int(size("KILLS", 50, quick=5))
 EACH = 5  # kills of a run
 KINDS = ("float32", "bfloat16", "background", "adapters", "stages")
 

@@ -4,7 +4,7 @@
 given folders (by default the standard library and the installed packages), a fixed sample of them.
 ``mutants``: base texts and copies with words substituted, so that the Jaccard similarities of the pairs spread over 0.5
 to 0.95.
-``documents``: the texts of a JSONL file where FASTSFT_BENCH_CORPUS names one, otherwise ``natural``, which takes
+``documents``: the texts of a JSONL file where FASTSFT_BENCH_DATA names one, otherwise ``natural``, which takes
 minutes for 100,000.
 """
 
@@ -58,7 +58,7 @@ def natural(count: int, folders: Iterable[Path] | None = None, seed: int = 0) ->
 
 
 def documents(count: int) -> list[str]:
-    if path := os.environ.get("FASTSFT_BENCH_CORPUS"):
+    if path := os.environ.get("FASTSFT_BENCH_DATA"):
         with open(path, "rb") as lines:
             return [orjson.loads(line)["text"] for line in itertools.islice(lines, count)]
     return natural(count)

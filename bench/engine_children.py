@@ -13,7 +13,7 @@ from typing import Any
 
 from engine_case import Case, write_model
 
-RIVALS = os.environ.get("FASTSFT_ENGINE_RIVALS", sys.executable)
+RIVALS = os.environ.get("FASTSFT_BENCH_RIVALS", sys.executable)
 MODULES = {
     "llama.cpp": ("llama_cpp", "gguf"),
     "OpenVINO GenAI": ("openvino_genai", "optimum.intel"),

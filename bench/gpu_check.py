@@ -27,8 +27,9 @@ from gpu_case import Case, Entry, Setting
 from gpu_present import require_gpu
 from gpu_sanitizer import TESTS, sanitize
 from gpu_timing import Limits, Stopwatch, Timing, summary, wall_clock
-from record import ROOT, machine
+from record import ROOT
 
+from fastsft.bench.results import machine
 from fastsft.gpu import gpus
 
 ENTRIES = [*gpu_attention.ENTRIES, *gpu_loss.ENTRIES, *gpu_layers.ENTRIES, *gpu_data.ENTRIES]

@@ -1,147 +1,87 @@
-"""Run the benches and keep what matters: ``python bench/record.py NAME`` writes bench/results/NAME/<date>.json and
-docs/benchmarks.md. NAME says which machine it is; nothing else about it is stored but processor and versions.
+"""Run the benches and keep what they measure: ``python bench/record.py NAME [TOPIC ...]`` writes
+bench/results/NAME/<date>.json, docs/benchmarks.md and the table in README.md. NAME says which machine it is; nothing
+else about it is stored but processor and versions. ``--render`` only writes the texts anew from the newest results,
+and ``--check`` ends with 1 if they differ.
 
-Whatever follows goes to pytest. With ``-k`` only some benches run: their groups take the place of the same ones in the
-newest results of that machine, and the others stay, each row with the date and commit that it was measured at."""
+The topics are those of ``fastsft bench``, all by default; what else is given goes to pytest, ``-k`` for one. The groups
+that ran take the place of the same ones in the newest results of that machine, and the others stay, each row with the
+date and commit that it was measured at."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+
+from fastsft.bench.page import between, headlines, page
+from fastsft.bench.results import Result, commit, machine, merged, summarise
+from fastsft.bench.run import Given, files_of, run
+from fastsft.bench.topics import TOPICS, chosen
+from fastsft.progress import bars
 
 ROOT = Path(__file__).resolve().parents[1]
-RATES = ("documents_per_second", "tokens_per_second")
+RESULTS = ROOT / "bench" / "results"
 
 
-def run(extra: list[str]) -> list[dict[str, Any]]:
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={file.name}", *extra]
-        subprocess.run(command, cwd=ROOT, check=True)
-        return list(json.loads(Path(file.name).read_text())["benchmarks"])
+def newest(folder: str = "*") -> Path | None:
+    """The newest results of the suite, on any machine; those of a GPU have a page of their own."""
+    paths = sorted(RESULTS.glob(f"{folder}/[0-9]*.json"), key=lambda p: (p.name, p))
+    return next((p for p in reversed(paths) if '"gpu"' not in p.read_text(encoding="utf-8")), None)
 
 
-def summarise(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per contestant: seconds and their spread."""
-    rows = []
-    for b in benchmarks:
-        contestant = str((b["params"] or {}).get("contestant", b["name"]))
-        stats = b["stats"]
-        rows.append(
-            {"group": b["group"], "contestant": contestant, "median": stats["median"], "iqr": stats["iqr"],
-             "rounds": stats["rounds"], "extra": b["extra_info"]}
-        )  # fmt: skip
-    return rows
-
-
-def compare(rows: list[dict[str, Any]]) -> None:
-    """How many times longer than fastsft each contestant took in the same group: for as much work, where the slow ones
-    got less of it and say how much they did in a second."""
-    ours = {r["group"]: r for r in rows if r["contestant"] == "fastsft"}
-    for row in rows:
-        if own := ours.get(row["group"]):
-            rate = next((k for k in RATES if k in own["extra"] and k in row["extra"]), None)
-            times = own["extra"][rate] / row["extra"][rate] if rate else row["median"] / own["median"]
-            row["times_ours"] = times
-
-
-def merged(older: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    fresh = {row["group"] for row in rows}
-    kept = [{"date": older["date"], **row} for row in older["rows"] if row["group"] not in fresh]
-    return kept + rows
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    import fastsft
-
-    found = fastsft.info()
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?: ?")
+def texts() -> dict[Path, str]:
+    """What README.md and docs/benchmarks.md have to say."""
+    if (path := newest()) is None:
+        raise SystemExit(f"no results under {RESULTS}")
+    result = Result.read(path)
+    readme = ROOT / "README.md"
     return {
-        "cpu": model.partition(":")[2].strip(),
-        "architecture": platform.machine(),
-        "isa": found["cpu"]["isa_active"],
-        "threads": found["cpu"]["threads"],
-        "torch_threads": torch.get_num_threads(),
-        "versions": {"fastsft": found["fastsft"], "python": found["python"], "torch": found["packages"]["torch"]},
+        ROOT / "docs" / "benchmarks.md": page(result, str(path.relative_to(ROOT)), ROOT / "bench"),
+        readme: between(readme.read_text(encoding="utf-8"), "benchmarks", headlines(result)),
     }
 
 
-def render(result: dict[str, Any]) -> str:
-    m = result["machine"]
-    lines = [
-        "# Benchmarks",
-        "",
-        f"{m['cpu']} ({m['isa']}), {m['threads']} threads, torch {m['versions']['torch']}, {result['date']}. Medians.",
-        "The fourth column is the time relative to fastsft's in the same process on the same inputs (for as much work,",
-        "where a slow rival got fewer of them): below 1 we lose.",
-        "Every bench checks that the results agree before it times them. Single rows vary by tens of percent on a",
-        "shared machine, so read ratios. Written by `python bench/record.py`.",
-        "",
-        "`pip install -e '.[rivals]'` installs the rivals (`gpu-rivals` those of `make gpu-check`); what is not",
-        "installed is left out. text-dedup and datatrove need an environment of their own, as the other engines do:",
-        "see `bench/bench_dedup_files.py` and `bench/bench_engine.py`.",
-        "",
-    ]
-    for group in dict.fromkeys(r["group"] for r in result["rows"]):
-        lines += [
-            f"## {group}",
-            "",
-            "| | median | interquartile range | relative to fastsft | |",
-            "|---|---|---|---|---|",
-        ]
-        for r in (r for r in result["rows"] if r["group"] == group):
-            ratio = f"{r['times_ours']:.2f}" if "times_ours" in r else ""
-            notes = ", ".join(_note(key, value) for key, value in r["extra"].items())
-            spread = _time(r["iqr"])
-            lines.append(f"| {r['contestant']} | {_time(r['median'])} | {spread} | {ratio} | {notes} |")
-        lines.append("")
-    return "\n".join(lines)
+def stale() -> list[Path]:
+    return [path for path, text in texts().items() if path.read_text(encoding="utf-8") != text]
 
 
-def _note(key: str, value: Any) -> str:
-    if isinstance(value, dict):  # one figure per contestant
-        value = ", ".join(_note(*item) for item in value.items())
-        return f"{key.replace('_', ' ')}: {value}"
-    return f"{key.replace('_', ' ')} {value:,.4g}"
-
-
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+def record(name: str, topics: list[str], extra: list[str]) -> Path:
+    with bars() as tell:
+        measured = run(files_of(chosen(topics or ["all"]).values()), Given(), tell, extra)
+    if measured.failed:
+        raise SystemExit("\n".join(f"failed: {case}: {why}" for case, why in measured.failed))
+    rows = summarise(measured.benchmarks)
+    for row in rows:
+        row.commit = commit(ROOT)
+    if not rows:
+        raise SystemExit("nothing was measured")
+    limits = measured.limits
+    if older := newest(name):
+        before = Result.read(older)
+        rows, limits = merged(before, rows), {**before.limits, **limits}
+    result = Result(rows[-1].date, machine(), rows, limits)
+    result.write(RESULTS / name / f"{result.date}.json")
+    return RESULTS / name / f"{result.date}.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="folder under bench/results, e.g. epyc-avx512")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="folder under bench/results, e.g. epyc-avx512")
+    parser.add_argument("topics", nargs="*", choices=[[], "all", *TOPICS], metavar="TOPIC")
+    parser.add_argument("--render", action="store_true", help="only write the texts anew")
+    parser.add_argument("--check", action="store_true", help="whether the texts are what the newest results give")
     options, extra = parser.parse_known_args()
-    today = datetime.date.today().isoformat()
-    rows = [{**row, "date": today, "commit": commit()} for row in summarise(run(extra))]
-    folder = ROOT / "bench" / "results" / options.name
-    folder.mkdir(parents=True, exist_ok=True)
-    if "-k" in extra and (older := sorted(folder.glob("[0-9]*.json"))):
-        rows = merged(json.loads(older[-1].read_text()), rows)
-    compare(rows)
-    result = {"date": today, "machine": machine(), "rows": rows}
-    path = folder / f"{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    (ROOT / "docs" / "benchmarks.md").write_text(render(result))
-    print(path)
+    if options.check:
+        if found := stale():
+            sys.exit(f"not what the results give: {', '.join(str(p.relative_to(ROOT)) for p in found)}; "
+                     "python bench/record.py --render")  # fmt: skip
+        return
+    if not options.render:
+        if not options.name:
+            parser.error("expected NAME, --render or --check")
+        print(record(options.name, options.topics, extra))
+    for path, text in texts().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastsft.bench.limits import Limits
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -72,8 +74,8 @@ MIXES_2K = (
 )
 
 
-def layer_step(benchmark: Any, group: str, contestants: dict[str, Any], contestant: str, inputs: list[torch.Tensor],
-               passes: int, constants: int = 0) -> None:  # fmt: skip
+def layer_step(benchmark: Any, limits: Limits, group: str, contestants: dict[str, Any], contestant: str,
+               inputs: list[torch.Tensor], passes: int, constants: int = 0) -> None:  # fmt: skip
     """Time forward and backward of an op of a layer, whose result must agree with the first contestant's.
 
     ``passes``: how often the first input's bytes have to cross memory at least; the last ``constants`` inputs get no
@@ -92,3 +94,4 @@ def layer_step(benchmark: Any, group: str, contestants: dict[str, Any], contesta
     benchmark.pedantic(step, rounds=15, warmup_rounds=2)
     moved = passes * inputs[0].numel() * inputs[0].element_size()
     benchmark.extra_info["gbytes_per_s"] = moved / benchmark.stats["median"] / 1e9
+    limits.share_bytes(benchmark, copied=moved)

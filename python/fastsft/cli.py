@@ -28,6 +28,9 @@ VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "eval": (verbs.evaluate, False),
     "sample": (verbs.sample, False),
     "iterate": (verbs.iterate, False),
+    "bench": (verbs.bench, False),
+    "bench list": (verbs.bench_list, False),
+    "bench compare": (verbs.bench_compare, False),
     "check": (verbs.check, False),
     "soup": (verbs.soup, False),
     "restore-layers": (verbs.restore_layers, False),
@@ -45,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
         print(__version__)
         return
-    verb, rest = arguments[0], ["--output" if a == "-o" else a for a in arguments[1:]]
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    verb, rest = " ".join(arguments[:words]), ["--output" if a == "-o" else a for a in arguments[words:]]
     if verb not in VERBS:
         import difflib
 

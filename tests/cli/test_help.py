@@ -44,7 +44,7 @@ def test_data_verbs_start_at_once(verb: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert f"fastsft {verb}" in out

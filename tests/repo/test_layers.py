@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify": set(),
     "synthesis": {"ops", "models", "data", "train", "engine", "verify", "config", "files"},
     "integrations": {"ops"},
+    "bench": {"info", "ops", "progress"},
     "config": set(),
     "gpu": set(),
     "files": set(),

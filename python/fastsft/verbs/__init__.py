@@ -4,6 +4,7 @@ Heavy imports sit inside the functions, so that help is quick.
 """
 
 from fastsft.verbs.about import demo, info
+from fastsft.verbs.benching import bench, bench_compare, bench_list
 from fastsft.verbs.checking import check
 from fastsft.verbs.console import UsageError
 from fastsft.verbs.data import dedup, prepare
@@ -18,6 +19,9 @@ from fastsft.verbs.serving import serve
 
 __all__ = [
     "UsageError",
+    "bench",
+    "bench_compare",
+    "bench_list",
     "check",
     "decontaminate",
     "dedup",

@@ -1,0 +1,166 @@
+"""fastsft bench: a tiny suite run for real, what is refused, what is said of what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastsft import cli
+from fastsft.bench import run as running
+from fastsft.bench import topics
+
+pytest.importorskip("pytest_benchmark")
+
+TINY = '''
+"""A tiny bench."""
+import pytest
+
+@pytest.mark.parametrize("contestant", ["fastsft", "rival"])
+@pytest.mark.parametrize("count", [1000, 2000])
+def test_sum(benchmark, limits, count, contestant):
+    benchmark.group = f"sum {count}"
+    numbers = list(range(count if contestant == "fastsft" else 20 * count))
+    benchmark.pedantic(sum, (numbers,), rounds=9)
+    limits.measured["1"] = {"copy": 1e10}
+    benchmark.extra_info["share_of_copy"] = 0.5
+
+def test_skipped(benchmark):
+    pytest.skip("not installed")
+'''
+BROKEN = '''
+"""A bench with a gate that fails."""
+
+def test_gate(benchmark):
+    benchmark.group = "gate"
+    assert 1 + 1 == 3
+'''
+
+
+@pytest.fixture(autouse=True)
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of two benches around the real one's conftest."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for name in ("conftest.py", "pytest.ini", "sizes.py"):
+        shutil.copy(topics.suite() / name, folder)
+    (folder / "bench_tiny.py").write_text(TINY)
+    (folder / "bench_broken.py").write_text(BROKEN)
+    monkeypatch.setitem(topics.TOPICS, "tiny", topics.Topic("tiny", ("tiny",)))
+    monkeypatch.setitem(topics.TOPICS, "broken", topics.Topic("broken", ("broken",), ("no_such_module",)))
+    monkeypatch.setattr(running, "suite", lambda: folder)
+    return folder
+
+
+def test_a_tiny_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path, plot = tmp_path / "out.json", tmp_path / "out.svg"
+    cli.main(["bench", "tiny", "--json", str(path), "--plot", str(plot)])
+    out = capsys.readouterr().out
+    for words in (
+        "sum 1000",
+        "sum 2000",
+        "median",
+        "p20",
+        "p80",
+        "rival",
+        "50% copy",
+        "limits measured with 1 threads",
+    ):
+        assert words in out, words
+    assert "2 groups with rivals; a rival was faster in 0" in out
+    stored = json.loads(path.read_text())
+    assert stored["limits"] == {"1": {"copy": 1e10}}
+    assert [(r["group"], r["contestant"]) for r in stored["rows"]] == [
+        (f"sum {n}", c) for n in (1000, 2000) for c in ("fastsft", "rival")
+    ]
+    for r in stored["rows"]:
+        assert r["bench"] == "tiny"
+        assert r["rounds"] == 9
+        assert r["p20"] <= r["median"] <= r["p80"]
+        assert (r["times_ours"] > 3) == (r["contestant"] == "rival")
+    assert "rival" in plot.read_text()
+
+
+def test_quick_takes_the_first_case_and_stdout_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["bench", "tiny", "--quick", "--json", "-"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(r["group"], r["contestant"], r["rounds"]) for r in rows] == [
+        ("sum 1000", "fastsft", 3), ("sum 1000", "rival", 3),
+    ]  # fmt: skip
+
+
+def test_progress_of_each_bench() -> None:
+    told: list[tuple[str, int, int]] = []
+    files = running.files_of([topics.TOPICS["broken"], topics.TOPICS["tiny"]])
+    measured = running.run(files, running.Given(), lambda *progress: told.append(progress))
+    assert told[0] == ("broken", 0, 1)
+    assert told[-1] == ("tiny", 5, 5)
+    assert measured.skipped == 1
+    assert [why for _, why in measured.failed] == ["assert (1 + 1) == 3"]
+    assert len(measured.benchmarks) == 4
+
+
+def test_a_failed_gate_is_named_and_the_rest_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "broken", "tiny", "--only", "gate or 2000"])
+    assert end.value.code == 1
+    out, errors = capsys.readouterr()
+    assert "sum 2000" in out
+    assert "sum 1000" not in out
+    assert "bench_broken.py::test_gate: assert (1 + 1) == 3" in errors
+    assert "not installed, so left out: no_such_module (pip install 'fastsft[rivals]')" in errors
+
+
+def test_a_bench_that_cannot_be_imported_is_named(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (suite / "bench_broken.py").write_text("import no_such_module")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "broken", "tiny"])
+    assert end.value.code == 1
+    out, errors = capsys.readouterr()
+    assert "sum 1000" in out
+    assert "bench_broken.py: ModuleNotFoundError: No module named 'no_such_module'" in errors
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", *arguments])
+    assert end.value.code == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    return errors.strip().splitlines()[-1]
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "unknown topic 'tini'; did you mean 'tiny'?" in refused(capsys, "tini")
+    assert "expected all or topics among attention" in refused(capsys)
+    assert "--data: no such file" in refused(capsys, "tiny", "--data", str(tmp_path / "none"))
+    assert "--plot: expected a name that ends in .png or .svg" in refused(capsys, "tiny", "--plot", "x.gif")
+    assert "nothing was measured" in refused(capsys, "tiny", "--only", "nothing")
+    monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
+    assert refused(capsys, "tiny") == "fastsft: bench: needs pytest-benchmark: pip install 'fastsft[bench]'"
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["bench", "list"])
+    out = capsys.readouterr().out
+    for name in topics.TOPICS:
+        assert name in out
+    cli.main(["bench", "list", "--json"])
+    assert json.loads(capsys.readouterr().out)["tiny"]["benches"] == ["tiny"]
+
+
+def test_what_is_given_reaches_the_benches(tmp_path: Path) -> None:
+    given = running.Given(tmp_path / "a", (tmp_path / "b", tmp_path / "c"), 5, tmp_path / "d", Path("/e/python"), True)
+    assert given.environment() == {
+        "FASTSFT_BENCH_DATA": f"{tmp_path}/a", "FASTSFT_BENCH_EVAL": f"{tmp_path}/b:{tmp_path}/c",
+        "FASTSFT_BENCH_DOCS": "5", "FASTSFT_BENCH_MODELS": f"{tmp_path}/d", "FASTSFT_BENCH_RIVALS": "/e/python",
+        "FASTSFT_BENCH_QUICK": "1",
+    }  # fmt: skip
+    assert running.Given().environment() == {}
+    used = "".join(path.read_text() for path in topics.suite().glob("*.py"))
+    for name in given.environment():
+        assert name in used or f'size("{name.removeprefix("FASTSFT_BENCH_")}"' in used, name

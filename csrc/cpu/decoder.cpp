@@ -1,7 +1,8 @@
-// Per step: every packed weight read once (per 512 rows, and from cache within these), the keys and values that the
+// Per step: every packed weight read once (per 128 rows, and from cache within these), the keys and values that the
 // rows see, 2 flops per weight and row. With few rows it is bound by memory: about a dozen loops per layer follow each
 // other on one team of threads, and the small ones between the products work on rows that stay in L1. With hundreds of
-// rows it is bound by the products; rows then go through the feed-forward part 512 at a time, which bounds its memory.
+// rows it is bound by the products; rows then go through a layer 128 at a time, whose activations stay in a
+// second-level cache.
 #include "fastsft/decoder.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 namespace fastsft {
 namespace {
 
-constexpr int64_t kChunkRows = 512;
+constexpr int64_t kChunkRows = 128;
 constexpr int64_t kTaskElements = 16384;  // of a loop over rows: tens of microseconds
 
 int64_t rows_of_task(int64_t width) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width)); }

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "kv_cache_kernels.h"
+#include "lane_sums.h"
 #include "register_tile.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
@@ -18,20 +19,7 @@ namespace {
 
 constexpr int64_t kPitch = kWorkPitch;
 
-// One rounding where the instruction set has it, spelt out: which of two products is fused must not be the compiler's
-// choice.
-FASTSFT_INLINE Vec fused(Vec a, Vec b, Vec sum) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(
-      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
-#else
-  return sum + a * b;
-#endif
-}
-FASTSFT_INLINE Vec multiply_word(Vec sum, float word, Vec b) { return fused(splat(word), b, sum); }
+FASTSFT_INLINE Vec multiply_word(Vec sum, float word, Vec b) { return fused_multiply_add(splat(word), b, sum); }
 FASTSFT_INLINE Vec multiply_word(Vec sum, uint32_t word, Vec b) { return multiply_add<Pair>(sum, spread(word), b); }
 
 // --- lines of two steps ------------------------------------------------------------------------------------------
@@ -174,7 +162,7 @@ FASTSFT_NOINLINE void add_columns(const Part& part, const Strip& strip, int64_t 
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) {
       float* place = sums + r * dim + column + j * kLanes;
-      store(place, fused(sum[r][j], splat(take[r]), load(place) * keep[r]));
+      store(place, fused_multiply_add(sum[r][j], splat(take[r]), load(place) * keep[r]));
     }
   }
 }
@@ -202,39 +190,48 @@ FASTSFT_INLINE VecInt inside(const Band& band, int64_t column) {
   return (index >= static_cast<int32_t>(band.first)) & (index < static_cast<int32_t>(band.last));
 }
 
-// Turns a row of scores (in units of log 2) into probabilities relative to the row's maximum, in the form the product
-// wants, times the scales of the values. Returns the maximum and the total.
-struct RowStats {
-  float maximum, total;
-};
+// Turns rows of scores (in units of log 2) into probabilities relative to each row's maximum, in the form the product
+// wants, times the scales of the values. Gives the maxima and the totals.
 template <typename Format>
-FASTSFT_NOINLINE RowStats softmax(const Part& part, const Strip& strip, const Band& band, float* row) {
+FASTSFT_NOINLINE void softmax(const Part& part, const Strip& strip, const Band* bands, float* maxima, float* totals) {
   const int64_t begin = strip.group_begin * kGroupKeys, end = strip.group_end * kGroupKeys;
-  if (band.first > begin || band.last < end) {
+  const bool scaled = part.v_scales[0] != nullptr;
+  Vec of_row[kLanes] = {};
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    float* const row = strip.scores + r * kPitch;
+    const Band band = bands[r];
+    Vec most = splat(-INFINITY);
     for (int64_t j = begin; j < end; j += kLanes) {
-      store(row + j, select(inside(band, j), load(row + j), splat(-INFINITY)));
+      Vec score = load(row + j);
+      if (j < band.first || j + kLanes > band.last) {
+        score = select(inside(band, j), score, splat(-INFINITY));
+        store(row + j, score);
+      }
+      most = max_of(most, score);
     }
+    of_row[r] = most;
   }
-  Vec maxima = splat(-INFINITY);
-  for (int64_t j = begin; j < end; j += kLanes) maxima = max_of(maxima, load(row + j));
-  const float maximum = max_lanes(maxima);
-  const Vec reference = splat(maximum == -INFINITY ? 0.0f : maximum);
-  Vec total{};
-  for (int64_t j = begin; j < end; j += kLanes) {
-    Vec p = exp2_nonpositive < Format::kSteps == 1 ? 6 : 4 > (load(row + j) - reference);
-    total += p;
-    const float* scales = part.v_scales[j / kGroupKeys];
-    if (scales != nullptr) p *= load(scales + j % kGroupKeys);
+  reduce_lanes<true>(of_row, strip.rows, maxima);
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    float* const row = strip.scores + r * kPitch;
+    const Vec reference = splat(maxima[r] == -INFINITY ? 0.0f : maxima[r]);
+    Vec total{};
+    for (int64_t j = begin; j < end; j += kLanes) {
+      Vec p = exp2_nonpositive < Format::kSteps == 1 ? 6 : 4 > (load(row + j) - reference);
+      total += p;
+      if (scaled) p *= load(part.v_scales[j / kGroupKeys] + j % kGroupKeys);
 #if defined(__AVX512BF16__)
-    if constexpr (Format::kSteps == 2) {
-      const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(p));
-      std::memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof(halves));
-      continue;
-    }
+      if constexpr (Format::kSteps == 2) {
+        const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(p));
+        std::memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof(halves));
+        continue;
+      }
 #endif
-    store(row + j, p);
+      store(row + j, p);
+    }
+    of_row[r] = total;
   }
-  return {maximum, sum_lanes(total)};
+  reduce_lanes<false>(of_row, strip.rows, totals);
 }
 
 // --- merging -----------------------------------------------------------------------------------------------------
@@ -247,7 +244,7 @@ FASTSFT_INLINE void merge_stats(float* maxima, float* totals, const float* part_
   const Vec reference = select(now == -INFINITY, Vec{}, now);
   const Vec kept = exp2_nonpositive<6>(before - reference), taken = exp2_nonpositive<6>(other - reference);
   store(maxima, now);
-  store(totals, fused(load(part_totals), taken, load(totals) * kept));
+  store(totals, fused_multiply_add(load(part_totals), taken, load(totals) * kept));
   store(keep, kept);
   store(take, taken);
 }
@@ -472,11 +469,9 @@ class Task {
         const Word* queries = queries_ + (head * rows_ + row) * kPitch;
         with_rows(strip.rows,
                   [&](auto rows) { score<Format, kAs, decltype(rows)::value>(part, strip, queries, dim_, factor); });
-        for (int64_t r = 0; r < strip.rows; ++r) {
-          const RowStats found = softmax<Format>(part, strip, band_of(row + r, start), scores_ + r * kPitch);
-          part_maxima[r] = found.maximum;
-          part_totals[r] = found.total;
-        }
+        Band bands[kTileRows];
+        for (int64_t r = 0; r < strip.rows; ++r) bands[r] = band_of(row + r, start);
+        softmax<Format>(part, strip, bands, part_maxima, part_totals);
       }
       float* sums = sums_ + (head * rows_ + row) * dim_;
       if (partial != nullptr) {
@@ -554,7 +549,8 @@ void kv_attention_merge(const CachedAttention& call, const AttentionTask& merge,
         for (int64_t r = 0; r < have; ++r) {
           for (int64_t d = 0; d < dim; d += kLanes) {
             float* place = sums + r * dim + d;
-            store(place, fused(load(partial + (row + r) * dim + d), splat(take[r]), load(place) * keep[r]));
+            store(place,
+                  fused_multiply_add(load(partial + (row + r) * dim + d), splat(take[r]), load(place) * keep[r]));
           }
         }
       }

@@ -23,20 +23,6 @@ constexpr int kSums = 8;
 // Bytes fetched ahead: a block, so that while some panels of one go by theirs of the next are on the way.
 constexpr int64_t kAhead = kBlockLines * kSlabPanels * kLineBytes;
 
-// One rounding where the instruction set has it. Spelt out, and contraction is off: of two products added, which of
-// them the compiler fuses would differ between passes.
-FASTSFT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(
-      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
-#else
-  return sum + a * b;
-#endif
-}
-
 FASTSFT_INLINE Vec scale_at(const char* bfloat16) {
 #if defined(__AVX512F__)  // one instruction, where widen_bfloat16 becomes five
   const __m256i half = load_bits<__m256i>(bfloat16);
@@ -53,6 +39,7 @@ struct Block {
   const char* scales;   // int4: of the panel's first group
   int group_shift;      // int4: lines of a group, as a power of two
   bool first;           // of the slab: nothing is in the total yet
+  int64_t ahead;        // bytes from a line to the first one to ask for meanwhile
 };
 
 // total[row][panel] += x[row] times kPanels panels, scales of groups included; x holds kWidth rows, of which kRows
@@ -62,6 +49,7 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
   constexpr int kSteps = words_of_line<kFormat, kPairs>(), kVectors = kPanels * kVecs;
   constexpr int64_t kFold = kFormat == WeightFormat::kInt4 ? 32 / line_depth(kFormat) : kBlockLines;
   constexpr bool kRuns = kFormat == WeightFormat::kW8A8;
+  constexpr int kAsked = kPanels * kRows / kWidth > 0 ? kPanels * kRows / kWidth : 1;
   const uint32_t* const scale_of_run = x + kWidth;
   const char* line = block.data;
   for (int64_t begin = 0; begin < block.lines; begin += kFold) {
@@ -76,7 +64,7 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
     }
     for (int64_t left = smaller(kFold, block.lines - begin); left > 0; --left) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(line + p * kLineBytes + kAhead);
+      for (int p = 0; p < kAsked; ++p) __builtin_prefetch(line + p * kLineBytes + block.ahead);
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 8
@@ -106,7 +94,7 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
             const Vec weight = weight_at<kFormat>(source, s, i % kVecs);
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
-              sum[r][i] = multiply_add(weight, splat(load_bits<float>(x + s * kWidth + r)), sum[r][i]);
+              sum[r][i] = fused_multiply_add(weight, splat(load_bits<float>(x + s * kWidth + r)), sum[r][i]);
             }
           }
         }
@@ -123,14 +111,14 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const Vec before = block.first && begin == 0 ? Vec{} : total[r * kSlabVecs + i];
-          total[r * kSlabVecs + i] = multiply_add(sum[r][i], scale, before);
+          total[r * kSlabVecs + i] = fused_multiply_add(sum[r][i], scale, before);
         }
       } else if constexpr (kRuns) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const Vec scale = splat(load_bits<float>(scale_of_run + r));
           const Vec before = block.first && begin == 0 ? Vec{} : total[r * kSlabVecs + i];
-          total[r * kSlabVecs + i] = multiply_add(as_float(sum[r][i]), scale, before);
+          total[r * kSlabVecs + i] = fused_multiply_add(as_float(sum[r][i]), scale, before);
         }
       } else {
 #pragma GCC unroll 16
@@ -142,6 +130,50 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
   }
 }
 
+// kCount vectors of columns from `column` on, of rows [row, row + rows), from their totals. Several are whole.
+template <DType kIn, DType kOut, bool kAdd, int kCount>
+FASTSFT_INLINE void write_columns(const PackedLinear& call, const Vec* total, int64_t row, int64_t rows,
+                                  int64_t column) {
+  const PackedWeight& w = call.weight;
+  const int64_t have = kCount > 1 ? kCount * kLanes : w.n - column;
+  const bool scaled = w.format == WeightFormat::kInt8 || w.format == WeightFormat::kW8A8;
+  Vec scale[kCount], bias[kCount];
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    scale[i] = scaled ? load(static_cast<const float*>(w.scales) + column + i * kLanes) : splat(1);
+    bias[i] = call.bias ? load_until(DType::kFloat32, call.bias + column, i * kLanes, have) : Vec{};
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (row + r) * w.n + column;
+    void* const out = element(kOut, call.out, at);
+    const void* const residual = kAdd ? element(kIn, call.residual, at) : nullptr;
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      Vec value = fused_multiply_add(total[r * kSlabVecs + i], scale[i], bias[i]);
+      if (kAdd) value = rounded(kIn, value) + load_until(kIn, residual, i * kLanes, have);
+      store_until(kOut, out, i * kLanes, have, value);
+    }
+  }
+}
+
+template <DType kIn, DType kOut, bool kAdd>
+FASTSFT_NOINLINE void write_slab(const PackedLinear& call, const Vec* total, int64_t row, int64_t rows, int64_t slab) {
+  const int64_t first = slab * kSlabPanels * kPanelColumns;
+  if (call.weight.n - first >= kSlabPanels * kPanelColumns) {
+    return write_columns<kIn, kOut, kAdd, kSlabVecs>(call, total, row, rows, first);
+  }
+  for (int i = 0; first + i * kLanes < call.weight.n; ++i) {
+    write_columns<kIn, kOut, kAdd, 1>(call, total + i, row, rows, first + i * kLanes);
+  }
+}
+
+FASTSFT_INLINE void write_out(const PackedLinear& call, const Vec* total, int64_t row, int64_t rows, int64_t slab) {
+  with_dtype(call.out_dtype, [&]<DType kOut>() {
+    if (!call.residual) return write_slab<kOut, kOut, false>(call, total, row, rows, slab);
+    with_dtype(call.dtype, [&]<DType kIn>() { write_slab<kIn, kOut, true>(call, total, row, rows, slab); });
+  });
+}
+
 // Rows [row, row + kRows) that exist, of slab `slab`; x are their words.
 template <WeightFormat kFormat, bool kPairs, int kRows>
 FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t row, int64_t slab) {
@@ -151,8 +183,13 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
   const int64_t first = slab * kSlabPanels, panels = smaller(kSlabPanels, panel_count(w.n) - first);
   const int64_t lines = panel_lines(kFormat, w.k);
   const char* data = static_cast<const char*>(w.data) + slab * slab_bytes(kFormat, w.k);
-  Block block{
-      .data = nullptr, .lines = 0, .step = panels * kLineBytes, .scales = nullptr, .group_shift = 0, .first = true};
+  Block block{.data = nullptr,
+              .lines = 0,
+              .step = panels * kLineBytes,
+              .scales = nullptr,
+              .group_shift = 0,
+              .first = true,
+              .ahead = kAhead};
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);
@@ -171,29 +208,16 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
       const bool several = panel + kPanels <= panels;
       const auto part =
           several ? multiply<kFormat, kPairs, kRows, kPart, kPanels> : multiply<kFormat, kPairs, kRows, kPart, 1>;
-      for (int r = 0; r < kRows; r += kPart) part(block, x + r, sums + r * kSlabVecs);
+      for (int r = 0; r < kRows; r += kPart) {
+        block.ahead = kAhead + (several ? kPanels * r / kRows * kLineBytes : 0);
+        part(block, x + r, sums + r * kSlabVecs);
+      }
       panel += several ? kPanels : 1;
     }
     data += block.lines * block.step;
     x += words_of_lines<kFormat, kPairs>(block.lines) * kRows;
   }
-  const int64_t rows = smaller<int64_t>(kRows, call.rows - row);
-  for (int64_t i = 0; i < panels * kVecs; ++i) {
-    const int64_t column = first * kPanelColumns + i * kLanes;
-    if (column >= w.n) return;
-    Vec scale = splat(1), bias{};
-    if (kFormat == WeightFormat::kInt8 || kFormat == WeightFormat::kW8A8)
-      scale = load(static_cast<const float*>(w.scales) + column);
-    if (call.bias) bias = load_until(DType::kFloat32, call.bias, column, w.n);
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec value = multiply_add(total[r * kSlabVecs + i], scale, bias);
-      if (call.residual) {
-        const void* const residual = element(call.dtype, call.residual, (row + r) * w.n);
-        value = rounded(call.dtype, value) + load_until(call.dtype, residual, column, w.n);
-      }
-      store_until(call.out_dtype, element(call.out_dtype, call.out, (row + r) * w.n), column, w.n, value);
-    }
-  }
+  write_out(call, total, row, smaller<int64_t>(kRows, call.rows - row), slab);
 }
 
 template <WeightFormat kFormat, bool kPairs>

@@ -1,5 +1,8 @@
 // x as matvec.isa.cpp takes it: read once, written once with the rows of a pass side by side, rounded to 8 bits for
 // W8A8. 4 M K bytes beside the weight's K N. Compiled with the flags of matvec.isa.cpp.
+#include <cmath>
+
+#include "lane_sums.h"
 #include "matvec_line.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
@@ -48,73 +51,78 @@ FASTSFT_INLINE void interleave(int64_t rows, int64_t width, int64_t count, uint3
 
 // --- x of W8A8 ---------------------------------------------------------------------------------------------------
 
-// A run of a row of x: integers as the product takes them, their sum, their scale (NaN if one of them was not finite).
-struct Run {
-  alignas(64) char values[kRunChannels * (kHasDots ? 1 : 4)];
-  int32_t sum;
-  float scale;
+// A run of each row of a pass: integers as the product takes them, their sums, their scales (NaN if one of the row's
+// elements was not finite).
+struct Runs {
+  alignas(64) char values[kMaxRows][kRunChannels * (kHasDots ? 1 : 4)];
+  alignas(64) float sums[kMaxRows], scales[kMaxRows];
 };
 
-template <typename Of>
-FASTSFT_INLINE int32_t reduce_lanes(VecInt v, Of&& of) {
-  const auto moved = [](Vec other) { return reinterpret_cast<VecInt>(other); };
-  if constexpr (kLanes >= 16) v = of(v, moved(exchange<8>(reinterpret_cast<Vec>(v))));
-  if constexpr (kLanes >= 8) v = of(v, moved(exchange<4>(reinterpret_cast<Vec>(v))));
-  v = of(v, moved(exchange<2>(reinterpret_cast<Vec>(v))));
-  return of(v, moved(exchange<1>(reinterpret_cast<Vec>(v))))[0];
-}
-
-FASTSFT_INLINE Run quantise(const PackedLinear& call, int64_t row, int64_t begin) {
-  constexpr int kParts = kRunChannels / kLanes;
+// Of `rows` rows of x from `first` on, channels from `begin` on.
+template <DType kDType>
+FASTSFT_NOINLINE void quantise(const PackedLinear& call, int64_t first, int64_t rows, int64_t begin, Runs& runs) {
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  const void* const all = element(call.dtype, call.x, row * call.weight.k);
-  Vec x[kParts] = {};
-  VecInt most{};  // the bits of a magnitude, which order as it does; infinity and NaN above all
-  for (int i = 0; i < kParts && begin + i * kLanes < call.weight.k; ++i) {
-    x[i] = load_until(call.dtype, all, begin + i * kLanes, call.weight.k);
-    const VecInt magnitude = reinterpret_cast<VecInt>(x[i]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  Run run{};
-  const int32_t largest = reduce_lanes(most, [](VecInt a, VecInt b) { return a > b ? a : b; });
-  if (largest >= 0x7f800000) {
-    run.scale = __builtin_nanf("");
-    return run;
-  }
-  run.scale = larger(load_bits<float>(&largest) / 127, 0x1p-126f);
-  const Vec inverse = splat(1 / run.scale);
-  VecInt sum{};
-  for (int i = 0; i < kParts; ++i) {
-    // Added to 1.5 * 2^23, an integer is in the low bits: rounded to the nearest, ties to even.
-    const VecInt value = reinterpret_cast<VecInt>(x[i] * inverse + 0x1.8p23f) - 0x4b400000;
-    if constexpr (kHasDots) {
-      const Bytes bytes = __builtin_convertvector(value, Bytes);
-      std::memcpy(run.values + i * kLanes, &bytes, sizeof(bytes));
-    } else {
-      const Vec floats = as_float(value);
-      std::memcpy(run.values + i * kVectorBytes, &floats, sizeof(floats));
+  constexpr int32_t kInfinity = 0x7f800000;
+  const int64_t k = call.weight.k, end = smaller(begin + kRunChannels, k);
+  alignas(64) float inverses[kMaxRows];
+  Vec of_row[kMaxRows] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const void* const x = element(kDType, call.x, (first + r) * k);
+    VecInt most{};  // the bits of a magnitude, which order as it does; infinity and NaN above all
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const VecInt magnitude = reinterpret_cast<VecInt>(load_until(kDType, x, i, k)) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
     }
-    sum += value;
+    of_row[r] = reinterpret_cast<Vec>(most > kInfinity ? VecInt{} + kInfinity : most);
   }
-  run.sum = reduce_lanes(sum, [](VecInt a, VecInt b) { return a + b; });
-  return run;
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    reduce_lanes<true>(of_row + r, smaller<int64_t>(kLanes, rows - r), runs.scales + r);
+    const Vec largest = load(runs.scales + r), scale = max_of(largest / 127, splat(0x1p-126f));
+    store(runs.scales + r, select(largest == INFINITY, splat(__builtin_nanf("")), scale));
+    store(inverses + r, 1 / scale);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const void* const x = element(kDType, call.x, (first + r) * k);
+    const Vec inverse = splat(inverses[r]);
+    const bool finite = inverses[r] > 0;
+    VecInt sum{};
+    for (int64_t i = 0; i < kRunChannels; i += kLanes) {
+      VecInt value{};
+      if (finite && begin + i < k) {
+        // Added to 1.5 * 2^23, an integer is in the low bits: rounded to the nearest, ties to even.
+        value = reinterpret_cast<VecInt>(load_until(kDType, x, begin + i, k) * inverse + 0x1.8p23f) - 0x4b400000;
+      }
+      if constexpr (kHasDots) {
+        const Bytes bytes = __builtin_convertvector(value, Bytes);
+        std::memcpy(runs.values[r] + i, &bytes, sizeof(bytes));
+      } else {
+        const Vec floats = as_float(value);
+        std::memcpy(runs.values[r] + i * 4, &floats, sizeof(floats));
+      }
+      sum += value;
+    }
+    of_row[r] = __builtin_convertvector(sum, Vec);  // exact, as the sum over the lanes is: below 2^24
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    reduce_lanes<false>(of_row + r, smaller<int64_t>(kLanes, rows - r), runs.sums + r);
+  }
 }
 
 // Rows [row, row + rows) as words[run][kRunWords + words of its lines][width].
 void pack_runs(const PackedLinear& call, int64_t row, int64_t rows, int64_t width, uint32_t* words) {
   constexpr WeightFormat kFormat = WeightFormat::kW8A8;
-  Run runs[kMaxRows];
+  Runs runs;
   for (int64_t begin = 0; begin < call.weight.k; begin += kRunChannels) {
     const int64_t lines = smaller(kBlockLines, panel_lines(kFormat, call.weight.k - begin));
     const int64_t count = lines * words_of_line<kFormat, false>();
     std::memset(words, 0, static_cast<std::size_t>(kRunWords * width * 4));
+    with_dtype(call.dtype, [&]<DType kDType>() { quantise<kDType>(call, row, rows, begin, runs); });
     for (int64_t r = 0; r < rows; ++r) {
-      runs[r] = quantise(call, row + r, begin);
-      if (kHasDots) words[r] = static_cast<uint32_t>(-128 * runs[r].sum);
-      words[width + r] = load_bits<uint32_t>(&runs[r].scale);
+      if (kHasDots) words[r] = static_cast<uint32_t>(-128 * static_cast<int32_t>(runs.sums[r]));
+      words[width + r] = load_bits<uint32_t>(runs.scales + r);
     }
     interleave(rows, width, count, words + kRunWords * width,
-               [&](int64_t r, int64_t word) { return load_bits<Vec>(runs[r].values + word * 4); });
+               [&](int64_t r, int64_t word) { return load_bits<Vec>(runs.values[r] + word * 4); });
     words += (kRunWords + count) * width;
   }
 }

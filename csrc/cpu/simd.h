@@ -57,6 +57,20 @@ FASTSFT_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 // a if the lane's mask is all ones, else b
 FASTSFT_INLINE Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
 
+// a * b + sum with one rounding where the instruction set has it. Spelt out where contraction is off: of two products
+// added, which of them the compiler fuses may differ between two places that must agree to the bit.
+FASTSFT_INLINE Vec fused_multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+#else
+  return a * b + sum;
+#endif
+}
+
 template <int kXor, std::size_t... kIndex>
 FASTSFT_INLINE Vec exchange(Vec v, std::index_sequence<kIndex...>) {
   return __builtin_shufflevector(v, v, (kIndex ^ kXor)...);
@@ -292,27 +306,35 @@ FASTSFT_INLINE Vec exp2_fraction(Vec r) {
   Vec p;
   if constexpr (kDegree == 4) {
     p = splat(0x1.3a02ccp-7f);
-    p = p * r + 0x1.c9fc46p-5f;
-    p = p * r + 0x1.ec0378p-3f;
-    p = p * r + 0x1.62e12cp-1f;
+    p = fused_multiply_add(p, r, splat(0x1.c9fc46p-5f));
+    p = fused_multiply_add(p, r, splat(0x1.ec0378p-3f));
+    p = fused_multiply_add(p, r, splat(0x1.62e12cp-1f));
   } else {
     p = splat(0x1.41fbbcp-13f);
-    p = p * r + 0x1.5f3e54p-10f;
-    p = p * r + 0x1.3b2d4cp-7f;
-    p = p * r + 0x1.c6aee8p-5f;
-    p = p * r + 0x1.ebfbdcp-3f;
-    p = p * r + 0x1.62e430p-1f;
+    p = fused_multiply_add(p, r, splat(0x1.5f3e54p-10f));
+    p = fused_multiply_add(p, r, splat(0x1.3b2d4cp-7f));
+    p = fused_multiply_add(p, r, splat(0x1.c6aee8p-5f));
+    p = fused_multiply_add(p, r, splat(0x1.ebfbdcp-3f));
+    p = fused_multiply_add(p, r, splat(0x1.62e430p-1f));
   }
-  return p * r + 1.0f;
+  return fused_multiply_add(p, r, splat(1.0f));
 }
 FASTSFT_INLINE Vec power_of_2(VecInt exponent) { return reinterpret_cast<Vec>((exponent + 127) << 23); }
 
 // exp(x) for x <= 0 (a rounding error above 0 is fine): 0 below 2^-126, NaN for NaN, and exactly 1 for 0.
 FASTSFT_INLINE Vec exp_nonpositive(Vec x) {
+#if defined(__AVX512F__)
+  const __mmask16 seen = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(x * kLog2e),
+                                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec r = fused_multiply_add(x, splat(kLog2e), -reinterpret_cast<Vec>(whole));
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(seen, reinterpret_cast<__m512>(exp2_fraction<6>(r)), whole));
+#else
   const VecInt underflow = x < -87.33654f;
   const VecInt whole = __builtin_convertvector(select(underflow, Vec{}, x) * kLog2e - 0.5f, VecInt);  // truncates
   const Vec r = x * kLog2e - __builtin_convertvector(whole, Vec);
   return select(underflow, Vec{}, exp2_fraction<6>(r) * power_of_2(whole));
+#endif
 }
 
 // 2^x for x <= 0 (a rounding error above 0 is fine): 0 below 2^-150, NaN for NaN, and exactly 1 for 0; kDegree as for

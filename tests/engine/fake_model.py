@@ -97,6 +97,9 @@ class FakeDrafter:
         self._runner, self._random = runner, random.Random(seed)
         self._open: dict[Sequence, tuple[list[int], list[int]]] = {}
 
+    def begin(self, sequences: int) -> bool:
+        return True
+
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         assert limit >= 1
         guess: list[int] = []

@@ -33,6 +33,9 @@ class RandomDrafts:
     def __init__(self) -> None:
         self._random = random.Random(3)
 
+    def begin(self, sequences: int) -> bool:
+        return True
+
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         at = self._random.randrange(len(sequence.tokens))
         return sequence.tokens[at : at + min(limit, self._random.randint(0, 5))]

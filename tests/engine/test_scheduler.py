@@ -164,6 +164,9 @@ def test_a_step_that_failed_leaves_nothing_to_be_found() -> None:
 class Eager:
     """Drafts as many tokens as it may."""
 
+    def begin(self, sequences: int) -> bool:
+        return True
+
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         return [0] * limit
 

@@ -59,6 +59,7 @@ def simulate(
     *,
     most: int = 8,
     proposal: Callable[[int], float] = lambda count: 0.0,
+    choosing: float = 0.0,
 ) -> tuple[float, float]:
     """(time for each token over that of plain steps, mean drafts of a step)."""
     rng = random.Random(1)
@@ -67,14 +68,17 @@ def simulate(
     time = plain = 0.0
     tokens = drafts = 0
     for step in range(steps):
-        count = length.choose(shares, most)
+        drafting = length.begin(1)
+        count = length.choose(shares, most) if drafting else 0
+        deciding = choosing if drafting else 0.0
+        length.chose(deciding)
         making = proposal(count) if count else 0.0
-        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03) + making
+        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03) + making + deciding
         accepted = 0
         while accepted < count and rng.random() < share(step):
             accepted += 1
-        length.proposed(shares, count, making)
         if count:
+            length.proposed(shares, count, making)
             length.observe(shares, count, accepted)
         length.measured(1 + count, seconds)
         time += seconds
@@ -94,6 +98,43 @@ def test_never_slower_than_plain_steps_by_two_percent(slope: float, share: float
 def test_never_slower_where_a_second_row_costs_a_jump() -> None:
     ratio, _ = simulate(lambda rows: 1.0 if rows == 1 else 2.5, lambda step: 0.5)
     assert ratio <= 1.02
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("choosing", [0.02, 0.08, 0.5])
+def test_never_slower_where_choosing_to_draft_nothing_takes_time(choosing: float, share: float) -> None:
+    ratio, _ = simulate(lambda rows: rows, lambda step: share, choosing=choosing)
+    assert ratio <= 1.02
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0.5, 20), min_size=4, max_size=20), st.lists(st.booleans(), max_size=12), st.integers(1, 5))
+def test_the_choice_has_the_greatest_rate(seconds: list[float], held: list[bool], limit: int) -> None:
+    """Also where it is found without looking at every number."""
+    most, base = 5, 3
+    length = DraftLength(most)
+    for rows, each in enumerate(seconds, base):
+        length._times.add(rows, each)
+    length._steps = 1
+    length.begin(base)
+    texts = [Shares(most, length.shares) for _ in range(base)]
+    for right in held:
+        texts[0].observe(2, 2 * right)
+    drafted, expected = 0, 0.0
+    for shares in texts:
+        rates, gain, survives = [], 0.0, 1.0
+        for count in range(min(limit, most) + 1):
+            rates.append((base + expected + gain) / length._times[base + drafted + count])
+            survives *= shares[min(count, most - 1)]
+            gain += survives
+        gains = [shares[0], shares[0] * shares[1]]
+        count = length.choose(shares, limit)
+        assert rates[count] == pytest.approx(max(rates))
+        if count:
+            before = length._expected
+            length.proposed(shares, min(count, 2), 0.0)
+            assert length._expected - before == pytest.approx(sum(gains[: min(count, 2)]))
+            drafted, expected = drafted + min(count, 2), length._expected
 
 
 def test_drafts_that_hold_are_used() -> None:

@@ -34,6 +34,9 @@ class Drafter(Protocol):
     then it changes what is drawn, but not the distribution.
     """
 
+    def begin(self, sequences: int) -> bool:
+        """A step begins, in which so many sequences generate: whether to ask for drafts in it."""
+
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
         """At most ``limit`` tokens that may follow ``sequence.tokens``."""
 
@@ -107,8 +110,9 @@ class Scheduler:
         for sequence in generating:
             self._publish(sequence, len(sequence.tokens))
         prompts = self._prompts() if self.apart is None else []
+        drafting = drafter if drafter and drafter.begin(len(generating)) else None
         for sequence in generating:
-            drafts = self._draft(sequence, drafter) if drafter else 0
+            drafts = self._draft(sequence, drafting) if drafting else 0
             step.work.append(Work(sequence, 1 + drafts, 1 + drafts))
         step.work += [w for w in prompts if w.rows or w.scores or not self.splits]
         step.apart = [w for w in prompts if not (w.rows or w.scores) and self.splits]

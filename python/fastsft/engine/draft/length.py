@@ -11,6 +11,7 @@ whatever the estimates. Estimates that say no fade, so that drafting is tried ag
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections import deque
 
@@ -26,74 +27,94 @@ class Shares:
 
     def __init__(self, most: int, prior: Shares | None = None) -> None:
         self._tried, self._held, self._prior = [0.0] * most, [0.0] * most, prior
+        self._scale = 1.0  # of all counts: what they have faded to since they last changed
 
     def __getitem__(self, place: int) -> float:
-        prior = self._prior[place] if self._prior else _PRIOR_SHARE
-        return (self._held[place] + _PRIOR_WEIGHT * prior) / (self._tried[place] + _PRIOR_WEIGHT)
+        prior, scale = self._prior[place] if self._prior else _PRIOR_SHARE, self._scale
+        return (self._held[place] * scale + _PRIOR_WEIGHT * prior) / (self._tried[place] * scale + _PRIOR_WEIGHT)
 
     def observe(self, proposed: int, accepted: int) -> None:
         self.fade()
+        self._tried = [self._scale * x for x in self._tried]
+        self._held = [self._scale * x for x in self._held]
+        self._scale = 1.0
         for place in range(min(proposed, accepted + 1)):
             self._tried[place] += 1
             self._held[place] += place < accepted
 
     def fade(self) -> None:
-        self._tried = [_MEMORY * x for x in self._tried]
-        self._held = [_MEMORY * x for x in self._held]
+        self._scale *= _MEMORY
 
 
-class StepTimes:
-    """Seconds of a step by its number of rows: the median of the latest few of each number, linear in between."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = {}
-
-    def add(self, rows: int, seconds: float) -> None:
-        self._seen.setdefault(rows, deque(maxlen=9)).append(seconds)
-
-    def count(self, rows: int) -> int:
-        return len(self._seen.get(rows, ()))
-
-    def __getitem__(self, rows: int) -> float:
-        """Needs at least one measured number of rows."""
-        if rows in self._seen:
-            return statistics.median(self._seen[rows])
-        below = max((r for r in self._seen if r < rows), default=None)
-        above = min((r for r in self._seen if r > rows), default=None)
-        if below is None:
-            return statistics.median(self._seen[min(self._seen)])
-        low = statistics.median(self._seen[below])
-        if above is None:
-            return low * (1 + _SLOPE * (rows - below))
-        return low + (statistics.median(self._seen[above]) - low) * (rows - below) / (above - below)
-
-
-class ProposalTimes:
-    """Seconds that so many drafts take to make: the median of the latest few of each number, linear in between and from
-    none on. Of a draft model they grow with the number, of heads they hardly do."""
+class Times:
+    """Seconds by a number: the median of the latest few of each number, linear in between."""
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
+        self._numbers: list[int] = []  # in order
+        self._medians: dict[int, float] = {}
+        self._known: dict[int, float] = {}  # what has been asked for since the last measurement
 
-    def add(self, count: int, seconds: float) -> None:
-        self._seen.setdefault(count, deque(maxlen=9)).append(seconds)
+    def add(self, number: int, seconds: float) -> None:
+        if number not in self._seen:
+            self._seen[number] = deque(maxlen=9)
+            bisect.insort(self._numbers, number)
+        self._seen[number].append(seconds)
+        self._medians[number] = statistics.median(self._seen[number])
+        self._known = {}
 
-    def __getitem__(self, count: int) -> float:
-        below = max((c for c in self._seen if c <= count), default=0)
-        above = min((c for c in self._seen if c > count), default=None)
-        low = statistics.median(self._seen[below]) if below else 0.0
-        if below == count:
-            return low
-        if above is None:
-            return low * count / below if below else 0.0
-        return low + (statistics.median(self._seen[above]) - low) * (count - below) / (above - below)
+    def count(self, number: int) -> int:
+        return len(self._seen.get(number, ()))
+
+    def __getitem__(self, number: int) -> float:
+        if number not in self._known:
+            self._known[number] = self._estimate(number)
+        return self._known[number]
+
+    def _estimate(self, number: int) -> float:
+        at = bisect.bisect_left(self._numbers, number)
+        if number in self._medians:
+            return self._medians[number]
+        if at == len(self._numbers):
+            return self._beyond(number)
+        above = self._numbers[at]
+        if at == 0:
+            return self._medians[above]
+        below = self._numbers[at - 1]
+        low, high = self._medians[below], self._medians[above]
+        return low + (high - low) * (number - below) / (above - below)
+
+    def _beyond(self, number: int) -> float:
+        """For more than was ever measured."""
+        raise NotImplementedError
+
+
+class StepTimes(Times):
+    """Of a step, by its number of rows. Needs at least one measured number."""
+
+    def _beyond(self, number: int) -> float:
+        most = self._numbers[-1]
+        return self._medians[most] * (1 + _SLOPE * (number - most))
+
+
+class ProposalTimes(Times):
+    """Of making so many drafts, of which none take none. Of a draft model they grow with the number, of heads they
+    hardly do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers, self._medians = [0], {0: 0.0}
+
+    def _beyond(self, number: int) -> float:
+        most = self._numbers[-1]
+        return self._medians[most] * number / most if most else 0.0
 
 
 class DraftLength:
     """For all continuations of an engine.
 
-    A step is: :meth:`choose` for each continuation that generates, :meth:`observe` for each that had drafts, and
-    :meth:`measured`.
+    A step is: :meth:`begin`; if it says so, :meth:`choose` and :meth:`chose` for each continuation that generates, and
+    :meth:`proposed` where that is not 0; :meth:`observe` for each that had drafts; :meth:`measured`, unless it failed.
 
     Args:
         most: drafts of one continuation in a step.
@@ -103,42 +124,58 @@ class DraftLength:
         self.most = most
         self.shares = Shares(most)
         self._times = StepTimes()
-        self._base = 0  # continuations of the last step
         self._steps = 0
         self._proposals = ProposalTimes()
         self._time = self._lost = 0.0
-        self._begin()
+        self.begin(0)
 
-    def _begin(self) -> None:
-        self._asked = self._drafted = self._accepted = 0
-        self._expected = 0.0
-        self._proposing = 0.0
+    def begin(self, base: int) -> bool:
+        """Whether to draft at all in a step in which ``base`` continuations generate."""
+        self._base = base
+        self._drafted = self._accepted = 0
+        self._expected = self._proposing = self._choosing = 0.0
+        self._least: float | None = None
+        if self._steps % REFRESH == 0 or self._times.count(base) < 3:
+            return False
+        return self._lost <= ALLOWED * self._time + self._times[base]
 
     def choose(self, shares: Shares, limit: int) -> int:
         """How many drafts the next continuation of this step should have."""
-        self._asked += 1
-        base = max(self._base, self._asked)
-        plain = self._steps % REFRESH == 0 or self._times.count(base) < 3
-        if plain or self._lost > ALLOWED * self._time + self._times[base]:
-            return 0
         best, best_rate, survives, gain = 0, 0.0, 1.0, 0.0
-        for count in range(min(limit, self.most) + 1):
-            seconds = self._times[base + self._drafted + count] + self._proposing + self._proposals[count]
-            rate = (base + self._expected + gain) / seconds
-            if rate > best_rate:
-                best, best_rate = count, rate
-            if count < self.most:
-                survives *= shares[count]
-                gain += survives
+        if shares[0] > self._least_share():
+            for count in range(min(limit, self.most) + 1):
+                rate = (self._base + self._expected + gain) / self._seconds(count)
+                if rate > best_rate:
+                    best, best_rate = count, rate
+                if count < self.most:
+                    survives *= shares[count]
+                    gain += survives
         if best == 0:
             shares.fade()
             self.shares.fade()
         return best
 
+    def _seconds(self, count: int) -> float:
+        """Of the step, if the next continuation has so many drafts and those after it have none."""
+        return self._times[self._base + self._drafted + count] + self._proposing + self._proposals[count]
+
+    def _least_share(self) -> float:
+        """Of first drafts that must hold for any number of them to pay: not more than this do not, even if what comes
+        after one that holds always holds. Found once for all continuations up to the next one that drafts."""
+        if self._least is None:
+            tokens, plain = self._base + self._expected, self._seconds(0)
+            self._least = min(tokens * (self._seconds(n) / plain - 1) / n for n in range(1, self.most + 1))
+        return self._least
+
+    def chose(self, seconds: float) -> None:
+        """So long a choice took."""
+        self._choosing += seconds
+
     def proposed(self, shares: Shares, count: int, seconds: float, *, first: bool = False) -> None:
         """So many drafts came, after so long; ``first``: of a text, which may have taken reading all of it."""
         self._drafted += count
         self._proposing += seconds
+        self._least = None
         if count and not first:
             self._proposals.add(count, seconds)
         survives = 1.0
@@ -152,15 +189,13 @@ class DraftLength:
         self._accepted += accepted
 
     def measured(self, rows: int, seconds: float) -> None:
-        """The step is done; ``rows`` are all it computed, ``seconds`` all it took, proposals included."""
-        base = self._asked
+        """The step is done; ``rows`` are all it computed, ``seconds`` all it took, choices and proposals included."""
+        base, speculating = self._base, self._choosing + self._proposing
         if base and rows == base + self._drafted:  # without prompts, whose rows cost otherwise
-            self._times.add(rows, seconds - self._proposing)
+            self._times.add(rows, seconds - speculating)
             self._time += seconds
             if self._times.count(base):
                 plain = self._times[base]
-                self._lost += seconds - plain * (base + self._accepted) / base if self._drafted else self._proposing
+                self._lost += seconds - plain * (base + self._accepted) / base if self._drafted else speculating
                 self._lost = max(self._lost, -10 * plain)
-        self._base = base
         self._steps += base > 0
-        self._begin()

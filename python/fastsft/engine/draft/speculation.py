@@ -55,16 +55,21 @@ class Speculation:
         self._length = DraftLength(most)
         self._states: dict[Sequence, _State] = {}
 
+    def begin(self, sequences: int) -> bool:
+        return self._length.begin(sequences) or not self._adaptive
+
     def propose(self, sequence: Sequence, limit: int) -> list[int]:
+        begin = time.perf_counter()
         state = self._states.get(sequence)
         if state is None:
             state = self._states[sequence] = _State(self._make(sequence), Shares(self._most, self._length.shares))
         count = self._length.choose(state.shares, limit) if self._adaptive else min(limit, self._most)
+        chosen = time.perf_counter()
+        self._length.chose(chosen - begin)
         if count == 0:
             return []
-        begin = time.perf_counter()
         draft = state.guess.propose(sequence.tokens, count)
-        self._length.proposed(state.shares, len(draft), time.perf_counter() - begin, first=not state.asked)
+        self._length.proposed(state.shares, len(draft), time.perf_counter() - chosen, first=not state.asked)
         state.asked = True
         return draft
 

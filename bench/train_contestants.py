@@ -85,11 +85,16 @@ def with_fastsft(case: Case, folder: Path, steps: int) -> Steps:
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-def with_trl(mode: str, case: Case, folder: Path, steps: int) -> Steps:
-    """Padded, padding-free or packed as best it can; no activation checkpointing, as in the others."""
+def with_trl(mode: str, plugged: bool, case: Case, folder: Path, steps: int) -> Steps:
+    """Padded, padding-free or packed as best it can; no activation checkpointing, as in the others. ``plugged``: the
+    same with fastsft's plug-in."""
     import datasets
     import transformers
     import trl
+
+    trainer = trl.SFTTrainer
+    if plugged:
+        from fastsft.integrations.trl import SFTTrainer as trainer
 
     imported = peak()
     rows = documents(case.config["vocab_size"])
@@ -124,7 +129,7 @@ def with_trl(mode: str, case: Case, folder: Path, steps: int) -> Steps:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
+    trainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
     return found
 
 
@@ -154,8 +159,12 @@ def with_torch(masters: bool, case: Case, folder: Path, steps: int) -> Steps:
 
 CONTESTANTS: dict[str, Callable[[Case, Path, int], Steps]] = {
     "fastsft": with_fastsft,
-    "TRL, padded": lambda *a: with_trl("padded", *a),
-    "TRL, packed": lambda *a: with_trl("packed", *a),
+    "TRL, padded": lambda *a: with_trl("padded", False, *a),
+    "TRL, packed": lambda *a: with_trl("packed", False, *a),
+    "TRL, padding-free": lambda *a: with_trl("padding-free", False, *a),
+    "TRL with the plug-in, padded": lambda *a: with_trl("padded", True, *a),
+    "TRL with the plug-in, packed": lambda *a: with_trl("packed", True, *a),
+    "TRL with the plug-in, padding-free": lambda *a: with_trl("padding-free", True, *a),
     "torch": lambda case, *a: with_torch(case.dtype != "float32", case, *a),
     "torch, without float32 weights": lambda *a: with_torch(False, *a),
 }

@@ -52,7 +52,9 @@ SHAPES: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
 
 def test_every_example_is_tested() -> None:
     assert {p.stem for p in EXAMPLES.glob("*.toml")} == {*SHAPES, "iterative"}
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {"custom_loop.py", "transformers_loop.py", "iterative_start.py"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {
+        "custom_loop.py", "transformers_loop.py", "trl_sft.py", "iterative_start.py"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -113,14 +115,18 @@ def test_custom_loop_learns_to_copy() -> None:
 
 def test_transformers_loop_computes_transformers_own_loss() -> None:
     pytest.importorskip("transformers")
+    from fastsft.integrations.transformers import disable, enable
+
     example = runpy.run_path(str(EXAMPLES / "transformers_loop.py"))
     torch.manual_seed(0)
-    model = example["load"](None)
+    model = example["load"](None).train()
     documents = [torch.randint(256, (n,)) for n in (5, 17, 1, 2, 31)]
-    packed = example["packed_loss"](model, documents)
+    enable(model)
+    packed = model(**example["pack"]([d.tolist() for d in documents]), use_cache=False).loss
     packed.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
+    disable(model)
     model.set_attn_implementation("eager")
     losses = [
         torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
@@ -134,3 +140,10 @@ def test_transformers_loop_computes_transformers_own_loss() -> None:
     )
     first, last = example["main"](steps=10)
     assert last < 0.7 * first
+
+
+def test_trl_sft_learns() -> None:
+    pytest.importorskip("trl", minversion="1.16")
+    first, last = runpy.run_path(str(EXAMPLES / "trl_sft.py"))["main"](steps=15)
+    assert first == pytest.approx(math.log(258), rel=0.1)
+    assert last < 0.4 * first

@@ -44,12 +44,18 @@ def test_json_blocks_parse(page: Path) -> None:
 
 def _names(page: str) -> dict[str, Any]:
     """What the blocks of a page take for granted."""
-    if page not in ("README.md", "ops.md"):
+    if page not in ("README.md", "ops.md", "integrations.md"):
         return {}
+    import transformers
+
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 50, bias=False)
     ids = torch.randint(50, (7,))
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
     return {
+        "model": transformers.AutoModelForCausalLM.from_config(config).train(),
         "q": torch.randn(7, 4, 32), "k": torch.randn(7, 2, 32), "v": torch.randn(7, 2, 32), "lm_head": head, "ids": ids,
         "cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32), "targets": ids.roll(-1), "hidden": torch.randn(7, 32),
         "token_weights": torch.ones(7), "total_weight": 7.0, "backbone": torch.nn.Embedding(50, 32),

@@ -215,3 +215,19 @@ def test_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]], family: str, k
         kept = torch.ones_like(mask, dtype=torch.bool)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(**inputs).logits
     torch.testing.assert_close(compiled[kept], eager(**inputs).logits[kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])}, "zeros between ones"),
+        ({"attention_mask": ONE, "position_ids": RESTART}, "they restart or jump within"),
+    ],
+)
+def test_a_compiled_graph_stops_at_what_is_refused(
+    pairs: dict[str, tuple[Any, Any]], inputs: dict[str, Any], message: str
+) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(pairs["llama"][0], fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=message):
+        compiled(input_ids=ids(1, 10), use_cache=False, **inputs)

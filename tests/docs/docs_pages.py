@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 LANGUAGES = ("python", "sh", "toml", "json", "sample", "text")
-NOT_RUN = re.compile(r"# not run: (\S.{9,})\n")
+NOT_RUN = re.compile(r"(?:#!.*\n)?# not run: (\S.{9,})\n")
 
 
 @dataclasses.dataclass(frozen=True)

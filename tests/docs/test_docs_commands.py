@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 # Programs of others, whose options nothing here can check.
-FOREIGN = {"curl", "export", "git", "hf"}
+FOREIGN = {"curl", "export", "git", "hf", "lm_eval"}
 
 
 def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:

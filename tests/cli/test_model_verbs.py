@@ -85,6 +85,7 @@ def test_eval_with_guesses(trained: Path, tmp_path: Path, capsys: pytest.Capture
         json.dumps({"method": "draft_model", "model": str(model), "acceptance": "rejection"}),
     ]
     assert "acceptance: expected 'noise'" in refusal(capsys, *command, *rejecting)
+    assert "--speculative-config: expected" in refusal(capsys, "eval", model, "--data", tasks, *guesses)
     rows = [tmp_path / name for name in ("plain.jsonl", "guessed.jsonl")]
     for path, more in zip(rows, ([], guesses), strict=True):
         result_of(capsys, "sample", model, tasks, "--output", path, "--n", "2", "--max-tokens", "20", *more)

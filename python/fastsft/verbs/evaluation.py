@@ -88,6 +88,8 @@ def evaluate(
     if weights and not data:
         raise UsageError("eval: --weights: expected --data with it")
     speculation = read_speculation("eval", speculative_config)
+    if speculation is not None and (tasks is None or samples is not None):
+        raise UsageError("eval: --speculative-config: expected a model and --tasks with it")
     most = None if samples is not None else n
     if tasks is not None and not (k and min(k) >= 1 and (most is None or max(k) <= most)):
         expected = "numbers from 1" if most is None else f"numbers from 1 to --n, {n}"

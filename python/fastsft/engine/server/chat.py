@@ -13,11 +13,11 @@ from fastsft.engine.assemble import Assembly
 from fastsft.engine.prompts import encode_chat
 from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.async_engine import EngineFailed, Stream, TimedOut
-from fastsft.engine.server.completions import usage
 from fastsft.engine.server.context import Context, api_error
 from fastsft.engine.server.errors import ApiError, json_response
 from fastsft.engine.server.protocol import ChatBody
 from fastsft.engine.server.sse import EventStream, unless_gone
+from fastsft.engine.server.usage import Usage
 
 
 async def chat(context: Context, body: ChatBody, receive: Receive) -> Response:
@@ -74,7 +74,7 @@ class _Answer:
     def __init__(self, context: Context, body: ChatBody, params: SamplingParams, stream: Stream) -> None:
         self._context, self._body, self._params, self._stream = context, body, params, stream
         self._identity = {**context.identity("chatcmpl", body.model), "created": int(time.time())}
-        self._prompt = len(stream.requests[0].prompt_token_ids)
+        self._usage = Usage(len(stream.requests[0].prompt_token_ids))
 
     async def whole(self) -> dict[str, Any]:
         assembly = Assembly(self._stream.requests[0])
@@ -82,6 +82,7 @@ class _Answer:
             async for updates in self._stream:
                 for update in updates:
                     assembly.take(update)
+                    self._usage.take(update)
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         choices = [
@@ -89,10 +90,7 @@ class _Answer:
              "logprobs": self._logprobs(one.token_ids, one.logprobs), "finish_reason": one.finish_reason}
             for one in assembly.output().outputs
         ]  # fmt: skip
-        return {
-            **self._identity, "object": "chat.completion", "choices": choices,
-            "usage": usage(self._prompt, assembly.generated),
-        }  # fmt: skip
+        return {**self._identity, "object": "chat.completion", "choices": choices, "usage": self._usage.shown()}
 
     async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         with_usage = self._body.stream_options.include_usage
@@ -110,15 +108,15 @@ class _Answer:
                 yield chunk(update.index, {}, None, update.finish_reason)
 
         yield [chunk(index, {"role": "assistant", "content": ""}) for index in range(self._params.n)]
-        generated = 0
         try:
             async for updates in self._stream:
-                generated += sum(len(update.token_ids) for update in updates)
+                for update in updates:
+                    self._usage.take(update)
                 yield [one for update in updates for one in chunks(update)]
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         if with_usage:
-            yield [{**head, "choices": [], "usage": usage(self._prompt, generated)}]
+            yield [{**head, "choices": [], "usage": self._usage.shown()}]
 
     def _logprobs(self, tokens: tuple[int, ...], each: tuple[dict[int, float], ...] | None) -> dict[str, Any] | None:
         if each is None:

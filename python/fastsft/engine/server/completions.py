@@ -19,6 +19,7 @@ from fastsft.engine.server.context import Context, api_error
 from fastsft.engine.server.errors import ApiError, json_response
 from fastsft.engine.server.protocol import CompletionBody
 from fastsft.engine.server.sse import EventStream, unless_gone
+from fastsft.engine.server.usage import Usage
 
 
 @dataclass
@@ -90,7 +91,7 @@ class _Completion:
         self._place = {r.request_id: i for i, r in enumerate(stream.requests)}
         self._choices = [_Choice(i) for i in range(len(prompts) * self._draws)]
         self._of_prompt: dict[str, tuple[dict[int, float] | None, ...]] = {}
-        self._generated = 0
+        self._usage = Usage(sum(map(len, prompts)))
 
     async def whole(self) -> dict[str, Any]:
         try:
@@ -99,7 +100,7 @@ class _Completion:
                     self._take(update)
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
-        return {**self._identity, "choices": [self._shown(c) for c in self._best()], "usage": self._usage()}
+        return {**self._identity, "choices": [self._shown(c) for c in self._best()], "usage": self._usage.shown()}
 
     def _best(self) -> list[_Choice]:
         """Of each prompt's draws as many as were asked for."""
@@ -119,7 +120,7 @@ class _Completion:
         except (EngineFailed, TimedOut) as error:
             raise api_error(error) from None
         if with_usage:
-            yield [{**head, "choices": [], "usage": self._usage()}]
+            yield [{**head, "choices": [], "usage": self._usage.shown()}]
 
     def _piece(self, update: Update) -> dict[str, Any] | None:
         """What an update adds to its choice, if that can be shown."""
@@ -144,7 +145,7 @@ class _Completion:
             choice.text += update.text
             choice.tokens += update.token_ids
             choice.logprobs += update.logprobs or ()
-            self._generated += len(update.token_ids)
+            self._usage.take(update)
         choice.finish_reason = update.finish_reason if body.max_tokens else "length"
         choice.score = update.cumulative_logprob
         return choice
@@ -156,10 +157,3 @@ class _Completion:
                 choice.tokens, choice.logprobs, self._body.logprobs, choice.characters
             )
         return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-
-    def _usage(self) -> dict[str, int]:
-        return usage(sum(map(len, self._prompts)), self._generated)
-
-
-def usage(prompt: int, generated: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

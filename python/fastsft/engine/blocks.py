@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class OutOfBlocks(RuntimeError):
@@ -63,14 +63,14 @@ class BlockAllocator:
         self.evictions += 1
         return block
 
-    def share(self, blocks: list[int]) -> None:
+    def share(self, blocks: Sequence[int]) -> None:
         """One more reference to each, be it held or found."""
         for block in blocks:
             if not self._references[block]:
                 del self._cached[block]
             self._references[block] += 1
 
-    def release(self, blocks: list[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """One reference less to each. The last goes first: a block is no use to who cannot find the one before it."""
         for block in reversed(blocks):
             self._references[block] -= 1

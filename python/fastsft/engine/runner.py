@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from fastsft.engine.sequence import Sequence
@@ -35,13 +36,14 @@ class Inputs:
             ids += sequence.upcoming(count)
             bounds.append(bounds[-1] + count)
             contexts.append(end)
-        widest = max(len(s.blocks) for s, _ in work)
-        table = [s.blocks + [0] * (widest - len(s.blocks)) for s, _ in work]
+        table = np.zeros((len(work), max(len(s.blocks) for s, _ in work)), dtype=np.int32)
+        for row, (sequence, _) in zip(table, work, strict=True):
+            row[: len(sequence.blocks)] = np.frombuffer(sequence.blocks, dtype=np.int32)
         return cls(
             torch.tensor(ids, dtype=torch.int64),
             torch.tensor(bounds, dtype=torch.int32),
             torch.tensor(contexts, dtype=torch.int32),
-            torch.tensor(table, dtype=torch.int32),
+            torch.from_numpy(table),
             [s.adapter.weights if s.adapter else None for s, _ in work] if any(s.adapter for s, _ in work) else [],
         )
 

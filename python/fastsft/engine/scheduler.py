@@ -16,6 +16,7 @@ admitted, what it computes cannot be found, and blocks of those that are given u
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ class Scheduler:
             self.allocator.release([shared])
             sequence.blocks[at] = new[0]
         else:
-            sequence.blocks += new
+            sequence.blocks.extend(new)
 
     def _prompts(self) -> list[Work]:
         """Chunks of the prompts that run and of those that can join, in order, under the budget."""
@@ -197,7 +198,8 @@ class Scheduler:
         if found is None:
             return False
         self.allocator.share(found)
-        sequence.blocks = found + self.allocator.allocate(self._blocks_for(len(sequence.tokens)) - len(found))
+        missing = self._blocks_for(len(sequence.tokens)) - len(found)
+        sequence.blocks = array("i", found + self.allocator.allocate(missing))
         sequence.computed = len(found) * self.block_size
         sequence.published = len(found)
         self.found_tokens += sequence.computed
@@ -243,7 +245,7 @@ class Scheduler:
         limit = min(room, sequence.limit - len(sequence.tokens) - 1)
         sequence.draft = drafter.propose(sequence, limit)[:limit] if limit > 0 else []
         end = len(sequence.tokens) + len(sequence.draft)
-        sequence.blocks += self.allocator.allocate(max(0, self._blocks_for(end) - len(sequence.blocks)))
+        sequence.blocks.extend(self.allocator.allocate(max(0, self._blocks_for(end) - len(sequence.blocks))))
         return len(sequence.draft)
 
     def advanced(self, sequence: Sequence) -> None:
@@ -271,7 +273,7 @@ class Scheduler:
         if len(self.running) >= self.max_num_seqs:
             self.add(child)
             return False
-        child.blocks = list(parent.blocks)
+        child.blocks = parent.blocks[:]
         self.allocator.share(child.blocks)
         child.computed, child.published = parent.computed, parent.published
         bisect.insort(self.running, child, key=_order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ class _Told:
     characters: int = 0
 
 
+def no_blocks() -> array[int]:
+    return array("i")
+
+
 @dataclass(eq=False)
 class Sequence:
     """One continuation in progress.
@@ -52,7 +57,7 @@ class Sequence:
     priority: int = 0
     arrival: int = 0
     adapter: Adapter | None = None
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=no_blocks)  # int32: a step copies it as it is
     computed: int = 0
     draft: list[int] = field(default_factory=list)
     hidden_D: torch.Tensor | None = None  # that its last token was drawn from, where drafts need it
@@ -163,7 +168,7 @@ class Sequence:
 
     def leave(self) -> None:
         """Hold no block any more: what was computed has to be found or computed again."""
-        self.blocks, self.draft, self.computed = [], [], 0
+        self.blocks, self.draft, self.computed = no_blocks(), [], 0
 
     def _final_characters(self) -> int:
         """How much of the text no stop string can take back: all but the longest end that one begins with."""

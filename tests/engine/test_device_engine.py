@@ -93,6 +93,21 @@ def test_speculation(config: dict[str, Any], one_folder: Path) -> None:
     assert llm.core.stats().drafted_tokens
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_weights(quantization: str, one_folder: Path) -> None:
+    """The numbers of packed ones: scores differ by the rounding of activations alone, not as those of formats do."""
+    prompts = as_prompts(prompts_of([40, 25]))
+    ours, packed, other = (
+        torch.tensor([x for each in llm.score(prompts) for x in each])
+        for llm in (
+            device_engine(one_folder, quantization=quantization),
+            engine(one_folder, quantization=quantization),
+            engine(one_folder, dtype=torch.bfloat16),
+        )
+    )
+    assert (ours - packed).square().mean().sqrt() < 0.5 * (other - packed).square().mean().sqrt()
+
+
 def test_adapters_share_steps(one_folder: Path, tmp_path: Path) -> None:
     model = load_model(one_folder)
     add_lora(model, LoraConfig(rank=4), seed=1)
@@ -127,7 +142,7 @@ def test_new_weights(one_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"quantization": "w8a8"}, "LLM: quantization: w8a8 is of the CPU alone; on cpu, expected None"),
+        ({"quantization": "w8a8"}, "LLM: quantization: w8a8 is of the CPU alone; on cpu, expected None, int8, int4"),
         ({"kv_cache_dtype": "int8"}, "LLM: kv_cache_dtype: int8 is of the CPU alone; on cpu, expected auto"),
         ({"prefill_threads": 1}, "LLM: prefill_threads: 1 is of the CPU alone; on cpu, expected 0"),
         ({"num_blocks": None, "kv_cache_bytes": 9}, "LLM: kv_cache_bytes: expected at least 24576, one block, got 9"),

@@ -84,6 +84,19 @@ def test_logits_are_the_decoder_s(kind: str, dtype: torch.dtype) -> None:
         assert relative(logits, exact) < 1.2 * relative(logits_in_training(model, prompt), exact) + 1e-7
 
 
+@pytest.mark.parametrize(("format", "bound"), [("int8", 0.1), ("int4", 0.6)])
+@pytest.mark.parametrize("kind", ["llama", "tied, one key head"])
+def test_quantised_logits_are_near(format: str, bound: float, kind: str) -> None:
+    model, (tokens,) = model_of(kind), tokens_of(75)
+    exact = exact_logits(model, tokens)
+    errors = []
+    for name in ("bfloat16", format):
+        session = Session(place_decoder(model, name, device="cpu"))
+        (logits,) = session.step({session.open(75): tokens})
+        errors.append(relative(logits, exact))
+    assert errors[0] < errors[1] < bound
+
+
 def test_folders_give_what_models_give(tmp_path: object) -> None:
     model = model_of("tied, one key head")
     save_model(model, f"{tmp_path}/model")
@@ -152,7 +165,9 @@ def adapted(seed: int) -> Decoder:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="place_decoder: format: expected one of float32, bfloat16, got 'float16'"):
+    with pytest.raises(
+        ValueError, match="place_decoder: format: expected one of float32, bfloat16, int8, int4, got 'float16'"
+    ):
         place_decoder(model_of("llama"), "float16", device="cpu")
     with pytest.raises(ValueError, match=r"place_decoder: head_dim: expected one of .*, got 48"):
         place_decoder(init_model(SHAPE | {"head_dim": 48}, seed=1), "float32", device="cpu")

@@ -84,6 +84,38 @@ def test_compiled(dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, 
         assert name in WRITES_LITTLE or "st.global.v4.b32" in compiled.asm["ptx"], name
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_products_are_compiled(
+    name: str, rows: int, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To matrix instructions on weights that come 16 bytes at a time while others are multiplied."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastsft.ops._triton import device_linear
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel: Any = {"int8": device_linear._int8, "int4": device_linear._int4}[name]
+    constants = device_linear.tile_of(rows) | ({"GROUP": 32} if name == "int4" else {})
+    pointers = {"x": "*bf16", "data": "*i8" if name == "int8" else "*u8", "scales": "*bf16", "sums": "*fp32"}
+    signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
+    by_16 = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(kernel.arg_names)
+        if argument not in constants.keys() | {"rows"}
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=by_16)
+    options = {"num_warps": device_linear._WARPS, "num_stages": device_linear._STAGES, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+    assert any(f"{kind}.sync.aligned" in compiled.asm["ptx"] for kind in ("mma", "wgmma.mma_async"))
+    assert compiled.metadata.shared <= 99 << 10
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None

@@ -15,7 +15,8 @@ from samples import randn
 
 from fastsft.ops import reference
 from fastsft.ops._library import triton_or
-from fastsft.ops._triton import activation, norm, rope, sampling
+from fastsft.ops._triton import activation, device_linear, norm, rope, sampling
+from fastsft.ops.device_linear import hold_weight, widened_product
 from fastsft.ops.sampling import best_tokens
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -135,6 +136,34 @@ def test_noise_near_its_ends() -> None:
     assert torch.equal(
         sampling.best_tokens(scores, one, seeds, positions), best_tokens(scores.double(), one, seeds, positions)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 256, 32), (3, 200, 65), (17, 700, 33), (64, 1300, 7), (0, 64, 5)])
+@pytest.mark.parametrize(("format", "group"), [("int8", 32), ("int4", 32), ("int4", 64)])
+def test_products_with_few_rows(
+    format: str, group: int, rows: int, k: int, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over K in one part and in several; results in x's type and in float32, with a bias and without."""
+    held = hold_weight([randn(n, k)], format, torch.device("cpu"), group=group)
+    x, bias = randn(rows, k, seed=1, dtype=dtype), randn(n, seed=2, dtype=dtype)
+    for programs in (1, 528):
+        monkeypatch.setattr(device_linear, "_PROGRAMS", programs)
+        for b, out_dtype in ((bias, dtype), (None, torch.float32)):
+            found, expected = (torch.full((rows, n), torch.nan, dtype=out_dtype) for _ in range(2))
+            for product, out in ((device_linear.product, found), (widened_product, expected)):
+                product(x, held.data, held.scales, held.group, b, out)
+            torch.testing.assert_close(found, expected, rtol=1e-3 if out_dtype == torch.float16 else 1e-5, atol=2e-4)
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    held = hold_weight([randn(40, 300)], "int4", torch.device("cpu"))
+    x, clean, dirty = randn(3, 300), torch.empty(3, 40), torch.empty(3, 40)
+    device_linear.product(x, held.data, held.scales, 32, None, clean)
+    x[1, 299] = torch.nan
+    device_linear.product(x, held.data, held.scales, 32, None, dirty)
+    assert dirty[1].isnan().all()
+    assert torch.equal(dirty[::2], clean[::2])
 
 
 def test_launched_as_the_ops_do() -> None:

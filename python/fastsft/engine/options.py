@@ -35,7 +35,7 @@ class EngineOptions:
         prefill_threads: above 0, prompts are computed by a process of their own with so many threads, so that running
             sequences do not wait for them; the results are the same. It is forked from this one.
         device: where it computes: "cpu", "cuda", "cuda:1"; None: where a decoder is, and the CPU for a folder. On GPUs
-            weights are float32 or bfloat16, the cache is as the activations are, and there is no prefill process.
+            there is no "w8a8", the cache is as the activations are, and there is no prefill process.
         enforce_eager: on a GPU, launch every step kernel by kernel: no CUDA graphs.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -27,9 +28,13 @@ def check_device(device: torch.device, options: EngineOptions) -> None:
         raise ValueError(f"LLM: device: torch finds no usable GPU, got {device}")
     if device.type in PACKED:
         return
-    for name, expected in (("quantization", None), ("kv_cache_dtype", "auto"), ("prefill_threads", 0)):
-        if (value := getattr(options, name)) != expected:
-            raise ValueError(f"LLM: {name}: {value} is of the CPU alone; on {device}, expected {expected}")
+    known: dict[str, tuple[Any, ...]] = {
+        "quantization": (None, "int8", "int4"), "kv_cache_dtype": ("auto",), "prefill_threads": (0,),
+    }  # fmt: skip
+    for name, expected in known.items():
+        if (value := getattr(options, name)) not in expected:
+            listed = ", ".join(map(str, expected))
+            raise ValueError(f"LLM: {name}: {value} is of the CPU alone; on {device}, expected {listed}")
 
 
 def make_runner(

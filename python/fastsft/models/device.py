@@ -63,9 +63,10 @@ class DeviceDecoder:
         norm: Tensor,
         head: DeviceWeight,
         format: str,
+        group: int,
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, tuple(layers), norm, head
-        self.format = format
+        self.format, self.group = format, group
         self._rotary = RotaryTable(config.rope, config.head_dim)
 
     @property
@@ -136,7 +137,7 @@ class DeviceDecoder:
         with ExitStack() as stack:
             tensors = Tensors(model, stack)
             check_sizes("update", self.config, tensors.config)
-            _Holder(tensors, self.format, self.device).all(self)
+            _Holder(tensors, self.format, self.group, self.device).all(self)
 
     def _additions(self, spans: Sequence[Span]) -> list[list[tuple[int, int, AdapterLayer[DeviceWeight]]]]:
         """Of each layer."""
@@ -170,13 +171,18 @@ class DeviceDecoder:
 
 
 def place_decoder(
-    model: Decoder | str | os.PathLike[str], format: str = "bfloat16", *, device: torch.device | str
+    model: Decoder | str | os.PathLike[str],
+    format: str = "bfloat16",
+    *,
+    group: int = 32,
+    device: torch.device | str,
 ) -> DeviceDecoder:
-    """Copy a model to a device, one tensor at a time.
+    """Copy a model to a device, one tensor at a time. Activations are float32 with float32 weights, else bfloat16.
 
     Args:
         model: a decoder on any device, with or without adapters, or a Hugging Face folder.
-        format: of the weights and the activations: "float32" or "bfloat16".
+        format: of the weights: "float32", "bfloat16", "int8" or "int4" (see ``ops.pack_weight``).
+        group: 32 or 64; of int4.
 
     Raises:
         ValueError: an unknown format, a head size that ``ops.paged_attention`` does not have, or a folder that cannot
@@ -188,7 +194,7 @@ def place_decoder(
         tensors = Tensors(model, stack)
         if (size := tensors.config.head_dim) not in HEAD_DIMS:
             raise ValueError(f"place_decoder: head_dim: expected one of {HEAD_DIMS}, got {size}")
-        return _Holder(tensors, format, torch.device(device)).all()
+        return _Holder(tensors, format, group, torch.device(device)).all()
 
 
 def place_adapter(model: DeviceDecoder, adapter: str | os.PathLike[str] | Decoder) -> DeviceAdapter:
@@ -205,9 +211,9 @@ def place_adapter(model: DeviceDecoder, adapter: str | os.PathLike[str] | Decode
 
 
 class _Holder(Stacker[DeviceWeight]):
-    def __init__(self, tensors: Tensors, format: str, device: torch.device) -> None:
+    def __init__(self, tensors: Tensors, format: str, group: int, device: torch.device) -> None:
         super().__init__(tensors, format)
-        self.device = device
+        self.group, self.device = group, device
         self.dtype = torch.float32 if format == "float32" else torch.bfloat16
 
     def all(self, old: DeviceDecoder | None = None) -> DeviceDecoder:
@@ -215,13 +221,16 @@ class _Holder(Stacker[DeviceWeight]):
         embedding = self.vector(["embed_tokens.weight"], old.embedding if old else None)
         layers = [self.layer(i, old.layers[i] if old else None) for i in range(config.num_hidden_layers)]
         norm = self.vector(["norm.weight"], old.norm if old else None)
-        head = DeviceWeight(self.format, (config.vocab_size, config.hidden_size), embedding)
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings and self.format in ("float32", "bfloat16"):
+            head = DeviceWeight(
+                self.format, (config.vocab_size, config.hidden_size), 0, embedding, embedding.new_empty(0)
+            )
+        else:
             head = self.head(self.format, old.head if old else None)
-        return old or DeviceDecoder(config, embedding, layers, norm, head, self.format)
+        return old or DeviceDecoder(config, embedding, layers, norm, head, self.format, self.group)
 
     def matrix(self, names: list[str], format: str, old: DeviceWeight | None) -> DeviceWeight:
-        return hold_weight([self.tensors.read(name) for name in names], format, self.device, out=old)
+        return hold_weight([self.tensors.read(name) for name in names], format, self.device, group=self.group, out=old)
 
     def vector(self, names: list[str], old: Tensor | None) -> Tensor:
         new = torch.cat([self.tensors.read(name).to(self.device, self.dtype) for name in names])

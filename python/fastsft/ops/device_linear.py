@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsft.ops._library import triton_or
 from fastsft.ops._loss_products import multiply_cuda
+from fastsft.ops._registry import Implementation, record
 from fastsft.ops.gemm import linear
 
-FORMATS = ("float32", "bfloat16")
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+_FEW_ROWS = 64  # more are no longer bound by the weight's bytes: the weight is widened once, for cuBLAS
 
 
 @dataclass(frozen=True)
@@ -20,51 +23,149 @@ class DeviceWeight:
 
     format: str
     shape: tuple[int, int]
+    group: int  # of int4: input channels that share a scale; 0 otherwise
     data: Tensor
+    """Floats or int8 [N, K]; int4: uint8 [N, groups * group / 2], byte i of a group with numbers i and i + group / 2
+    plus 8 in its low and high bits."""
+    scales: Tensor
+    """int8: float32 [N]; int4: bfloat16 [N, groups]; otherwise empty."""
 
     @property
     def nbytes(self) -> int:
         """What a product reads."""
-        return self.data.nbytes
+        return self.data.nbytes + self.scales.nbytes
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] of a type: the numbers of int8 without their scales, which belong to the result; otherwise the weight
+        that this stands for, rounded."""
+        if self.format != "int4":
+            return self.data.to(dtype)
+        pairs = self.data.view(len(self.data), -1, self.group // 2)
+        numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8
+        return (numbers * self.scales.float()[:, :, None]).to(dtype).flatten(1)[:, : self.shape[1]]
 
 
 def hold_weight(
-    weight: Sequence[Tensor], format: str, device: torch.device, *, out: DeviceWeight | None = None
+    weight: Sequence[Tensor],
+    format: str,
+    device: torch.device,
+    *,
+    group: int = 32,
+    out: DeviceWeight | None = None,
 ) -> DeviceWeight:
-    """Stack weights along N in the memory of a device.
+    """Stack weights along N in the memory of a device, rounded as ``ops.pack_weight`` rounds them.
 
     Args:
         weight: floats [N_i, K], wherever they are.
-        format: "float32" or "bfloat16".
+        format: "float32", "bfloat16", "int8" or "int4".
         device: where the result is.
-        out: a weight of the same shape and format, whose memory is written and which is returned.
+        group: 32 or 64; for int4 only.
+        out: a weight of the same shape, format and group, whose memory is written and which is returned.
 
     Raises:
-        ValueError: an unknown format, or shapes that do not fit each other or ``out``.
+        ValueError: an unknown format or group, shapes that do not fit each other or ``out``, or a NaN or infinity to be
+            quantised (``out`` is then undefined).
     """
     if format not in FORMATS:
         raise ValueError(f"hold_weight: format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if group not in (32, 64):
+        raise ValueError(f"hold_weight: group: expected 32 or 64, got {group}")
     shapes = [list(w.shape) for w in weight]
     if not shapes or any(len(s) != 2 or s[1] != shapes[0][1] for s in shapes):
         raise ValueError(f"hold_weight: weight: expected [N, K] each, with one K, got {shapes}")
-    shape = (sum(s[0] for s in shapes), shapes[0][1])
+    n, k = sum(s[0] for s in shapes), shapes[0][1]
+    mine = (format, (n, k), group if format == "int4" else 0)
     if out is None:
-        out = DeviceWeight(format, shape, torch.empty(shape, dtype=getattr(torch, format), device=device))
-    if (out.format, out.shape) != (format, shape):
-        raise ValueError(f"hold_weight: out: expected {format} {list(shape)}, got {out.format} {list(out.shape)}")
-    for part, target in zip(weight, out.data.split_with_sizes([s[0] for s in shapes]), strict=True):
-        target.copy_(part)
+        out = DeviceWeight(*mine, *_empty(format, n, k, group, device))
+    if (out.format, out.shape, out.group) != mine:
+        got = f"{out.format} {list(out.shape)}, group {out.group}"
+        raise ValueError(f"hold_weight: out: expected {format} {[n, k]}, group {mine[2]}, got {got}")
+    begin = 0
+    for part in weight:
+        rows = slice(begin, begin + len(part))
+        if format in ("float32", "bfloat16"):
+            out.data[rows].copy_(part)
+        else:
+            wide = part.to(device).float()
+            data, scales = _int8(wide) if format == "int8" else _int4(wide, group)
+            if not bool(scales.isfinite().all()):
+                raise ValueError(f"hold_weight: weight: expected finite numbers for {format}, got others")
+            out.data[rows], out.scales[rows] = data, scales
+        begin = rows.stop
     return out
 
 
+def _empty(format: str, n: int, k: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if format == "int8":
+        return torch.empty(n, k, dtype=torch.int8, device=device), torch.empty(n, device=device)
+    if format == "int4":
+        groups = -(-k // group)
+        data = torch.empty(n, groups * group // 2, dtype=torch.uint8, device=device)
+        return data, torch.empty(n, groups, dtype=torch.bfloat16, device=device)
+    return torch.empty(n, k, dtype=getattr(torch, format), device=device), torch.empty(0, device=device)
+
+
+def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    scale = w.abs().amax(1) / 127
+    return (w / scale[:, None]).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8), scale
+
+
+def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The number of greatest magnitude in a group becomes -8."""
+    parts = torch.nn.functional.pad(w, (0, -w.shape[1] % group)).view(len(w), -(-w.shape[1] // group), group)
+    low, high = parts.amin(2), parts.amax(2)
+    scale = (torch.where(high > -low, high, low) / -8).bfloat16()
+    numbers = (parts / scale.float()[:, :, None]).round().clamp(-8, 7).nan_to_num(0.0)
+    first, second = (numbers + 8).to(torch.uint8).chunk(2, 2)
+    return (first | second << 4).flatten(1), scale
+
+
 def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [T, K] and bias [N] in the type of the weight; [T, N] in x's type, rounded once."""
-    return linear(x, weight.data, bias)
+    """``x @ weight.T + bias``: x [T, K], bias [N] of x's type; [T, N] in it, rounded once."""
+    if weight.format in ("float32", "bfloat16"):
+        return linear(x, weight.data, bias)
+    out = x.new_empty(len(x), weight.shape[0])
+    _quantised(x, weight, bias, out)
+    return out
 
 
 def device_logits(x: Tensor, weight: DeviceWeight, out: Tensor) -> None:
     """``out`` float32 [T, N] becomes ``x @ weight.T``, on a GPU not rounded to x's type: draws are made of it."""
-    if x.is_cuda:
-        multiply_cuda(x, weight.data.t(), out)
+    if weight.format in ("float32", "bfloat16"):
+        _multiply(x, weight.data, out)
     else:
-        out.copy_(linear(x.float(), weight.data.float()))
+        _quantised(x, weight, None, out)
+
+
+def _quantised(x: Tensor, weight: DeviceWeight, bias: Tensor | None, out: Tensor) -> None:
+    if x.is_cuda and len(x) <= _FEW_ROWS:
+        _product["cuda"](x, weight.data, weight.scales, weight.group, bias, out)
+    else:
+        widened_product(x, weight.data, weight.scales, weight.group, bias, out)
+
+
+def widened_product(x: Tensor, data: Tensor, scales: Tensor, group: int, bias: Tensor | None, out: Tensor) -> None:
+    """``out`` becomes ``x @ weight.T + bias`` by one product of floats, for many rows; ``group`` 0: int8."""
+    format = "int4" if group else "int8"
+    weight = DeviceWeight(format, (len(data), x.shape[1]), group, data, scales)
+    sums = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    _multiply(x, weight.widened(x.dtype), sums)
+    if not group:
+        sums *= scales
+    if bias is not None:
+        sums += bias
+    out.copy_(sums)
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out`` float32 = ``x @ weight.T``."""
+    if x.is_cuda:
+        multiply_cuda(x, weight.t(), out)
+    else:
+        out.copy_(linear(x.float(), weight.float()))
+
+
+_product = triton_or(widened_product, "device_linear", "product")
+record(
+    "device_linear", cpu=Implementation("torch", "for tests: the CPU's engine packs weights"), cuda=_product["cuda_is"]
+)

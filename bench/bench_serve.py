@@ -173,13 +173,8 @@ def test_serve(benchmark, tmp_path):
     command = [sys.executable, "-m", "fastsft", "serve", str(folder), "--port", "0", "--json", "--kv-cache-mib", "4"]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        url = ""
-        for line in server.stdout:
-            if '"url"' in line:
-                url = line
-            if line.startswith("}"):
-                break
-        load = Load(int(re.search(r":(\d+)\"", url)[1]), bodies, expected)
+        url = json.loads(server.stdout.readline())["url"]
+        load = Load(int(url.rpartition(":")[2]), bodies, expected)
 
         async def all_of_it() -> tuple[dict[str, float], dict[str, float], float]:
             before = await load.metrics()

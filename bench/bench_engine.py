@@ -11,8 +11,8 @@ llama.cpp's cache is float16 and OpenVINO's int8, as by default.
 The gate: in float32, contestants agree on the leading tokens up to a near tie, which they may break otherwise; in other
 formats on the first tokens of most prompts. ``leading_tokens``: the share of tokens before the first that differs
 from transformers' in float32, or from ours where it is not installed; 1 is equality.
-``share_of_read``: bytes of weights, keys and values that a step reads by the rate of summing a large array between the
-rounds; a model that fits the cache may exceed 1.
+``share_of_read``: bytes of weights, keys and values that a step reads by the rate of summing a large array; a model
+that fits the cache may exceed 1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from engine_case import FORMATS, Case, prompts
 from engine_children import Child, Children, takes_part
 from train_case import SIZES, Replay
@@ -50,14 +51,6 @@ DECODING = (Work("batch 1", 1, 64, 64), Work("batch 8", 8, 64, 32), Work("batch 
 PROMPTS = (Work("prompt of 512", 1, 512, 1), Work("prompt of 2048", 1, 2048, 1))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """By contestant, each a list over rounds: its traces. ``read``: bytes per second between the rounds."""
-
-    traces: dict[str, list[dict[str, Any]]]
-    read: float
-
-
 @pytest.fixture(scope="module", autouse=True)
 def children() -> Iterator[None]:
     yield
@@ -65,16 +58,15 @@ def children() -> Iterator[None]:
 
 
 @functools.cache
-def measured(case: Case, work: Work) -> Measured:
+def measured(case: Case, work: Work) -> dict[str, list[dict[str, Any]]]:
+    """By contestant, a list over rounds: its traces."""
     taking = [c for c in CONTESTANTS if takes_part(c, case)]
     traces: dict[str, list[dict[str, Any]]] = {c: [] for c in taking}
-    rates = []
     for turn in range(ROUNDS + 1):
         asked = prompts(case.size, work.batch, work.length, turn)
         for contestant in taking:
             traces[contestant].append(CHILDREN.of(contestant, case).ask("generate", asked, work.new))
-        rates.append(CHILDREN.of("fastsft", case).ask("read_rate"))
-    return Measured(traces, statistics.median(rates))
+    return traces
 
 
 @functools.cache
@@ -101,7 +93,7 @@ def leading(found: list[list[list[int]]], true: list[list[list[int]]]) -> tuple[
 
 def check(contestant: str, case: Case, work: Work) -> float:
     """Share of leading tokens that agree, if enough do."""
-    found = [trace["tokens"] for trace in measured(case, work).traces[contestant]]
+    found = [trace["tokens"] for trace in measured(case, work)[contestant]]
     first, tokens = leading(found, truth(case.size, work))
     if work.batch * ROUNDS > 20:  # of fewer prompts the share says little
         assert first >= FIRST_TOKENS[case.format]
@@ -131,11 +123,11 @@ def taking_part(contestant: str, case: Case) -> None:
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("work", [*DECODING, *PROMPTS], ids=lambda work: work.name)
 @cases
-def test_generate(benchmark, size, threads, format, work, contestant):
+def test_generate(benchmark, limits, size, threads, format, work, contestant):
     case = Case(size, format, threads)
     taking_part(contestant, case)
     agree = check(contestant, case, work)
-    traces = measured(case, work).traces[contestant][1:]
+    traces = measured(case, work)[contestant][1:]
     parameters = f"{size} parameters, {format}, threads: {threads}"
     if work in PROMPTS:
         replay(benchmark, f"{work.name}, {parameters}", [trace["prefill"] for trace in traces])
@@ -146,7 +138,8 @@ def test_generate(benchmark, size, threads, format, work, contestant):
     benchmark.extra_info |= {"tokens_per_second": rate, "leading_tokens": agree}
     if work in DECODING and contestant == "fastsft":
         moved = case.bytes_per_step(work.batch, work.length + work.new // 2)
-        benchmark.extra_info["share_of_read"] = moved / benchmark.stats["median"] / measured(case, work).read
+        torch.set_num_threads(case.threads)
+        limits.share_bytes(benchmark, read=moved)
 
 
 @functools.cache

@@ -47,7 +47,7 @@ Places = dict[tuple[bytes, ...], list[tuple[int, int]]]  # n-gram -> (reference,
 
 def python_index(references: list[str]) -> list[Places]:
     levels = []
-    split = [words(r) for r in references]
+    split = [words(r.encode()) for r in references]
     for n in NGRAMS:
         places = collections.defaultdict(list)
         for r, ws in enumerate(split):
@@ -62,7 +62,7 @@ def with_sets(texts: list[str], index: list[Places]) -> Found:
     found: Found = {}
     keys = [places.keys() for places in index]
     for t, text in enumerate(texts):
-        ws = words(text)
+        ws = words(text.encode())
         for k, (n, places) in enumerate(zip(NGRAMS, index, strict=True)):
             shared = keys[k] & {tuple(ws[i : i + n]) for i in range(len(ws) - n + 1)}
             if not shared:

@@ -65,16 +65,6 @@ class Fastsft:
         outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         return Trace([list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - start, [])
 
-    def read_rate(self) -> float:
-        """Bytes per second at which memory is read: the sum of an array that no cache holds."""
-        import torch
-
-        if not hasattr(self, "array"):
-            self.array = torch.ones(64 << 20)
-        start = time.perf_counter()
-        self.array.sum()
-        return self.array.nbytes / (time.perf_counter() - start)
-
 
 class Transformers:
     def __init__(self, case: Case, folder: Path) -> None:

@@ -3,9 +3,9 @@ bench/results/NAME/<date>.json, docs/benchmarks.md and the table in README.md. N
 else about it is stored but processor and versions. ``--render`` only writes the texts anew from the newest results,
 and ``--check`` ends with 1 if they differ.
 
-The topics are those of ``fastsft bench``, all by default; what else is given goes to pytest, ``-k`` for one. The groups
-that ran take the place of the same ones in the newest results of that machine, and the others stay, each row with the
-date and commit that it was measured at."""
+The topics are those of ``fastsft bench``, all by default; ``-k`` leaves cases out, as pytest's. If only some benches
+run, their groups take the place of the same ones in the newest results of that machine, and the others stay, each row
+with the date and commit that it was measured at."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def stale() -> list[Path]:
     return [path for path, text in texts().items() if path.read_text(encoding="utf-8") != text]
 
 
-def record(name: str, topics: list[str], extra: list[str]) -> Path:
+def record(name: str, topics: list[str], only: str | None) -> Path:
     with bars() as tell:
-        measured = run(files_of(chosen(topics or ["all"]).values()), Given(), tell, extra)
+        measured = run(files_of(chosen(topics or ["all"]).values()), Given(), tell, ("-k", only) if only else ())
     if measured.failed:
         raise SystemExit("\n".join(f"failed: {case}: {why}" for case, why in measured.failed))
     rows = summarise(measured.benchmarks)
@@ -56,7 +56,7 @@ def record(name: str, topics: list[str], extra: list[str]) -> Path:
     if not rows:
         raise SystemExit("nothing was measured")
     limits = measured.limits
-    if older := newest(name):
+    if (topics or only) and (older := newest(name)):
         before = Result.read(older)
         rows, limits = merged(before, rows), {**before.limits, **limits}
     result = Result(rows[-1].date, machine(), rows, limits)
@@ -68,9 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="folder under bench/results, e.g. epyc-avx512")
     parser.add_argument("topics", nargs="*", choices=[[], "all", *TOPICS], metavar="TOPIC")
+    parser.add_argument("-k", dest="only", metavar="EXPRESSION", help="only cases whose name matches")
     parser.add_argument("--render", action="store_true", help="only write the texts anew")
     parser.add_argument("--check", action="store_true", help="whether the texts are what the newest results give")
-    options, extra = parser.parse_known_args()
+    options = parser.parse_args()
     if options.check:
         if found := stale():
             sys.exit(f"not what the results give: {', '.join(str(p.relative_to(ROOT)) for p in found)}; "
@@ -79,7 +80,7 @@ def main() -> None:
     if not options.render:
         if not options.name:
             parser.error("expected NAME, --render or --check")
-        print(record(options.name, options.topics, extra))
+        print(record(options.name, options.topics, options.only))
     for path, text in texts().items():
         path.write_text(text, encoding="utf-8")
 

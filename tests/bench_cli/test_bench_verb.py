@@ -68,7 +68,7 @@ def test_a_tiny_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "p80",
         "rival",
         "50% copy",
-        "limits measured with 1 threads",
+        "limits, number of threads 1: copy 10.0 GB/s",
     ):
         assert words in out, words
     assert "2 groups with rivals; a rival was faster in 0" in out
@@ -123,6 +123,20 @@ def test_a_bench_that_cannot_be_imported_is_named(suite: Path, capsys: pytest.Ca
     out, errors = capsys.readouterr()
     assert "sum 1000" in out
     assert "bench_broken.py: ModuleNotFoundError: No module named 'no_such_module'" in errors
+
+
+def test_interrupted_keeps_what_is_measured(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Ctrl-C does: both processes get the signal."""
+    (suite / "bench_broken.py").write_text(
+        "import os, signal, time\n\ndef test_late(benchmark):\n    os.kill(os.getppid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    path = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "tiny", "broken", "--json", str(path)])
+    assert end.value.code == 130
+    assert len(json.loads(path.read_text())["rows"]) == 4
+    assert "interrupted" in capsys.readouterr().err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

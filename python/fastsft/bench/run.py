@@ -44,12 +44,14 @@ class Given:
 
 @dataclass
 class Measured:
-    """``benchmarks``: pytest-benchmark's data; ``failed``: (case, why); ``limits``: as in results.Result."""
+    """``benchmarks``: pytest-benchmark's data; ``failed``: (case, why); ``limits``: as in results.Result.
+    ``interrupted``: by the user; what was done by then is here."""
 
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+    interrupted: bool = False
 
 
 def has_runner() -> bool:
@@ -77,14 +79,19 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
         with log.open("w") as output:
             process = subprocess.Popen(command, env=environment, pass_fds=[write], stdout=output, stderr=output)
         os.close(write)
+        measured = Measured()
         try:
-            measured = _listen(events, tell)
-            code = process.wait()
+            try:
+                _listen(events, tell, measured)
+                code = process.wait()
+            except KeyboardInterrupt:  # pytest got it as well, and writes down what it has
+                measured.interrupted = True
+                code = process.wait()
         finally:
             process.kill()
             process.wait()
-        # 0: all passed, 1: some failed, 5: nothing to run
-        if code not in (0, 1, 5):
+        # 0: all passed, 1: some failed, 2: interrupted, 5: nothing to run
+        if code not in (0, 1, 5) and not measured.interrupted:
             raise RuntimeError(log.read_text(errors="replace")[-3000:])
         if data.exists() and (text := data.read_text()):
             found = json.loads(text)
@@ -92,9 +99,8 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
         return measured
 
 
-def _listen(events: Iterable[str], tell: Tell) -> Measured:
+def _listen(events: Iterable[str], tell: Tell, measured: Measured) -> None:
     """Follow what the suite's conftest.py writes, until it ends."""
-    measured = Measured()
     cases: dict[str, int] = {}
     done: dict[str, int] = {}
     for line in events:
@@ -110,4 +116,3 @@ def _listen(events: Iterable[str], tell: Tell) -> Measured:
             measured.skipped += outcome == "skipped"
         if bench in cases:
             tell(bench, done[bench], cases[bench])
-    return measured

@@ -24,7 +24,7 @@ def show(result: Result) -> None:
         console.print(_group(group, rows))
     for threads, rates in result.limits.items():
         limits = ", ".join(f"{name} {rate / 1e9:,.1f} G{_unit(name)}/s" for name, rate in rates.items())
-        console.print(f"limits measured with {threads} threads: {limits}")
+        console.print(f"limits, number of threads {threads}: {limits}")
     lost = result.lost()
     console.print(f"{len(result.contested())} groups with rivals; a rival was faster in {len(lost)}")
     for row in lost:

@@ -26,7 +26,7 @@ def bench(
 ) -> None:
     """Time fastsft beside its rivals on this machine, by topics.
 
-    Results are checked before anything is timed. Exits with 1 if a bench fails.
+    Results are checked before anything is timed. Exits with 1 if a bench fails; Ctrl-C keeps what was measured.
 
     Args:
         topics: what to measure, e.g. attention loss; `fastsft bench list` shows the topics, all is every one.
@@ -69,6 +69,8 @@ def bench(
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
     rows = summarise(measured.benchmarks)
+    if measured.interrupted and not rows:
+        raise KeyboardInterrupt
     if not rows and not measured.failed:
         raise UsageError(f"bench: nothing was measured, {measured.skipped} cases were skipped")
     result = Result(rows[0].date if rows else "", machine(), rows, measured.limits)
@@ -86,6 +88,8 @@ def bench(
         show(result)
     for case, why in measured.failed:
         print(f"failed: {case}: {why}", file=sys.stderr)
+    if measured.interrupted:
+        raise KeyboardInterrupt
     if measured.failed:
         raise SystemExit(1)
 

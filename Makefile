@@ -77,7 +77,7 @@ endif
 gpu-check:
 	@arch=$$($(GPU_PYTHON) bench/gpu_present.py) && set -x && $(GPU_PYTHON) -m pip install --quiet --no-build-isolation \
 	  -C cmake.define.FASTSFT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$$arch $(GPU_INSTALL)
-	$(GPU_PYTHON) -m pytest -m gpu tests/ops; tests=$$?; \
+	$(GPU_PYTHON) -m pytest -m gpu tests/ops tests/engine; tests=$$?; \
 	  $(GPU_PYTHON) bench/gpu_check.py $(GPU_ARGS) && exit $$tests
 
 wheel: $(VENV)/ready

@@ -20,6 +20,7 @@ from typing import Any
 
 import gpu_attention
 import gpu_data
+import gpu_engine
 import gpu_layers
 import gpu_loss
 import torch
@@ -32,7 +33,13 @@ from record import ROOT
 from fastsft.bench.results import machine
 from fastsft.gpu import gpus
 
-ENTRIES = [*gpu_attention.ENTRIES, *gpu_loss.ENTRIES, *gpu_layers.ENTRIES, *gpu_data.ENTRIES]
+ENTRIES = [
+    *gpu_attention.ENTRIES,
+    *gpu_loss.ENTRIES,
+    *gpu_layers.ENTRIES,
+    *gpu_engine.ENTRIES,
+    *gpu_data.ENTRIES,
+]
 HOST_REPEATS = 5
 SECONDS = 480  # for all: compute-sanitizer gets what the cases leave of them
 

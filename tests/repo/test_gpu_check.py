@@ -26,7 +26,7 @@ def test_every_case_runs_and_passes_its_gate(tmp_path: Path) -> None:
     result = json.loads(path.read_text())
     assert result["limits"]["copy"] > 0
     groups = {row["group"].partition(":")[0] for row in result["rows"]}
-    assert groups == {"attention", "decode", "loss", "layers", "minhash"}
+    assert groups == {"attention", "decode", "loss", "layers", "engine", "minhash"}
     for row in result["rows"]:
         if row["contestant"].startswith("fastsft"):
             assert row["median"] > 0, row

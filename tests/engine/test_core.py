@@ -11,6 +11,7 @@ from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.llm import LLM
+from fastsft.engine.processors import ProcessorFactory
 from fastsft.engine.request import QueueFull, Request, RequestError, RequestOutput, SamplingParams
 from fastsft.models.weights import init_model, load_model
 
@@ -213,3 +214,29 @@ def test_generate_inside_generate(folder: Path) -> None:
     assert llm.generate(prompts[:1], one, progress=progress) + inner == wanted
     assert not llm._pending
     assert_nothing_held(llm)
+
+
+def test_progress_counts_what_is_drawn(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    several = [
+        SamplingParams(n=1, best_of=4, temperature=1.0, seed=1, max_tokens=3, ignore_eos=True),
+        SamplingParams(n=2, temperature=1.0, seed=1, max_tokens=5, ignore_eos=True),
+    ]
+    engine(folder).generate(
+        as_prompts(prompts_of([9, 5])), several, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(0, 6), (0, 6), (4, 6), (4, 6), (6, 6)]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*arguments: object) -> None:
+        raise AssertionError("processors were made")
+
+    monkeypatch.setattr(ProcessorFactory, "make", make)
+    core = engine(folder, num_blocks=2).core
+    with pytest.raises(RequestError, match="leave no room"):
+        core.add(request("a", [5] * 33, bad_words=["a"]))
+    with pytest.raises(RequestError, match="adapter of the engine"):
+        core.add(Request("a", (5,), SamplingParams(bad_words=["a"]), adapter="b"))

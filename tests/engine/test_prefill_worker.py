@@ -219,6 +219,8 @@ def test_new_weights_and_adapters_reach_the_worker(folder: Path, adapters: dict[
         llm.update_weights(model)
         outputs += [llm.generate(prompts, params), llm.generate(prompts, params, adapter="b")]
         found.append(outputs)
+        llm.core.remove_adapter("b")
+        assert not threads or not worker_of(llm)._adapters
     assert found[0] == found[1]
     assert found[0][0] != found[0][2]
 

@@ -91,6 +91,19 @@ def test_best_of(llm: LLM) -> None:
     assert [o.index for o in best] == [0, 1]
 
 
+def test_the_best_of_several_is_none_that_could_not_go_on(llm: LLM) -> None:
+    """After "a" nothing may follow, and what ends there has the greatest sum."""
+    a, q = (llm.tokenizer.encode_text([c], continues=True)[0][0] for c in "aq")
+    common = {"temperature": 4.0, "seed": 1, "max_tokens": 3, "allowed_token_ids": [a, q], "bad_words": ["aa", "aq"]}
+    drawn = llm.generate(PROMPTS[0], SamplingParams(n=40, **common))[0].outputs
+    whole = [one for one in drawn if one.finish_reason == "length"]
+    assert 0 < len(whole) < len(drawn)
+    greatest = max(one.cumulative_logprob for one in whole)
+    assert greatest < max(one.cumulative_logprob for one in drawn)
+    (best,) = llm.generate(PROMPTS[0], SamplingParams(n=1, best_of=40, **common))[0].outputs
+    assert (best.finish_reason, best.cumulative_logprob) == ("length", greatest)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -162,7 +175,7 @@ def test_a_guide_that_comes_to_its_limits_ends_its_own_text_alone(llm: LLM) -> N
 
 def test_a_guide_without_the_library(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    monkeypatch.setattr(llm.core._processors, "_guides", None)
+    monkeypatch.setattr(llm.core._admission._processors, "_guides", None)
     with pytest.raises(ImportError, match=re.escape("fastsft[guided]")):
         texts(llm, {"regex": "a"})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from fastsft.engine.request import CompletionOutput, Request, RequestOutput, Update
 
@@ -20,6 +22,19 @@ class _Continuation:
     accepted_tokens: int = 0
 
 
+class Drawn(Protocol):
+    finish_reason: str | None
+    cumulative_logprob: float
+
+
+AnyDrawn = TypeVar("AnyDrawn", bound=Drawn)
+
+
+def best(drawn: Iterable[AnyDrawn], count: int) -> list[AnyDrawn]:
+    """The ``count`` most probable ones, those that no token could go on from last; of equal ones, the first drawn."""
+    return sorted(drawn, key=lambda one: (one.finish_reason == "error", -one.cumulative_logprob))[:count]
+
+
 class Assembly:
     """One request's continuations, as far as they have come."""
 
@@ -27,19 +42,14 @@ class Assembly:
         self.request, self._prompt = request, prompt
         self._prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
         self._all = [_Continuation() for _ in range(request.params.best_of or request.params.n)]
-
-    @property
-    def finished(self) -> int:
-        """Continuations that have ended."""
-        return sum(c.finish_reason is not None for c in self._all)
+        self.count, self.finished = len(self._all), 0
+        """Continuations that are drawn, and that have ended."""
+        self.generated = 0
+        """Tokens of all of them."""
 
     @property
     def ended(self) -> bool:
-        return self.finished == len(self._all)
-
-    @property
-    def generated(self) -> int:
-        return sum(len(c.token_ids) for c in self._all)
+        return self.finished == self.count
 
     def take(self, update: Update) -> None:
         one = self._all[update.index]
@@ -49,6 +59,8 @@ class Assembly:
         self._prompt_logprobs = update.prompt_logprobs or self._prompt_logprobs
         if update.token_ids and update.weight_version not in one.weight_versions[-1:]:
             one.weight_versions.append(update.weight_version)
+        self.generated += len(update.token_ids)
+        self.finished += update.finish_reason is not None
         one.finish_reason, one.stop_reason = update.finish_reason, update.stop_reason
         one.cumulative_logprob = update.cumulative_logprob
         one.drafted_tokens, one.accepted_tokens = update.drafted_tokens, update.accepted_tokens
@@ -56,8 +68,8 @@ class Assembly:
     def output(self) -> RequestOutput:
         """Of a finished request."""
         params, kept = self.request.params, self._all
-        if params.best_of is not None:  # Python's sort is stable: of equal ones, the first drawn
-            kept = sorted(kept, key=lambda c: -c.cumulative_logprob)[: params.n]
+        if params.best_of is not None:
+            kept = best(kept, params.n)
         outputs = tuple(
             CompletionOutput(
                 index, "".join(c.texts), tuple(c.token_ids), c.finish_reason or "length", c.stop_reason,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Iterable
 
 import torch
 
+from fastsft.engine.admission import Admission
 from fastsft.engine.blocks import BlockAllocator
-from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.handover import Handover, Prefill
 from fastsft.engine.live import LiveWeights
-from fastsft.engine.processors import ProcessorFactory
-from fastsft.engine.request import QueueFull, Request, RequestError, Update
+from fastsft.engine.request import QueueFull, Request, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Drafter, Scheduler, Work
@@ -54,7 +51,6 @@ class EngineCore:
     ) -> None:
         self.tokenizer, self._keep_hidden = tokenizer, keep_hidden
         self._runner, self._end_ids, self._drafter = runner, end_ids, drafter
-        self._processors = ProcessorFactory(tokenizer, runner.vocab_size, end_ids)
         self._allocator = BlockAllocator(runner.num_blocks)
         self._scheduler = Scheduler(
             self._allocator,
@@ -65,11 +61,11 @@ class EngineCore:
         )
         self._handover = Handover(self._scheduler, prefill)
         self._weights = LiveWeights(runner, self._scheduler, self._handover)
+        self._admission = Admission(runner, tokenizer, end_ids, self._weights)
         self._max_queued_requests, self._max_queued_tokens = max_queued_requests, max_queued_tokens
         self._live: dict[str, list[Sequence]] = {}  # continuations that have not ended
         self._updates: list[Update] = []  # that no step has returned
         self._steps = self._prompt_tokens = self._generated = self._drafted = self._accepted = 0
-        self._arrivals = itertools.count()
 
     @property
     def busy(self) -> bool:
@@ -79,8 +75,7 @@ class EngineCore:
     @property
     def max_model_len(self) -> int:
         """Tokens that a prompt and its continuation can have together."""
-        runner = self._runner
-        return min(runner.num_blocks * runner.block_size, runner.max_position_embeddings)
+        return self._admission.max_model_len
 
     def add(self, *requests: Request) -> None:
         """Queue requests, all or none of them.
@@ -94,58 +89,12 @@ class EngineCore:
         for i, name in enumerate(names):
             if name in self._live or name in names[:i]:
                 raise ValueError(f"add: request_id: expected a new one, got {name!r}, which is in progress")
-        groups = [self._group(request) for request in requests]
+        groups = [self._admission.group(request) for request in requests]
         self._check_queue(len(groups), sum(group[0].prompt_len for group in groups))
         for group in groups:
             self._live[group[0].request_id] = group
             self._prompt_tokens += group[0].prompt_len
             self._scheduler.add(group[0])
-
-    def _group(self, request: Request) -> list[Sequence]:
-        """A request's continuations."""
-        ids, params = request.prompt_token_ids, request.params
-        if not ids:
-            raise RequestError("expected at least one token, got an empty prompt")
-        if (problem := self._unknown(ids)) is not None:
-            raise RequestError(problem)
-        adapter = self._weights.adapter(request.adapter)
-        count = params.n if params.best_of is None else params.best_of
-        try:
-            processors = [self._processors.make(params, ids) for _ in range(count)]
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        limit = self._limit(ids, params.max_tokens)
-        seed = _random_seed() if params.seed is None else params.seed
-        arrival = next(self._arrivals)
-        group = [
-            Sequence(
-                request.request_id, i, list(ids), len(ids), limit, params,
-                Detokenizer(self.tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival,
-                adapter, processors=own,
-            )
-            for i, own in enumerate(processors)
-        ]  # fmt: skip
-        group[0].siblings = group[1:]
-        return group
-
-    def _unknown(self, ids: Iterable[int]) -> str | None:
-        """What is wrong with the first id that the model does not have."""
-        vocabulary = self._runner.vocab_size
-        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
-        return None if wrong is None else f"expected token ids in [0, {vocabulary}), got {wrong}"
-
-    def _limit(self, ids: tuple[int, ...], max_tokens: int) -> int:
-        """Tokens that the sequence may reach."""
-        runner = self._runner
-        held, context = runner.num_blocks * runner.block_size, runner.max_position_embeddings
-        if len(ids) >= min(held, context):
-            blocks = -(-(len(ids) + 1) // runner.block_size)
-            raise RequestError(
-                f"{len(ids)} tokens leave no room to generate: the cache holds {held} "
-                f"({runner.num_blocks * runner.bytes_per_block} bytes; needed: {blocks * runner.bytes_per_block}), the "
-                f"model's context is {context}"
-            )
-        return min(len(ids) + max_tokens, held, context)
 
     def _check_queue(self, requests: int, tokens: int) -> None:
         """An empty queue takes any number of them."""
@@ -303,7 +252,7 @@ class EngineCore:
                 if self._drafter:
                     self._drafter.forget(sequence)
                 if sequence.processors:
-                    sequence.processors = self._processors.make(sequence.params, sequence.tokens[: sequence.prompt_len])
+                    sequence.processors = self._admission.processors(sequence)
             self._live[name] = [sequence for sequence in group if sequence.take_back()]
             if not self._live[name]:
                 del self._live[name]
@@ -371,7 +320,3 @@ class EngineCore:
             prefill_failures=self._handover.failures,
             weight_version=self._weights.version,
         )
-
-
-def _random_seed() -> int:
-    return int.from_bytes(os.urandom(7), "little")

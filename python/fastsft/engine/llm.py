@@ -7,12 +7,13 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.load import load_core
 from fastsft.engine.options import EngineOptions
-from fastsft.engine.prompts import encode_chat, encode_infill, encode_prompt
+from fastsft.engine.prompts import encode_chat, encode_infill, encode_prompt, ending_with
 from fastsft.engine.request import PromptError, Request, RequestError, RequestOutput, SamplingParams, Update
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class LLM:
         self.core = load_core(model, tokenizer, EngineOptions(**options))
         self.tokenizer = self.core.tokenizer
         # request_id -> what its call waits for. One call may come out of another's ``progress``.
-        self._pending: dict[str, dict[str, Assembly]] = {}
+        self._pending: dict[str, _Call] = {}
 
     def generate(
         self,
@@ -56,7 +57,8 @@ class LLM:
             prompts: a text, ``{"prompt_token_ids": [...]}``, or a list of either.
             params: one for all prompts, or one per prompt.
             adapter: the name of one for all prompts, or one per prompt; None: the model as it is.
-            progress: True shows a bar; a function is called after each step with (finished, all) sequences.
+            progress: True shows a bar; a function is called after each step with (finished, all) sequences, of which
+                ``best_of`` asks for more than are returned.
 
         Returns:
             One output per prompt, in order.
@@ -79,41 +81,41 @@ class LLM:
         for number, (prompt, p, name) in enumerate(zip(listed, each, names, strict=True)):
             text, ids = encode_prompt(self.tokenizer, prompt, number)
             asked.append(Assembly(Request(uuid.uuid4().hex, tuple(ids), p, adapter=name), text))
-        with _reporter(progress, asked) as report:
-            self._complete(asked, report)
+        call = _Call({one.request.request_id: one for one in asked}, sum(one.count for one in asked))
+        with _reporter(progress, call) as report:
+            self._complete(call, report)
         return [one.output() for one in asked]
 
-    def _complete(self, asked: list[Assembly], report: Callable[[], None]) -> None:
+    def _complete(self, call: _Call, report: Callable[[], None]) -> None:
         """Step until these have ended. What that adds to requests of the core's other callers stays theirs."""
         others: list[Update] = []
-        pending = {one.request.request_id: one for one in asked}
-        self._pending.update(dict.fromkeys(pending, pending))
+        self._pending.update(dict.fromkeys(call.pending, call))
         try:
-            for number, one in enumerate(asked):
+            for number, one in enumerate(call.pending.values()):
                 try:
                     self.core.add(one.request)
                 except RequestError as error:
                     raise PromptError(number, str(error)) from None
-            while pending:
+            while call.pending:
                 for update in self.core.step():
                     if not self._take(update):
                         others.append(update)
                 report()
         finally:
             self.core.put_back(others)
-            for request_id in pending:
+            for request_id in call.pending:
                 self.core.abort(request_id)
                 del self._pending[request_id]
 
     def _take(self, update: Update) -> bool:
         """False: no call of this object asked for it."""
         request_id = update.request_id
-        waits = self._pending.get(request_id)
-        if waits is None:
+        call = self._pending.get(request_id)
+        if call is None:
             return False
-        waits[request_id].take(update)
-        if waits[request_id].ended:
-            del waits[request_id], self._pending[request_id]
+        call.take(update)
+        if request_id not in call.pending:
+            del self._pending[request_id]
         return True
 
     def score(
@@ -211,36 +213,47 @@ class LLM:
                 another ``order``.
         """
         prompt, ends = encode_infill(self.tokenizer, prefix, suffix, order=order, format=format, markers=markers)
-        params = params or SamplingParams()
-        if not params.ignore_eos:
-            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+        params = ending_with(params or SamplingParams(), ends)
         return self.generate({"prompt_token_ids": prompt}, params, adapter=adapter)[0]
 
 
+@dataclass
+class _Call:
+    """What one call waits for, of ``total`` continuations, and how far it has come."""
+
+    pending: dict[str, Assembly]
+    total: int
+    finished: int = 0
+    generated: int = 0
+
+    def take(self, update: Update) -> None:
+        one = self.pending[update.request_id]
+        one.take(update)
+        self.generated += len(update.token_ids)
+        self.finished += update.finish_reason is not None
+        if one.ended:
+            del self.pending[update.request_id]
+
+
 @contextlib.contextmanager
-def _reporter(progress: bool | Callable[[int, int], None], asked: list[Assembly]) -> Iterator[Callable[[], None]]:
+def _reporter(progress: bool | Callable[[int, int], None], call: _Call) -> Iterator[Callable[[], None]]:
     """What to call after each step."""
-    total = sum(one.request.params.n for one in asked)
-
-    def finished() -> int:
-        return sum(one.finished for one in asked)
-
     if progress is False:
         yield lambda: None
     elif progress is not True:
         function = progress
-        yield lambda: function(finished(), total)
+        yield lambda: function(call.finished, call.total)
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total, speed="")
+            task = bar.add_task("", total=call.total, speed="")
 
             def show() -> None:
                 seconds = bar.tasks[0].elapsed or 0.0
-                speed = f"{sum(one.generated for one in asked) / seconds:,.0f} tokens/s" if seconds else ""
-                bar.update(task, completed=finished(), speed=speed)
+                speed = f"{call.generated / seconds:,.0f} tokens/s" if seconds else ""
+                bar.update(task, completed=call.finished, speed=speed)
 
             yield show

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from fastsft.engine.request import PromptError
+from fastsft.engine.request import PromptError, SamplingParams
 from fastsft.models.control import RESERVED
 from fastsft.models.fim import Fim
 from fastsft.models.tokenizer import Tokenizer
@@ -70,6 +72,13 @@ def encode_infill(
     layout = fim.layout(order == "spm")
     prompt = [*tokenizer.prefix_ids, *(i for item in layout for i in (texts[item] if item < 0 else [item]))]
     return prompt, fim.stop_ids
+
+
+def ending_with(params: SamplingParams, ends: Iterable[int]) -> SamplingParams:
+    """The tokens of an infill's format end it, besides the model's own."""
+    if params.ignore_eos:
+        return params
+    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
 
 
 def as_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:

@@ -12,7 +12,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive
 
-from fastsft.engine.prompts import encode_infill
+from fastsft.engine.assemble import best
+from fastsft.engine.prompts import encode_infill, ending_with
 from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.async_engine import EngineFailed, Stream, TimedOut
 from fastsft.engine.server.context import Context, api_error
@@ -32,7 +33,7 @@ class _Choice:
     logprobs: list[dict[int, float] | None] = field(default_factory=list)
     finish_reason: str | None = None
     characters: int = 0  # of what was sent before ``text``
-    score: float = 0.0
+    cumulative_logprob: float = 0.0
     begun: bool = False
 
 
@@ -70,13 +71,6 @@ async def _prompts_and_params(context: Context, body: CompletionBody) -> tuple[l
     return prompts, ending_with(params, ends)
 
 
-def ending_with(params: SamplingParams, ends: tuple[int, ...]) -> SamplingParams:
-    """The tokens of an infill's format end it, besides the model's own."""
-    if params.ignore_eos:
-        return params
-    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-
-
 class _Completion:
     """One request's answer, whole or piece by piece."""
 
@@ -108,7 +102,7 @@ class _Completion:
             return self._choices
         kept: list[_Choice] = []
         for begin in range(0, len(self._choices), self._draws):
-            kept += sorted(self._choices[begin : begin + self._draws], key=lambda c: -c.score)[: self._body.n]
+            kept += best(self._choices[begin : begin + self._draws], self._body.n)
         return [dataclasses.replace(choice, index=i) for i, choice in enumerate(kept)]
 
     async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
@@ -147,7 +141,7 @@ class _Completion:
             choice.logprobs += update.logprobs or ()
             self._usage.take(update)
         choice.finish_reason = update.finish_reason if body.max_tokens else "length"
-        choice.score = update.cumulative_logprob
+        choice.cumulative_logprob = update.cumulative_logprob
         return choice
 
     def _shown(self, choice: _Choice) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive
 
-from fastsft.engine.prompts import encode_infill
+from fastsft.engine.prompts import encode_infill, ending_with
 from fastsft.engine.request import Update
 from fastsft.engine.server.async_engine import EngineFailed, TimedOut
-from fastsft.engine.server.completions import ending_with
 from fastsft.engine.server.context import Context, api_error
 from fastsft.engine.server.errors import ApiError, json_response
 from fastsft.engine.server.protocol import ExtraFile, InfillBody

@@ -25,7 +25,9 @@ TOPICS: dict[str, Topic] = {
     "gemm": Topic("matrix products of training and of decoding", ("gemm", "matvec")),
     "sampling": Topic("drawing tokens", ("sampling",)),
     "train": Topic(
-        "training steps and whole runs", ("train", "plugin", "step", "loss_curve"), ("trl", "accelerate", "transformers")
+        "training steps, whole runs, TRL with the plug-in",
+        ("train", "plugin", "step", "loss_curve"),
+        ("trl", "accelerate", "transformers"),
     ),
     "decode": Topic(
         "generation: decoding, prompts, drafts, batches of requests",

@@ -32,7 +32,7 @@ def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:
         for line in block.content.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield f"{block.place}: {line}", words
-    for found in re.findall(r"`((?:fastsft|make) [^`]+)`", prose(page)):
+    for found in re.findall(r"`((?:fastsft|make) [\w-]+(?: [^`]*)?)`", prose(page)):
         if not re.search(r"[\[<]|\b[A-Z]+\b", found):
             yield f"{page.name}: {found}", shlex.split(found, comments=True)
 

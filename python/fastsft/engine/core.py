@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -99,12 +100,13 @@ class EngineCore:
     def _check_queue(self, requests: int, tokens: int) -> None:
         """An empty queue takes any number of them."""
         waiting = self._scheduler.waiting
-        for name, queued, more, most in (
-            ("requests", len({s.request_id for s in waiting}), requests, self._max_queued_requests),
-            ("tokens", sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens),
-        ):
-            if waiting and most is not None and queued + more > most:
-                raise QueueFull(f"{queued} {name} are waiting, of at most {most}; {more} more do not fit")
+
+        def check(name: str, queued: Callable[[], int], more: int, most: int | None) -> None:
+            if waiting and most is not None and (already := queued()) + more > most:
+                raise QueueFull(f"{already} {name} are waiting, of at most {most}; {more} more do not fit")
+
+        check("requests", lambda: len({s.request_id for s in waiting}), requests, self._max_queued_requests)
+        check("tokens", lambda: sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens)
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""

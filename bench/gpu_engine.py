@@ -64,7 +64,8 @@ def widened(model: DeviceDecoder, dtype: torch.dtype) -> DeviceDecoder:
 
 
 def new_runner(model: DeviceDecoder, sequences: int, tokens: int, *, graphs: bool) -> DeviceRunner:
-    capture = CudaCapture() if graphs and model.device.type == "cuda" and graphs_serve(model.dtype) else None
+    graphs = graphs and model.device.type == "cuda" and graphs_serve(model.dtype)
+    capture = CudaCapture(model.device) if graphs else None
     blocks = sequences * -(-tokens // BLOCK)
     return DeviceRunner(model, block_size=BLOCK, num_blocks=blocks, max_rows=sequences, capture=capture)
 

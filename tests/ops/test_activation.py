@@ -36,6 +36,13 @@ def test_far_out() -> None:
     torch.testing.assert_close(gate.grad[finite], expected.grad[finite])  # type: ignore[index]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_of_halves(rows: int, dtype: torch.dtype) -> None:
+    gate, up = inputs((rows, 33), dtype)
+    assert torch.equal(module.swiglu_halves(torch.cat([gate, up], 1)), ops.swiglu(gate, up))
+
+
 def test_manners() -> None:
     check_manners(ops.swiglu, inputs((70, 333)))
     gate, up = inputs((11,))

@@ -36,6 +36,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, int], int]]:
         "rope": (rope._rotate, turn, 4),
         "swiglu": (activation._forward, {"BLOCK": activation._BLOCK}, activation._WARPS),
         "swiglu backward": (activation._backward, {"BLOCK": activation._BLOCK}, activation._WARPS),
+        "swiglu of halves": (activation._halves, {"BLOCK": activation._BLOCK}, activation._WARPS),
         "draw": (sampling._best, {"CHUNKS": 38, "BLOCK": sampling._BLOCK}, sampling._WARPS),
     }
 
@@ -44,6 +45,7 @@ NUMBERS = {
     "rows": "i32",
     "count": "i32",
     "size": "i32",
+    "width": "i32",
     "vocab": "i32",
     "token_stride": "i32",
     "head_stride": "i32",

@@ -106,6 +106,14 @@ def test_swiglu(size: int, dtype: torch.dtype) -> None:
     agrees(results, reference.swiglu, [gate, up], g)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (3, 2047), (2, 2049), (5, 96)])
+def test_swiglu_of_halves(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = randn(rows, 2 * width, dtype=dtype) * 4
+    expected = activation.swiglu(*(x.flatten() for x in gate_up.chunk(2, 1)))
+    assert torch.equal(activation.swiglu_halves(gate_up).flatten(), expected)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_swiglu_far_out() -> None:
     gate, up = torch.tensor([-1e30, -200.0, -90.0, -0.0, 90.0, 1e30, torch.inf, torch.nan]), torch.ones(8)

@@ -30,15 +30,16 @@ Capture = Callable[[Callable[[], None]], Graph]
 
 
 class CudaCapture:
-    """:data:`Capture` on the current device. All graphs share one memory for what is between their kernels: they are
+    """:data:`Capture` on one device. All graphs share one memory for what is between their kernels: they are
     replayed one after the other, and their results are in buffers of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], None]) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             run()
         self._pool = graph.pool()
         return graph

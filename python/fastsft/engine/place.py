@@ -70,7 +70,7 @@ def make_runner(
         held = place_decoder(model, format, device=device)
         blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
         graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
-        capture = CudaCapture() if graphs else None
+        capture = CudaCapture(device) if graphs else None
         return DeviceRunner(held, block_size=block_size, num_blocks=blocks, max_rows=max_rows, capture=capture)
     packed = pack_decoder(model, format)
     kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format

@@ -21,6 +21,7 @@ from fastsft.models.rope import RotaryTable
 from fastsft.models.stacked import Stacker, Tensors, check_sizes
 from fastsft.models.stacked_adapter import stack_adapter
 from fastsft.ops._attention_inputs import HEAD_DIMS
+from fastsft.ops.activation import swiglu_halves
 from fastsft.ops.decoder import AdapterLayer, DecoderLayer, LowRank
 from fastsft.ops.device_linear import FORMATS, DeviceWeight, device_linear, device_logits, hold_weight
 
@@ -114,7 +115,7 @@ class DeviceDecoder:
             x_TD = x_TD + _product(out_THK.flatten(1), layer.o, layer.o_bias, [(b, e, a.o) for b, e, a in own])
             h_TD = ops.rms_norm(x_TD, layer.mlp_norm, eps)
             gate_up = _product(h_TD, layer.gate_up, layer.gate_up_bias, [(b, e, a.gate_up) for b, e, a in own])
-            h_TF = ops.swiglu(*gate_up.chunk(2, -1))
+            h_TF = swiglu_halves(gate_up)
             x_TD = x_TD + _product(h_TF, layer.down, layer.down_bias, [(b, e, a.down) for b, e, a in own])
         return ops.rms_norm(x_TD, self.norm, eps)
 
@@ -155,13 +156,14 @@ class DeviceDecoder:
     ) -> Tensor:
         """``kv`` [2, num_blocks, block_size, G, K] of the layer -> [T, H, K]."""
         config = self.config
-        groups = config.num_key_value_heads
-        heads = [config.num_attention_heads, groups, groups]
-        q_THK, k_TGK, v_TGK = qkv.view(len(qkv), -1, config.head_dim).split_with_sizes(heads, 1)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        turned, v_TGK = qkv.view(len(qkv), -1, config.head_dim).split_with_sizes([heads + groups, groups], 1)
         if layer.q_norm is not None and layer.k_norm is not None:
+            q_THK, k_TGK = turned.split_with_sizes([heads, groups], 1)
             q_THK = ops.rms_norm(q_THK, layer.q_norm, config.rms_norm_eps)
             k_TGK = ops.rms_norm(k_TGK, layer.k_norm, config.rms_norm_eps)
-        q_THK, k_TGK = ops.apply_rope(q_THK, cos, sin), ops.apply_rope(k_TGK, cos, sin)
+            turned = torch.cat([q_THK, k_TGK], 1)
+        q_THK, k_TGK = ops.apply_rope(turned, cos, sin).split_with_sizes([heads, groups], 1)
         for slots, new in zip(kv.flatten(1, 2), (k_TGK, v_TGK), strict=True):
             slots.index_copy_(0, slots_T, new)
         window = None if layer.window_left < 0 else (layer.window_left, 0)

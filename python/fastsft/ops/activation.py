@@ -35,6 +35,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out.view(gate.shape)
 
 
+def swiglu_halves(gate_up: Tensor) -> Tensor:
+    """:func:`swiglu` of the halves of each row, where they lie: [T, 2 F] of a float type -> [T, F]; no gradient."""
+    out: Tensor = _swiglu_halves(gate_up)
+    return out
+
+
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +71,12 @@ _swiglu = define(
     fake=lambda gate, up: torch.empty_like(gate),
     cpu=_forward,
     **triton_or(_forward_torch, "activation", "swiglu"),
+)
+_swiglu_halves = define(
+    "swiglu_halves(Tensor gate_up) -> Tensor",
+    fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    cpu=lambda gate_up: _forward(*(x.flatten() for x in gate_up.chunk(2, 1))).view(len(gate_up), gate_up.shape[1] // 2),
+    **triton_or(lambda gate_up: _forward_torch(*gate_up.chunk(2, 1)), "activation", "swiglu_halves"),
 )
 _swiglu_backward = define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",

@@ -80,6 +80,16 @@ def random_step(generator: torch.Generator, count: int) -> Inputs:
     )
 
 
+def prompt_step(count: int) -> Inputs:
+    """The first tokens of one sequence."""
+    return Inputs(
+        torch.arange(count) + 8,
+        torch.tensor([0, count], dtype=torch.int32),
+        torch.tensor([count], dtype=torch.int32),
+        torch.tensor([[7, 3]], dtype=torch.int32),
+    )
+
+
 def test_the_next_power_of_two() -> None:
     assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
 
@@ -132,6 +142,30 @@ def test_texts_are_those_without_graphs(params: dict[str, Any], folder: Path) ->
     assert plain.core.stats().graph_steps == 0
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_drafts_are_rows_of_a_replay(params: dict[str, Any], folder: Path) -> None:
+    prompts = [p * 3 for p in prompts_of([8, 12, 9])]
+    config = {"method": "ngram", "adaptive": False, "num_speculative_tokens": 5, "prompt_lookup_min": 1}
+    llm = graphed(folder, Recorder(), speculative_config=config)
+    expected = texts(engine(folder), prompts, **params)
+    for _ in range(2):
+        assert texts(llm, prompts, **params) == expected
+    stats = llm.core.stats()
+    assert stats.drafted_tokens
+    assert stats.graph_steps > stats.steps // 3
+
+
+def test_tokens_of_one_sequence_are_those_of_a_step_of_its_own() -> None:
+    """Logits and what is left in the cache, in float32 to rounding, beside one step with a sequence of several rows."""
+    model = place_decoder(init_model(SHAPE | {"model_type": "qwen2"}, seed=5), "float32", device="cpu")
+    found = []
+    for max_rows in (16, 1):  # the second is too small for the step
+        runner = DeviceRunner(model, block_size=BLOCK, num_blocks=BLOCKS, max_rows=max_rows, capture=None)
+        found.append((runner.forward(prompt_step(13), torch.arange(13)).clone(), runner._cache[:, :, :BLOCKS].clone()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_new_weights_under_a_captured_step(folder: Path) -> None:
     old, prompts = load_model(folder), prompts_of([9, 20])
     new = init_model(old.config, seed=8)
@@ -144,7 +178,7 @@ def test_new_weights_under_a_captured_step(folder: Path) -> None:
 
 
 def test_what_runs_kernel_by_kernel(folder: Path, tmp_path: Path) -> None:
-    """Adapters, and more sequences than the largest graph has rows; drafts where there are some."""
+    """Adapters, more tokens than the largest graph has rows, and prompts."""
     model = load_model(folder)
     add_lora(model, LoraConfig(rank=2), seed=1)
     save_adapter(model, tmp_path)
@@ -158,6 +192,7 @@ def test_what_runs_kernel_by_kernel(folder: Path, tmp_path: Path) -> None:
             inputs = random_step(torch.Generator().manual_seed(1), 4)
             runner._decode.max_rows = 2
             runner.forward(inputs, torch.arange(4))
+            runner.forward(prompt_step(17), torch.tensor([16]))
         assert runner.graph_steps == 0
         runner._decode.max_rows = 4
         for _ in range(3):

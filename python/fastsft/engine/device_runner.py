@@ -14,18 +14,20 @@ from fastsft.engine.runner import Inputs, places_of
 from fastsft.models.decoder import Decoder
 from fastsft.models.device import DeviceAdapter, DeviceDecoder, Rows, Span, place_adapter
 
+_FEW_TOKENS = 16  # of one sequence in a padded step: each reads all keys and values before it for itself
+
 
 class DeviceRunner:
     """A model and its cache on a device. Steps come from the host and logits stay on the device.
 
-    Steps of one token per sequence are padded and, on a GPU, replayed as CUDA graphs (engine/graphs.py); those with
-    prompts, drafts or adapters are launched kernel by kernel.
+    Steps of few tokens, as of decoding with drafts and without, are padded and, on a GPU, replayed as CUDA graphs
+    (engine/graphs.py); those with prompts or adapters are launched kernel by kernel.
 
     Args:
         model: the weights.
         block_size: tokens of a block.
         num_blocks: blocks of the cache.
-        max_rows: sequences of a step that is padded.
+        max_rows: tokens of a step that is padded.
         capture: None: no graphs.
     """
 
@@ -54,7 +56,8 @@ class DeviceRunner:
         next call, and into ``hidden_RD`` what the head made them from."""
         count = len(inputs.ids_T)
         rows_R, whole = rows_R.to(self.model.device), torch.equal(rows_R, torch.arange(count))
-        if len(inputs.context_lens_B) == count <= self._decode.max_rows and not inputs.adapters:
+        few = count <= self._decode.max_rows and int(inputs.cu_seqlens.diff().max()) <= _FEW_TOKENS
+        if few and not inputs.adapters:
             hidden_TD, logits_TV = self._decode(inputs)
             wanted_RD, logits_RV = (hidden_TD, logits_TV) if whole else (hidden_TD[rows_R], logits_TV[rows_R])
         else:
@@ -65,8 +68,8 @@ class DeviceRunner:
         return logits_RV
 
     def _rows(self, inputs: Inputs) -> Rows:
-        places = places_of(inputs, self.block_size)
-        host = (inputs.ids_T, *places, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B)
+        _, positions_T, slots_T = places_of(inputs, self.block_size)
+        host = (inputs.ids_T, positions_T, slots_T, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B)
         return Rows(*(x.to(self.model.device) for x in host))
 
     def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DeviceAdapter:

@@ -1,11 +1,12 @@
-"""Steps of one token per sequence in buffers that stay where they are, so that CUDA graphs can replay them.
+"""Steps of few tokens in buffers that stay where they are, so that CUDA graphs can replay them.
 
 A layer of such a step is a dozen kernels of a few microseconds each, which the host takes longer to launch than the
 device to run. A graph is one launch for all of them. It repeats what it saw: the same kernels on the same addresses.
-So a step is padded to 1, 2, 4, 8, ... rows and a block table of 1, 2, 4, 8, ... columns, and has one buffer for each
-pair of them that occurs; rows that pad write to a block that nobody reads.
+So each token is a sequence of its own, which ends with it: a token and its drafts share the blocks of their context.
+A step is padded to 1, 2, 4, 8, ... of them and a block table of 1, 2, 4, 8, ... columns, and has one buffer for each
+pair of these that occurs; rows that pad write to a block that nobody reads.
 
-Shape suffixes: T sequences of a step, N of its bucket, D hidden size, V vocabulary.
+Shape suffixes: T tokens of a step, N of its bucket, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class _Step:
 
 
 class DecodeSteps:
-    """Runs steps of one token per sequence, by graphs where they can be captured, with the same results without.
+    """Runs steps of few tokens, by graphs where they can be captured, with the same results without.
 
     Args:
         cache: of ``model``; its last block is nobody's.
-        max_rows: of a step.
+        max_rows: tokens of a step.
         capture: None runs every step kernel by kernel.
 
     Attributes:
@@ -112,12 +113,12 @@ class DecodeSteps:
 
     def _filled(self, inputs: Inputs, size: int, width: int) -> torch.Tensor:
         """What the buffer is to hold, on the host. A row that pads is a context of one token in the spare block."""
-        count, columns = inputs.block_table.shape
-        positions_T, slots_T = places_of(inputs, self._block_size)
+        count, columns = len(inputs.ids_T), inputs.block_table.shape[1]
+        owner_T, positions_T, slots_T = places_of(inputs, self._block_size)
         heads = torch.tensor([0, 0, self._spare * self._block_size, 1], dtype=torch.int32)[:, None].repeat(1, size)
-        heads[:, :count] = torch.stack([inputs.ids_T, positions_T, slots_T, inputs.context_lens_B.long()])
+        heads[:, :count] = torch.stack([inputs.ids_T, positions_T, slots_T, positions_T + 1])
         table = torch.full((size, width), self._spare, dtype=torch.int32)
-        table[:count, :columns] = inputs.block_table
+        table[:count, :columns] = inputs.block_table[owner_T]
         return torch.cat([heads.flatten(), table.flatten()])
 
     def _run(self, rows: Rows, size: int) -> None:

@@ -48,13 +48,13 @@ class Inputs:
         )
 
 
-def places_of(inputs: Inputs, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [T] each: where a token stands in its sequence, and the slot of the cache that its key and value go to."""
+def places_of(inputs: Inputs, block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int64 [T] each: a token's sequence, where it stands there, and the slot of the cache for its key and value."""
     bounds, contexts = inputs.cu_seqlens.long(), inputs.context_lens_B.long()
     owner_T = torch.repeat_interleave(bounds.diff())
     positions_T = torch.arange(len(inputs.ids_T)) + (contexts - bounds[1:])[owner_T]
     blocks_T = inputs.block_table[owner_T, positions_T // block_size].long()
-    return positions_T, blocks_T * block_size + positions_T % block_size
+    return owner_T, positions_T, blocks_T * block_size + positions_T % block_size
 
 
 class Runner(Protocol):

@@ -96,7 +96,9 @@ def _torchrun(words: list[str]) -> list[str]:
     """The words behind ``fastsft``."""
     from torch.distributed.run import get_args_parser
 
-    given = get_args_parser().parse_args(words)
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    given = parser.parse_args(words)
     assert given.module
     assert given.training_script == "fastsft"
     return list(given.training_script_args)

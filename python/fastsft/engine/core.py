@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -100,13 +99,10 @@ class EngineCore:
     def _check_queue(self, requests: int, tokens: int) -> None:
         """An empty queue takes any number of them."""
         waiting = self._scheduler.waiting
-
-        def check(name: str, queued: Callable[[], int], more: int, most: int | None) -> None:
-            if waiting and most is not None and (already := queued()) + more > most:
-                raise QueueFull(f"{already} {name} are waiting, of at most {most}; {more} more do not fit")
-
-        check("requests", lambda: len({s.request_id for s in waiting}), requests, self._max_queued_requests)
-        check("tokens", lambda: sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens)
+        if waiting and self._max_queued_requests is not None:
+            _check_room("requests", len({s.request_id for s in waiting}), requests, self._max_queued_requests)
+        if waiting and self._max_queued_tokens is not None:
+            _check_room("tokens", sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens)
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""
@@ -322,3 +318,8 @@ class EngineCore:
             prefill_failures=self._handover.failures,
             weight_version=self._weights.version,
         )
+
+
+def _check_room(name: str, queued: int, more: int, most: int) -> None:
+    if queued + more > most:
+        raise QueueFull(f"{queued} {name} are waiting, of at most {most}; {more} more do not fit")

@@ -10,9 +10,15 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from plugin_cases import CONFIGS, VOCABULARY, assert_same_gradients, build, ids  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+)
 
 import fastsft.integrations.transformers  # noqa: E402, F401
 from fastsft.integrations._attention import attention  # noqa: E402
+from fastsft.integrations._layout import check_positions, layout_mask  # noqa: E402
 
 FAMILY = pytest.mark.parametrize("family", CONFIGS)
 
@@ -187,8 +193,6 @@ def test_what_is_not_computed_is_refused(option: dict[str, Any]) -> None:
 
 
 def test_masks_with_functions_of_their_own_are_refused() -> None:
-    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-
     model = build(CONFIGS["llama"], "fastsft")
     shape = {"config": model.config, "inputs_embeds": torch.randn(1, 6, 64), "attention_mask": None}
     with pytest.raises(ValueError, match="or_mask_function: expected neither"):
@@ -202,32 +206,29 @@ def test_attention_probabilities_are_refused(pairs: dict[str, tuple[Any, Any]]) 
         pairs["llama"][0](input_ids=ids(1, 5), output_attentions=True)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("gemma2", "padded"), ("qwen2", "packed")])
-def test_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]], family: str, kind: str) -> None:
+def test_packed_rows_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]]) -> None:
+    """Windows and caps too. (Padded rows: with the loss, in test_plugin_enable.py.)"""
     torch.compiler.reset()
-    ours, eager = pairs[family]
-    mask = padding(5, 4)
-    inputs = {"input_ids": ids(3, 17), "use_cache": False}
-    if kind == "padded":
-        inputs["attention_mask"], kept = mask, mask.bool()
-    else:
-        inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(10)])[None].expand(3, -1)
-        kept = torch.ones_like(mask, dtype=torch.bool)
+    ours, eager = pairs["gemma2"]
+    positions = torch.cat([torch.arange(7), torch.arange(10)])[None].expand(3, -1)
+    inputs = {"input_ids": ids(3, 17), "position_ids": positions, "use_cache": False}
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(**inputs).logits
-    torch.testing.assert_close(compiled[kept], eager(**inputs).logits[kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled, eager(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])}, "zeros between ones"),
-        ({"attention_mask": ONE, "position_ids": RESTART}, "they restart or jump within"),
-    ],
-)
-def test_a_compiled_graph_stops_at_what_is_refused(
-    pairs: dict[str, tuple[Any, Any]], inputs: dict[str, Any], message: str
-) -> None:
+def test_a_compiled_graph_stops_at_what_is_refused() -> None:
     torch.compiler.reset()
-    compiled = torch.compile(pairs["llama"][0], fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match=message):
-        compiled(input_ids=ids(1, 10), use_cache=False, **inputs)
+
+    def part_of_a_model(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        layout = layout_mask(1, 10, 10, mask_function=causal_mask_function, attention_mask=mask)
+        check_positions(layout, positions, 1, 10)
+        return layout
+
+    compiled = torch.compile(part_of_a_model, fullgraph=True, backend="aot_eager")
+    one_by_one = torch.arange(10)[None]
+    bounds = [[0, 0, 0, 10, 10, 10]] * 2  # nothing before, the content, nothing after
+    assert compiled(ONE, one_by_one)[0, 0].tolist() == bounds
+    with pytest.raises(RuntimeError, match="zeros between ones"):
+        compiled(torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]]), one_by_one)
+    with pytest.raises(RuntimeError, match="they restart or jump within"):
+        compiled(ONE, RESTART)

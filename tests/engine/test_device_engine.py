@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+from engine_cases import SHAPE, VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 
 from fastsft.engine import place
 from fastsft.engine.device_runner import DeviceRunner
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
 from fastsft.models.adapter import save_adapter
+from fastsft.models.heads import DraftHeads, save_heads
 from fastsft.models.lora import LoraConfig, add_lora, lora_layers
 from fastsft.models.weights import init_model, load_model
 
@@ -106,6 +107,23 @@ def test_quantised_weights(quantization: str, one_folder: Path) -> None:
         )
     )
     assert (ours - packed).square().mean().sqrt() < 0.5 * (other - packed).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_heads_draft_what_packed_ones_do(params: dict[str, Any], one_folder: Path, tmp_path: Path) -> None:
+    heads = DraftHeads(3, SHAPE["hidden_size"])  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(4))
+    save_heads(heads, tmp_path, vocab_size=VOCAB)
+    config = {"method": "heads", "model": tmp_path, "adaptive": False}
+    prompts, found = prompts_of([8, 40, 12]), []
+    for make in (device_engine, engine):
+        llm = make(one_folder, speculative_config=config)
+        assert texts(llm, prompts, **params) == texts(engine(one_folder), prompts, **params)
+        found.append((llm.core.stats().drafted_tokens, llm.core.stats().accepted_tokens))
+    assert found[0] == found[1]
+    assert found[0][0]
 
 
 def test_adapters_share_steps(one_folder: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from fastsft import ops
 from fastsft.engine.draft.noise import draw_alike
 from fastsft.engine.sequence import Sequence
+from fastsft.models.config import ModelConfig
+from fastsft.models.device import DeviceDecoder
 from fastsft.models.heads import DraftHeads, load_heads
 from fastsft.models.packed import PackedDecoder
-from fastsft.ops.matvec import PackedWeight
+from fastsft.ops.device_linear import device_linear, hold_weight
 
 
 class PackedHeads:
@@ -30,14 +32,12 @@ class PackedHeads:
     """
 
     def __init__(self, folder: str | os.PathLike[str], target: PackedDecoder) -> None:
-        config = target.config
-        try:
-            heads = load_heads(folder, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"speculative_config: model: {error}") from None
+        heads = _read(folder, target.config)
         self.count = len(heads)
         self._target = target
-        self._residual, self._bias = _stacked(heads, target.dtype)
+        weights, biases = _parameters(heads)
+        self._residual = ops.pack_weight(weights, str(target.dtype).removeprefix("torch."))
+        self._bias = torch.cat(biases).float()
 
     @torch.inference_mode()
     def logits(self, hidden_D: torch.Tensor, count: int) -> torch.Tensor:
@@ -47,17 +47,42 @@ class PackedHeads:
         return ops.packed_linear(rows_KD.float(), self._target.weights.head)
 
 
-def _stacked(heads: DraftHeads, dtype: torch.dtype) -> tuple[PackedWeight, torch.Tensor]:
-    parameters = {name: p.detach() for name, p in heads.named_parameters()}
-    weights = [p for name, p in parameters.items() if name.endswith("weight")]
-    biases = [p.float() for name, p in parameters.items() if name.endswith("bias")]
-    return ops.pack_weight(weights, str(dtype).removeprefix("torch.")), torch.cat(biases)
+class DeviceHeads:
+    """The same beside a model on a device."""
+
+    def __init__(self, folder: str | os.PathLike[str], target: DeviceDecoder) -> None:
+        heads = _read(folder, target.config)
+        self.count = len(heads)
+        self._target = target
+        weights, biases = _parameters(heads)
+        self._residual = hold_weight(weights, str(target.dtype).removeprefix("torch."), target.device)
+        self._bias = torch.cat(biases).to(target.device, target.dtype)
+
+    @torch.inference_mode()
+    def logits(self, hidden_D: torch.Tensor, count: int) -> torch.Tensor:
+        """float32 [count, V] of the first heads."""
+        changes_KD = device_linear(hidden_D[None], self._residual, self._bias).view(self.count, -1)[:count]
+        return self._target.logits(hidden_D + F.silu(changes_KD))
+
+
+def _read(folder: str | os.PathLike[str], config: ModelConfig) -> DraftHeads:
+    try:
+        return load_heads(folder, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"speculative_config: model: {error}") from None
+
+
+def _parameters(heads: DraftHeads) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and biases of all heads."""
+    named = {name: p.detach() for name, p in heads.named_parameters()}
+    weights = [p for name, p in named.items() if name.endswith("weight")]
+    return weights, [p for name, p in named.items() if name.endswith("bias")]
 
 
 class HeadsGuess:
     """Of one text."""
 
-    def __init__(self, heads: PackedHeads, sequence: Sequence) -> None:
+    def __init__(self, heads: PackedHeads | DeviceHeads, sequence: Sequence) -> None:
         self._heads, self._sequence = heads, sequence
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastsft.engine.draft.heads import HeadsGuess, PackedHeads
+from fastsft.engine.draft.heads import DeviceHeads, HeadsGuess, PackedHeads
 from fastsft.engine.draft.length import DraftLength, Shares
 from fastsft.engine.draft.model import DraftModel, ModelGuess
 from fastsft.engine.draft.ngram import NgramGuess
@@ -149,9 +149,11 @@ def speculation_from(
         def make(sequence: Sequence) -> Guess:
             return ModelGuess(draft, sequence)
     elif method == "heads":
-        if not isinstance(target, PackedDecoder):
-            raise ValueError(f"speculative_config: method: heads are of the CPU; the model is on {target.device}")
-        heads = PackedHeads(options["model"], target)
+        heads: PackedHeads | DeviceHeads
+        if isinstance(target, PackedDecoder):
+            heads = PackedHeads(options["model"], target)
+        else:
+            heads = DeviceHeads(options["model"], target)
         most = min(most, heads.count)
 
         def make(sequence: Sequence) -> Guess:

@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 # Programs of others, whose options nothing here can check.
-FOREIGN = {"curl", "export", "git", "hf", "lm_eval"}
+FOREIGN = {"cibuildwheel", "curl", "export", "git", "hf", "lm_eval"}
 
 
 def _commands(page: Path) -> Iterator[tuple[str, list[str]]]:
@@ -77,7 +77,7 @@ def _make(words: list[str]) -> None:
 
 
 def _pip(words: list[str]) -> None:
-    assert words[0] == "install"
+    assert words[0] in ("install", "wheel")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
         if match := re.fullmatch(r"(?:fastsft|\.)\[([\w,-]+)\]", word):

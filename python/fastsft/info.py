@@ -15,6 +15,7 @@ def info() -> dict[str, Any]:
     them or ``gpus_unread``, the reason why not), ``build`` (compiler) and ``ops`` (op -> device ->
     ``{"kind", "reason"}``; kind is ``native``, ``triton``, ``torch`` or ``none``).
     """
+    import importlib
     import platform
 
     import torch
@@ -25,6 +26,8 @@ def info() -> dict[str, Any]:
 
     for op in ops.__all__:  # each is recorded where it is defined
         getattr(ops, op)
+    for module in ("decoder", "device_linear"):  # the engine's
+        importlib.import_module(f"fastsft.ops.{module}")
 
     try:
         found, unread = gpus(), None

@@ -124,7 +124,8 @@ sys.modules["triton"] = None
 import torch
 import fastsft
 found = fastsft.info()["ops"]
-for op in ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_backward", "sample"):
+layers = ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_backward", "swiglu_halves")
+for op in (*layers, "sample", "device_linear"):
     assert found[op]["cuda"]["kind"] == "torch", found[op]
     assert found[op]["cuda"]["reason"].startswith("Triton is not installed"), found[op]
 """
@@ -133,5 +134,8 @@ for op in ("rms_norm", "rms_norm_backward", "apply_rope", "swiglu", "swiglu_back
 def test_info_says_what_serves() -> None:
     import fastsft
 
-    assert fastsft.info()["ops"]["rms_norm"]["cuda"]["kind"] == "triton"
+    found = fastsft.info()["ops"]
+    for op in ("rms_norm", "sample", "device_linear"):
+        assert found[op]["cuda"] == {"kind": "triton", "reason": "Triton kernels, not yet run on a GPU"}
+    assert found["decoder_step"]["cuda"]["reason"].endswith("not yet run on a GPU")
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

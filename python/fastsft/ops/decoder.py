@@ -168,5 +168,7 @@ def decoder_step(
 record(
     "decoder_step",
     cpu=Implementation("native", "C++, packed weights and a cache in the kernels' layout"),
-    cuda=Implementation("torch", "one op after the other (models/device.py), not yet run on a GPU"),
+    cuda=Implementation(
+        "torch", "one op after the other, as a CUDA graph where few tokens are computed; not yet run on a GPU"
+    ),
 )

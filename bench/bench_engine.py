@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import sizes
 import torch
 from engine_case import FORMATS, Case, prompts
 from engine_children import Child, Children, takes_part
 from train_case import SIZES, Replay
 
 CONTESTANTS = ("fastsft", "llama.cpp", "OpenVINO GenAI", "CTranslate2", "transformers")
-ROUNDS = 5  # after one that is not counted
+ROUNDS = int(sizes.size("ROUNDS", 5, quick=1))  # after one that is not counted
 FIRST_TOKENS = {"float32": 0.95, "bfloat16": 0.6, "int8": 0.4, "int4": 0.02}  # share that agrees; by chance 3e-5
 CLOCK = Replay()
 CHILDREN = Children()

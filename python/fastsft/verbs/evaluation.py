@@ -67,7 +67,7 @@ def evaluate(
         dtype: of weights and cache.
         speculative_config: guess tokens of the samples and check several in a step: JSON such as
             '{"method": "ngram"}' (docs/engine.md). No sample changes.
-        device: where samples are drawn: cpu, or cuda for a GPU.
+        device: where samples are drawn: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         weights: the loss with weights packed in these formats too, as the engine computes it.
         json: machine-readable output.
     """

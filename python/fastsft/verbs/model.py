@@ -82,7 +82,7 @@ def generate(
         dtype: of weights and cache.
         speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'
             (docs/engine.md).
-        device: cpu, or cuda for a GPU.
+        device: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         json: machine-readable output.
     """
     import torch

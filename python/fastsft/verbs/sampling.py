@@ -57,7 +57,7 @@ def sample(
         dtype: of weights and cache.
         speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'
             (docs/engine.md). No sample changes.
-        device: cpu, or cuda for a GPU.
+        device: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         json: machine-readable report.
     """
     from fastsft.progress import bars

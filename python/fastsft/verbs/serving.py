@@ -49,7 +49,7 @@ def serve(
         name: what clients call the model; the folder's name by default.
         adapters: NAME=FOLDER of adapters (LoRA); clients call them by their names, as they do the model.
         dtype: of weights and cache.
-        device: cpu, or cuda for a GPU.
+        device: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         quantization: of the weights, packed when they are loaded.
         speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'; docs/engine.md
             has the methods (ngram, suffix, draft_model, heads) and their options.

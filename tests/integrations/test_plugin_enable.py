@@ -240,6 +240,42 @@ def test_a_head_that_peft_trains_whole() -> None:
     compare(*pair, input_ids=ids(2, 9), labels=ids(2, 9))
 
 
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_prompts_that_are_learnt(kind: str) -> None:
+    """Keys without tokens before a row's own, and rows longer than their ids."""
+    peft = pytest.importorskip("peft")
+    pair = []
+    for ours in (True, False):
+        model = build(config("llama"), "eager").train()
+        torch.manual_seed(3)
+        settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        pair.append(peft.get_peft_model(enable(model) if ours else model, settings))
+    tokens = ids(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    compare(*pair, input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_sixteen_bits_err_no_more_than_transformers_do(how: str) -> None:
+    exact, inputs = None, {"input_ids": ids(4, 33), "labels": ids(4, 33)}
+    errors = []
+    for kind in ("exact", "eager", "ours"):
+        model = build(config("qwen3"), "eager").train()
+        if kind == "ours":
+            enable(model)
+        if kind != "exact" and how == "bfloat16":
+            model.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind != "exact" and how == "autocast"):
+            loss = model(**inputs).loss
+        loss.backward()
+        found = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        exact = found if exact is None else exact
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[2] <= 1.5 * errors[1]
+    assert errors[1] > 1e-3
+
+
 def test_compiled_in_one_graph() -> None:
     torch.compiler.reset()
     ours, theirs = pair("qwen3")

@@ -22,7 +22,7 @@ def test_texts_are_what_the_results_give() -> None:
 
 def test_page() -> None:
     found = result(
-        row("lost | here", times_ours=1.0, extra={"share_of_copy": 0.5, "fill": 0.9}),
+        row("lost | here", times_ours=1.0, commit="abc1234", extra={"share_of_copy": 0.5, "fill": 0.9}),
         row("lost | here", "trl", 0.5, times_ours=0.5, p20=None, p80=None),
         row("won", bench="fim", times_ours=1.0, rounds=1),
         row("won", "numpy", 3.0, bench="fim", times_ours=3.0),
@@ -39,6 +39,7 @@ def test_page() -> None:
     assert "|  | trl | 500 ms | ± 5 ms | **0.50** |  |  |" in text
     assert "| won | fastsft | 1 s | one round | 1.00 |  |  |" in text
     assert "(../bench/results/toy/2026-01-02.json)" in text
+    assert "Measured 2026-01-02 at `abc1234` and before. ([How](../bench/bench_pack.py).)" in text
 
 
 def test_headlines_take_the_fastest_rival() -> None:
@@ -52,7 +53,7 @@ def test_headlines_take_the_fastest_rival() -> None:
         ]
     text = headlines(result(*rows))
     assert text.count("| 1 s | fast | 500 ms | **0.50** |") == len(HEADLINES)
-    assert f"A rival is faster in {len(HEADLINES)} of {len(HEADLINES)} groups" in text
+    assert f"Bold: the rival is faster, as in {len(HEADLINES)} of {len(HEADLINES)} groups" in text
     with pytest.raises(ValueError, match="which was not measured against a rival"):
         headlines(result(*rows[:3]))
 

@@ -45,8 +45,9 @@ def page(result: Result, source: str, suite: Path) -> str:
         benches = dict.fromkeys(rows[0].bench for rows in groups.values())
         for bench in benches:
             file = suite / f"bench_{bench}.py"
-            lines += [f"### {file.name}", "", f"{_first_words(file)} ([how](../bench/{file.name}))", ""]
-            lines += _table(rows for rows in groups.values() if rows[0].bench == bench)
+            mine = [rows for rows in groups.values() if rows[0].bench == bench]
+            lines += [f"### {file.name}", "", f"{_first_words(file)} {_when(mine)} ([How](../bench/{file.name}).)", ""]
+            lines += _table(mine)
     return "\n".join(lines)
 
 
@@ -65,6 +66,15 @@ def _lost(result: Result) -> list[str]:
     lines = ["## Where a rival is faster", "", "| | rival | x ours |", "|---|---|---|"]
     lines += [f"| {_cell(row.group)} | {row.contestant} | **{row.times_ours:.2f}** |" for row in result.lost()]
     return [*lines, ""]
+
+
+def _when(groups: Iterable[Sequence[Row]]) -> str:
+    """Of which day and, where it was noted, of which commits the rows are."""
+    rows = [row for rows in groups for row in rows]
+    dates, commits = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("date", "commit"))
+    named = [f"`{commit}`" for commit in commits if commit]
+    at = f" at {', '.join(named)}{' and before' if '' in commits else ''}" if named else ""
+    return f"Measured {', '.join(sorted(dates))}{at}."
 
 
 def _table(groups: Iterable[Sequence[Row]]) -> list[str]:
@@ -150,8 +160,8 @@ def headlines(result: Result) -> str:
     m = result.machine
     lines += [
         "",
-        f"{m['cpu']} ({m['isa']}), at most {m['threads']} threads, {result.date}. A rival is faster in "
-        f"{len(result.lost())} of {len(result.contested())} groups, "
+        f"{m['cpu']} ({m['isa']}), at most {m['threads']} threads, {result.date}. Bold: the rival is faster, "
+        f"as in {len(result.lost())} of {len(result.contested())} groups, "
         "[which are listed](docs/benchmarks.md#where-a-rival-is-faster).",
     ]
     return "\n".join(lines)

@@ -4,8 +4,8 @@
 given folders (by default the standard library and the installed packages), a fixed sample of them.
 ``mutants``: base texts and copies with words substituted, so that the Jaccard similarities of the pairs spread over 0.5
 to 0.95.
-``documents``: the texts of a JSONL file where FASTSFT_BENCH_DATA names one, otherwise ``natural``, which takes
-minutes for 100,000.
+``documents``: the texts of a file of training data where FASTSFT_BENCH_DATA names one, otherwise ``natural``, which
+takes minutes for 100,000.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import orjson
+from fastsft.data.records import Problems, read_records
 
 SHORTEST, LONGEST = 200, 50_000
 
@@ -59,8 +59,7 @@ def natural(count: int, folders: Iterable[Path] | None = None, seed: int = 0) ->
 
 def documents(count: int) -> list[str]:
     if path := os.environ.get("FASTSFT_BENCH_DATA"):
-        with open(path, "rb") as lines:
-            return [orjson.loads(line)["text"] for line in itertools.islice(lines, count)]
+        return [r.text() for r in itertools.islice(read_records([path], Problems("skip")), count)]
     return natural(count)
 
 

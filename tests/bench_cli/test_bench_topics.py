@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from pathlib import Path
 
 import pytest
 
+from fastsft.bench import topics
 from fastsft.bench.topics import TOPICS, Topic, chosen, missing, suite, topic_of
 
 
@@ -29,6 +31,14 @@ def test_chosen() -> None:
         chosen(["atention"])
     with pytest.raises(ValueError, match="expected all or topics among attention, loss"):
         chosen([])
+
+
+def test_the_suite_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no checkout is around the package, it is the folder that CMake installs into it."""
+    assert suite() == Path(__file__).parents[2] / "bench"
+    monkeypatch.setattr(topics, "__file__", str(tmp_path / "site" / "fastsft" / "bench" / "topics.py"))
+    assert suite() == tmp_path / "site" / "fastsft" / "bench" / "suite"
+    assert "DESTINATION bench/suite" in (Path(__file__).parents[2] / "CMakeLists.txt").read_text()
 
 
 def test_missing() -> None:

@@ -152,6 +152,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "unknown topic 'tini'; did you mean 'tiny'?" in refused(capsys, "tini")
     assert "expected all or topics among attention" in refused(capsys)
     assert "--data: no such file" in refused(capsys, "tiny", "--data", str(tmp_path / "none"))
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "!"}\n')
+    assert "rows.jsonl is training data" in refused(capsys, "tiny", "--data", str(tmp_path / "rows.jsonl"))
     assert "--plot: expected a name that ends in .png or .svg" in refused(capsys, "tiny", "--plot", "x.gif")
     assert "nothing was measured" in refused(capsys, "tiny", "--only", "nothing")
     monkeypatch.setitem(sys.modules, "pytest_benchmark", None)

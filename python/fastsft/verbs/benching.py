@@ -31,7 +31,7 @@ def bench(
     Args:
         topics: what to measure, e.g. attention loss; `fastsft bench list` shows the topics, all is every one.
         quick: a smoke: of each bench the first case, few rounds, small corpora. Its times say little.
-        data: JSON Lines to measure on: texts for dedup, lengths for pack. Otherwise this machine's Python files are.
+        data: rows as for training, to measure dedup and pack on, instead of this machine's Python files.
         references: evaluation sets for decontaminate, JSON Lines.
         documents: of the corpus, at most.
         models: folder where the models of decode are kept from run to run.
@@ -53,6 +53,8 @@ def bench(
     for flag, path in (("data", data), ("rivals", rivals), *(("references", path) for path in references)):
         if path is not None and not path.exists():
             raise UsageError(f"bench: --{flag}: no such file: {path}")
+    if data is not None and not _has_rows(data):
+        raise UsageError(f"bench: --data: no row of {data} is training data: messages, prompt and completion, or text")
     if plot is not None and plot.suffix not in FORMATS:
         raise UsageError(f"bench: --plot: expected a name that ends in {' or '.join(FORMATS)}, got {plot}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -92,6 +94,12 @@ def bench(
         raise KeyboardInterrupt
     if measured.failed:
         raise SystemExit(1)
+
+
+def _has_rows(data: Path) -> bool:
+    from fastsft.data.records import Problems, read_records
+
+    return next(read_records([data], Problems("skip")), None) is not None
 
 
 def bench_list(*, json: bool = False) -> None:

@@ -7,7 +7,6 @@ are in the cache already; ``GFLOP/s`` counts the visible half.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from shapes import LLAMA_8B, QWEN_05B, Heads
 
-from fastsft import _C, ops
+from fastsft import ops
 from fastsft.ops import reference
 from fastsft.ops.kv_cache import KVLayout
 
@@ -81,18 +80,6 @@ class Case:
         exact = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
         error = (function()[row] - exact).norm() / exact.norm()
         assert error <= (1e-5 if self.q.dtype == torch.float32 else 1e-2)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: Any) -> Any:
-    if request.param > len(os.sched_getaffinity(0)):
-        pytest.skip("more threads than CPUs")
-    before = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(request.param)
-    _C.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before[0])
-    _C.set_num_threads(before[1])
 
 
 @pytest.mark.parametrize(("contestant", "format"), CONTESTANTS)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -103,18 +101,6 @@ def expected(format: str, rows: int) -> torch.Tensor:
 
 def inputs(rows: int) -> torch.Tensor:
     return torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(1)).bfloat16().float()
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: Any) -> Any:
-    if request.param > len(os.sched_getaffinity(0)):
-        pytest.skip("more threads than CPUs")
-    before = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(request.param)
-    _C.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before[0])
-    _C.set_num_threads(before[1])
 
 
 ONE_ROW: dict[tuple[str, str, int], float] = {}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sizes import QUICK
 
+from fastsft import _C
 from fastsft.bench.limits import Limits
 
 LIMITS = Limits()
@@ -22,6 +24,19 @@ if PIPE:
 @pytest.fixture(scope="session")
 def limits() -> Limits:
     return LIMITS
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: Any) -> Any:
+    """Of torch and of fastsft."""
+    if request.param > len(os.sched_getaffinity(0)):
+        pytest.skip("more threads than CPUs")
+    before = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(request.param)
+    _C.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before[0])
+    _C.set_num_threads(before[1])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from plugin_cases import CONFIGS, VOCABULARY, assert_same_gradients, build, ids  # noqa: E402
+from plugin_cases import COMMON, CONFIGS, VOCABULARY, assert_same_gradients, build, ids  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
     causal_mask_function,
     create_bidirectional_mask,
@@ -206,6 +206,84 @@ def test_attention_probabilities_are_refused(pairs: dict[str, tuple[Any, Any]]) 
         pairs["llama"][0](input_ids=ids(1, 5), output_attentions=True)
 
 
+WINDOWS: dict[str, Any] = {
+    "by the layer alone": transformers.OlmoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1, sliding_window=6),
+    "by the mask alone": transformers.PhimoeConfig(**COMMON, num_local_experts=2, sliding_window=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", WINDOWS)
+def test_a_window_that_only_one_of_mask_and_layer_has_is_refused(who: str) -> None:
+    """transformers' other attentions go by the mask. Where the window is too long to matter, so do we."""
+    ours, eager = (build(WINDOWS[who], attention) for attention in ("fastsft", "eager"))
+    short = {"input_ids": ids(2, 6), "use_cache": False}
+    torch.testing.assert_close(ours(**short).logits, eager(**short).logits, rtol=1e-5, atol=1e-5)
+    packed = {**short, "input_ids": ids(2, 12), "position_ids": torch.arange(6).repeat(2)[None].expand(2, -1)}
+    torch.testing.assert_close(ours(**packed).logits, eager(**packed).logits, rtol=1e-5, atol=1e-5)
+    for mask in (None, padding(5, 4)):
+        with pytest.raises(ValueError, match="sliding_window: expected what the model's mask says"):
+            ours(input_ids=ids(3, 17), attention_mask=mask, use_cache=False)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="sliding_window: expected what the model's mask says"):
+        torch.compile(ours.model, backend="aot_eager")(input_ids=ids(3, 17), use_cache=False)
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_a_mask_that_no_layer_uses_is_not_refused(left: int) -> None:
+    """Qwen2-MoE without a window makes one of 0 tokens all the same."""
+    config = transformers.Qwen2MoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1)
+    ours, eager = (build(config, attention) for attention in ("fastsft", "eager"))
+    mask = padding(left, 0)
+    compare(ours, eager, kept=mask, input_ids=ids(3, 17), attention_mask=mask, use_cache=False)
+    compare(ours, eager, input_ids=ids(3, 17), use_cache=False)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(*(m.generate(ids(3, 17), **options) for m in (ours, eager)))
+
+
+@pytest.fixture(scope="module")
+def in_chunks() -> tuple[Any, Any]:
+    config = transformers.Llama4TextConfig(
+        **COMMON, head_dim=16, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=6,
+        no_rope_layers=[1, 1],
+    )  # fmt: skip
+    return build(config, "fastsft"), build(config, "eager")
+
+
+def test_chunks(in_chunks: tuple[Any, Any]) -> None:
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None].expand(3, -1)
+    for how in ({}, {"position_ids": positions}):
+        compare(*in_chunks, input_ids=ids(3, 17), use_cache=False, **how)
+    mask = padding(3, 4, length=9)
+    compare(*in_chunks, kept=mask, input_ids=ids(3, 9), attention_mask=mask[:, :9], use_cache=False)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("position", [3, 5, 6, 8, 12])
+def test_chunks_with_a_cache_are_refused_after_the_first_one(
+    in_chunks: tuple[Any, Any], cache: str, position: int
+) -> None:
+    """One token at a time the mask has one query, and no neighbours between which it could be cut."""
+    ours, eager = in_chunks
+    tokens = ids(2, 14)
+    if cache == "dynamic":
+        past = transformers.DynamicCache(config=ours.config)
+    else:
+        past = transformers.StaticCache(config=ours.config, max_cache_len=14)
+    eager(input_ids=tokens[:, :position], past_key_values=past)
+    step = {"input_ids": tokens[:, position : position + 1], "past_key_values": past}
+    if position < 6:
+        expected = eager(input_ids=tokens, use_cache=False).logits[:, position : position + 1]
+        torch.testing.assert_close(ours(**step).logits, expected, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="attention_mask: expected full or sliding-window attention"):
+            ours(**step)
+
+
+def test_chunks_by_bounds_of_documents_are_refused_where_one_is_longer(in_chunks: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="sliding_window: expected what the model's mask says"):
+        in_chunks[0](input_ids=ids(1, 10), cu_seq_lens_q=torch.tensor([0, 3, 10], dtype=torch.int32), use_cache=False)
+
+
 def test_packed_rows_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]]) -> None:
     """Windows and caps too. (Padded rows: with the loss, in test_plugin_enable.py.)"""
     torch.compiler.reset()
@@ -221,13 +299,13 @@ def test_a_compiled_graph_stops_at_what_is_refused() -> None:
 
     def part_of_a_model(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         layout = layout_mask(1, 10, 10, mask_function=causal_mask_function, attention_mask=mask)
-        check_positions(layout, positions, 1, 10)
+        check_positions(*layout[0, 0, :2], positions, 1, 10)
         return layout
 
     compiled = torch.compile(part_of_a_model, fullgraph=True, backend="aot_eager")
     one_by_one = torch.arange(10)[None]
     bounds = [[0, 0, 0, 10, 10, 10]] * 2  # nothing before, the content, nothing after
-    assert compiled(ONE, one_by_one)[0, 0].tolist() == bounds
+    assert compiled(ONE, one_by_one)[0, 0, :2].tolist() == bounds
     with pytest.raises(RuntimeError, match="zeros between ones"):
         compiled(torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]]), one_by_one)
     with pytest.raises(RuntimeError, match="they restart or jump within"):

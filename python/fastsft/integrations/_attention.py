@@ -59,6 +59,7 @@ def attention(
     keys, value_width = key.shape[2], value.shape[3]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     _require(causal or sliding_window is None, "sliding_window", "None without causality", sliding_window)
+    _require(sliding_window is None or sliding_window > 0, "sliding_window", "None or at least 1", sliding_window)
 
     query, key, value = _of_one_type(module, query, key, value)
     held = next((d for d in HEAD_DIMS if d >= max(width, value_width)), None)
@@ -68,10 +69,9 @@ def attention(
     if cu_seq_lens_q is not None:
         cu_q, cu_k = _given(attention_mask, rows, cu_seq_lens_q, cu_seq_lens_k)
     else:
-        layout = _made(attention_mask, rows, queries, keys, query.device)
-        if position_ids is not None and position_ids.dim() == 2 and causal and _is_first(module, attention_mask):
-            _layout.check_positions(layout, position_ids, rows, queries)
-        cu_q, cu_k = layout[0, 0]
+        cu_q, cu_k = _made(attention_mask, rows, queries, keys, query.device)
+    positions = position_ids if causal and cu_seq_lens_q is None else None
+    _check(module, attention_mask, sliding_window, cu_q, cu_k, positions, (rows, queries))
     out = ops.varlen_attention(
         q, k, v, cu_q, cu_k,
         causal=causal,
@@ -121,18 +121,32 @@ def _given(mask: Tensor | None, rows: int, cu_q: Tensor, cu_k: Tensor | None) ->
     return cu_q, cu_q if cu_k is None else cu_k.to(torch.int32)
 
 
-def _made(mask: Tensor | None, rows: int, queries: int, keys: int, device: torch.device) -> Tensor:
+def _made(mask: Tensor | None, rows: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     if mask is None:
-        return _layout.dense(rows, queries, keys, device)
-    kind = f"a mask {mask.dtype} {list(mask.shape)}"
-    _require(_layout.is_layout(mask), "attention_mask", "a 2-D mask given to the model, or none", kind)
-    return mask
+        cu_q, cu_k = _layout.dense(rows, queries, keys, device)
+    else:
+        kind = f"a mask {mask.dtype} {list(mask.shape)}"
+        _require(_layout.is_layout(mask), "attention_mask", "a 2-D mask given to the model, or none", kind)
+        cu_q, cu_k = mask[0, 0, :2]
+    return cu_q, cu_k
 
 
-def _is_first(module: torch.nn.Module, mask: Tensor | None) -> bool:
-    """Whether this is the first layer to see the mask."""
-    if mask is None or torch.compiler.is_compiling():
-        return getattr(module, "layer_idx", None) in (0, None)
-    first = not hasattr(mask, "fastsft_seen")
-    mask.fastsft_seen = True  # type: ignore[attr-defined]
-    return first
+def _check(
+    module: torch.nn.Module,
+    layout: Tensor | None,
+    sliding_window: int | None,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    position_ids: Tensor | None,
+    shape: tuple[int, int],
+) -> None:
+    """Hold what only a layer knows against the mask: its window, once for each that there is, and positions, once."""
+    remembers = layout is not None and not torch.compiler.is_compiling()
+    known: set[int | None] = getattr(layout, "fastsft_windows", set()) if remembers else set()
+    if layout is not None and sliding_window not in known:
+        _layout.check_window(layout, sliding_window, cu_q, cu_k)
+    first = not known if remembers else getattr(module, "layer_idx", None) in (0, None)
+    if first and position_ids is not None and position_ids.dim() == 2:
+        _layout.check_positions(cu_q, cu_k, position_ids, *shape)
+    if remembers:
+        layout.fastsft_windows = known | {sliding_window}  # type: ignore[union-attr]

@@ -1,9 +1,13 @@
 """The mask of a batch as offsets: which packed queries see which packed keys, without a [queries, keys] tensor.
 
 transformers asks the registered mask function for a mask once per forward pass and hands what it gets to every layer.
-Ours is a layout: int32 [1, 1, 2, N + 1], ``cu_seqlens`` of the queries and of the keys of N segments, where the batch's
-rows are laid end to end. Four dimensions, as transformers passes such masks on untouched. Within a segment attention is
-causal and aligned at its end; the window of a layer reaches it as an argument of its own.
+Ours is a layout: int32 [1, 1, 4, N + 1], of which the first two are ``cu_seqlens`` of the queries and of the keys of N
+segments, where the batch's rows are laid end to end. Four dimensions, as transformers passes such masks on untouched.
+Within a segment attention is causal and aligned at its end.
+
+The window of a layer reaches it as an argument of its own, which need not be what the mask says, and transformers
+makes masks that no layer uses. So the layout carries the mask's window (third) and whether segments and that window are
+not all there is to it (fourth); :func:`check_window` refuses where a layer uses it.
 
 A row with padding is five segments, so that nothing has to be gathered and the sizes do not depend on values:
 queries before its content (which see no key), keys before it (which nobody sees), the content, keys after, queries
@@ -18,15 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_WINDOW = torch.iinfo(torch.int32).max
+
 
 def is_layout(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
 
 
 def dense(rows: int, queries: int, keys: int, device: Any) -> Tensor:
-    """Every row a segment."""
+    """``cu_seqlens`` of the queries and of the keys, [2, rows + 1]: every row a segment."""
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)
-    return torch.stack([bounds * queries, bounds * keys])[None, None]
+    return torch.stack([bounds * queries, bounds * keys])
 
 
 def layout_mask(
@@ -37,21 +43,52 @@ def layout_mask(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     use_vmap: bool = False,
     device: Any = "cpu",
     **_: Any,
 ) -> Tensor:
     """What transformers calls for ``attn_implementation="fastsft"``: see ``transformers.masking_utils``.
 
+    Args:
+        local_size: of a window or of chunks; which of the two, the mask function tells.
+
     Raises:
-        ValueError: for a mask that is not causal attention within documents or a contiguous part of each row.
+        ValueError: for a mask that sees later tokens, is not contiguous, or has functions of the caller in it.
     """
     if use_vmap:
         raise ValueError("fastsft attention: and_mask_function, or_mask_function: expected neither; use sdpa for them")
+    window = NO_WINDOW if local_size is None else local_size
     apart = _documents_begin(mask_function, batch_size, q_length, q_offset, device)
     if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length:
-        return _packed(apart, batch_size, q_length, device)
-    return _padded(apart, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+        bounds = _packed(apart, batch_size, q_length, device)
+        index = torch.arange(1, q_length, device=device)
+        begin = torch.nn.functional.pad(torch.where(apart, index, 0), (1, 0)).amax(1)
+        end = torch.full_like(begin, q_length)
+        unlike = torch.zeros((), dtype=torch.bool, device=device)
+    else:
+        begin, end = _content(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+        bounds, unlike = _padded(apart, begin, end, q_length, kv_length, q_offset - kv_offset)
+    if mask_function is not None:
+        unlike = unlike | _last_query_sees_otherwise(mask_function, begin, end, kv_length, kv_offset, window)
+    facts = torch.stack([torch.full_like(unlike, window, dtype=torch.int32), unlike.to(torch.int32)])
+    return torch.cat([bounds, facts[:, None].expand(2, bounds.shape[1])])[None, None]
+
+
+def _last_query_sees_otherwise(
+    mask_function: Callable[..., Tensor], begin: Tensor, end: Tensor, keys: int, kv_offset: int | Tensor, window: int
+) -> Tensor:
+    """Whether the last query of each row sees other keys than those in [begin, end) and in the window.
+
+    One row of the mask, for what cannot be seen between neighbours: a single query after cached keys, say.
+    """
+    row = torch.arange(len(begin), device=begin.device)[:, None]
+    key = torch.arange(keys, device=begin.device)[None]
+    last = end[:, None] - 1
+    held = (key >= begin[:, None]) & (key <= last)
+    # a row of padding alone has no last query: any will do, as nothing of it is held
+    seen = mask_function(row, row.new_zeros(()), last.clamp(min=0) + kv_offset, key + kv_offset)
+    return (held & (seen != (last - key < window))).any()
 
 
 def _documents_begin(
@@ -85,11 +122,10 @@ def _packed(apart: Tensor, rows: int, length: int, device: Any) -> Tensor:
         bounds = bounds.scatter_reduce(0, begins.flatten().cumsum(0) - 1, token, "amin")
     else:
         bounds = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=total)
-    return bounds.to(torch.int32).expand(1, 1, 2, -1)
+    return bounds.to(torch.int32).expand(2, -1)
 
 
-def _padded(
-    apart: Tensor,
+def _content(
     rows: int,
     queries: int,
     keys: int,
@@ -97,8 +133,8 @@ def _padded(
     kv_offset: int | Tensor,
     mask: Tensor | None,
     device: Any,
-) -> Tensor:
-    """Rows with padding, with cached keys, or with room for keys that are not there yet (a static cache)."""
+) -> tuple[Tensor, Tensor]:
+    """Where the keys of each row begin and end, [rows] each, without padding and what a static cache has room for."""
     first = q_offset - kv_offset  # key position of the first query
     position = torch.arange(keys, device=device)
     kept = (position < first + queries).expand(rows, keys)
@@ -113,28 +149,55 @@ def _padded(
         (kept.sum(1) != end - begin).any(),
         "fastsft attention: attention_mask: expected one run of ones in each row, got zeros between ones",
     )
+    return begin, end
+
+
+def _padded(
+    apart: Tensor, begin: Tensor, end: Tensor, queries: int, keys: int, first: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows with padding or with more keys than queries, and whether the mask cuts one of them."""
+    rows, device = len(begin), begin.device
     from_query, to_query = ((x - first).clamp(0, queries) for x in (begin, end))
     index = torch.arange(1, queries, device=device)
-    refuse(
-        (apart & (index > from_query[:, None]) & (index < to_query[:, None])).any(),
-        "fastsft attention: attention_mask: expected full or sliding-window attention with padding or a cache, "
-        "got a mask that cuts rows into chunks",
-    )
-    if not torch.compiler.is_compiling() and bool(kept.all() & (to_query - from_query == queries).all()):
-        return dense(rows, queries, keys, device)
+    cut = (apart & (index > from_query[:, None]) & (index < to_query[:, None])).any()
+    if not torch.compiler.is_compiling() and bool(((end - begin == keys) & (to_query - from_query == queries)).all()):
+        return dense(rows, queries, keys, device), cut
     q_bounds = torch.stack([from_query, from_query, to_query, to_query, torch.full_like(end, queries)], 1)
     k_bounds = torch.stack([torch.zeros_like(begin), begin, end, *[torch.full_like(end, keys)] * 2], 1)
     row = torch.arange(rows, device=device)[:, None]
     both = torch.stack([(q_bounds + row * queries).flatten(), (k_bounds + row * keys).flatten()])
-    return torch.nn.functional.pad(both, (1, 0)).to(torch.int32)[None, None]
+    return torch.nn.functional.pad(both, (1, 0)).to(torch.int32), cut
 
 
-def check_positions(layout: Tensor, position_ids: Tensor, rows: int, queries: int) -> None:
-    """Refuse positions that restart or jump where the layout has no new document: attention would cross documents.
+def check_window(layout: Tensor, sliding_window: int | None, cu_q: Tensor, cu_k: Tensor) -> None:
+    """Refuse a mask that is not ``sliding_window`` of the segments' keys, where a layer uses it.
+
+    Args:
+        layout: what :func:`layout_mask` made.
+        sliding_window: the layer's argument.
+        cu_q, cu_k: the segments that the layer will use.
+    """
+    window, unlike = layout[0, 0, 2, 0], layout[0, 0, 3, 0]
+    refuse(
+        unlike != 0,
+        "fastsft attention: attention_mask: expected full or sliding-window attention, or chunks with neither padding "
+        "nor a cache, got another mask from the model; use sdpa",
+    )
+    asked = NO_WINDOW if sliding_window is None else sliding_window
+    longest = (cu_k.diff() * (cu_q.diff() > 0)).amax()
+    refuse(
+        (window != asked) & (window.clamp(max=asked) < longest),
+        f"fastsft attention: sliding_window: expected what the model's mask says, got {sliding_window} and a mask with "
+        "another window, or with chunks; use sdpa",
+    )
+
+
+def check_positions(cu_q: Tensor, cu_k: Tensor, position_ids: Tensor, rows: int, queries: int) -> None:
+    """Refuse positions that restart or jump where the segments have no new document: attention would cross documents.
 
     transformers derives documents from positions only where neither a 2-D mask nor a cache is given.
     """
-    cu_q, cu_k = layout[0, 0].long()
+    cu_q, cu_k = cu_q.long(), cu_k.long()
     position = position_ids.expand(rows, queries).flatten()
     token = torch.arange(rows * queries, device=position.device)
     segment = torch.searchsorted(cu_q, token, right=True) - 1
@@ -145,7 +208,8 @@ def check_positions(layout: Tensor, position_ids: Tensor, rows: int, queries: in
     refuse(
         (inside & (step != 1)).any(),
         "fastsft attention: position_ids: they restart or jump within what the mask says is one document. Give neither "
-        "attention_mask nor a cache (use_cache=False) with packed rows, or give cu_seq_lens_q and cu_seq_lens_k",
+        "attention_mask nor a cache (use_cache=False) with packed rows, or, for models that make their mask without "
+        "position_ids (OPT, AFMoE) too, give cu_seq_lens_q and cu_seq_lens_k",
     )
     new_row = token[1:] % queries == 0
     refuse(

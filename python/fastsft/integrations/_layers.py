@@ -17,15 +17,18 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 
 from fastsft import ops
-from fastsft.integrations._patches import original
+from fastsft.integrations._patches import has_own_forward, original
 
 
 def forwards(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
     """The modules of a model that have a faster forward, with it."""
     ours = {_source(llama.LlamaRMSNorm): rms_norm, _source(llama.LlamaMLP): swiglu}
+    ours.pop("", None)  # Llama's itself was replaced
     for module in model.modules():
         forward = ours.get(_source(type(module)))
-        if forward is not None and (forward is not swiglu or _is_silu(module.act_fn)):
+        if forward is None or has_own_forward(module):  # it would go past what somebody has put there
+            continue
+        if forward is not swiglu or _is_silu(module.act_fn):
             yield module, forward
 
 
@@ -42,8 +45,11 @@ def swiglu(self: Any, x: Tensor) -> Tensor:
 
 
 def _source(kind: type) -> str:
+    forward = getattr(kind, "forward", None)
+    if hasattr(forward, "__wrapped__"):
+        return ""  # the source is the wrapped function's, and says nothing of what wraps it
     try:
-        return inspect.getsource(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
+        return inspect.getsource(forward)  # type: ignore[arg-type]
     except (OSError, TypeError, AttributeError):
         return ""  # made at run time: nobody's copy
 

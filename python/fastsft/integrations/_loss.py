@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastsft import ops
-from fastsft.integrations._patches import is_patched, original
+from fastsft.integrations._patches import has_own_forward, is_patched, original
 
 # Whose forward is: backbone, slice, lm_head, then the scale or the cap that scaling() knows. The tests hold each of
 # them against its own forward.
@@ -80,17 +80,49 @@ def check(model: Any) -> None:
             f"enable: model: expected a causal language model of {known}, got {type(model).__name__} ({kind}); "
             "with loss=False the model computes its loss itself"
         )
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        got = type(model.get_output_embeddings()).__name__
-        raise ValueError(f"enable: model: expected torch.nn.Linear as its lm_head, got {got}; give loss=False")
+    if not _is_theirs(type(model).forward):
+        raise ValueError(
+            f"enable: model: expected the forward that transformers gives a {kind} model, got that of "
+            f"{type(model).__module__}.{type(model).__qualname__}, which this loss would go past; give loss=False"
+        )
+    for head in heads(model):
+        if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+            got = type(head).__name__
+            raise ValueError(f"enable: model: expected torch.nn.Linear as its lm_head, got {got}; give loss=False")
+        check_unwrapped(head)
+
+
+def check_unwrapped(module: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the forward of this instance was replaced, and the loss would go past it.
+    """
+    if has_own_forward(module):
+        raise ValueError(
+            f"enable: model: the forward of {type(module).__name__} has been wrapped already (accelerate's prepare() "
+            "and hooks do so); call enable() before that, or give loss=False"
+        )
+
+
+def heads(model: Any) -> list[torch.nn.Module]:
+    """The head; where PEFT trains it whole (modules_to_save), the first one and its copies, one per adapter."""
+    head = model.get_output_embeddings()
+    return [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
 
 
 def head_of(model: Any) -> Any:
-    """The head, patched or a wrapper that hands calls on to it (PEFT's modules_to_save); not an adapter around it."""
-    head = model.get_output_embeddings()
-    if not is_patched(head) and not hasattr(head, "modules_to_save"):
+    """The head, patched or PEFT's modules_to_save that hands calls on to a patched one; not an adapter around it."""
+    head = called = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):
+        active = head.active_adapters
+        copied = not head.disable_adapters and active and active[0] in head.modules_to_save
+        called = head.modules_to_save[active[0]] if copied else head.original_module
+    if not is_patched(called):
         got = type(head).__name__
-        raise ValueError(f"fastsft loss: lm_head: expected the one that enable() saw, got {got}; enable(loss=False)")
+        raise ValueError(
+            f"fastsft loss: lm_head: expected the one that enable() saw, got {got}; call enable() after what replaced "
+            "it, or enable(loss=False)"
+        )
     return head
 
 
@@ -106,6 +138,15 @@ def scaling(config: Any) -> dict[str, float]:
 def next_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """Each position's label is the next position's."""
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _is_theirs(forward: Any) -> bool:
+    """Whether a forward and each decorator around it is transformers' own code."""
+    while getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers."):
+        if not hasattr(forward, "__wrapped__"):
+            return True
+        forward = forward.__wrapped__
+    return False
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

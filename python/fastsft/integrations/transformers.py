@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fastsft.integrations import _layers, _loss
 from fastsft.integrations._attention import attention
 from fastsft.integrations._layout import layout_mask
-from fastsft.integrations._patches import replace_forward, restore_forward
+from fastsft.integrations._patches import is_patched, replace_forward, restore_forwards
 
 NAME = "fastsft"
 _STATE = "_fastsft_enabled"  # on an enabled model: the attention it had, and the patched modules
@@ -41,21 +41,29 @@ def enable(model: Any, *, attention: bool = True, loss: bool = True, layers: boo
         The model, for chaining; :func:`disable` gives it back its own code.
 
     Raises:
-        ValueError: for a model that one of these does not know, or that is enabled already.
+        ValueError: for a model that one of these does not know, that is enabled already, or whose forward somebody has
+            replaced. The model is then as it was.
     """
     inner = _inner(model)
     if hasattr(inner, _STATE):
         raise ValueError("enable: model: expected one that is not enabled yet; call disable(model) first")
+    if any(is_patched(module) for module in inner.modules()):
+        raise ValueError("enable: model: expected no module of another enabled model in it; call disable() on that")
     if loss:
         _loss.check(inner)
+        _loss.check_unwrapped(inner)
     patches = list(_layers.forwards(inner)) if layers else []
     if loss:
-        patches += [(inner, _loss.causal_lm_forward), (inner.get_output_embeddings(), _loss.head_forward)]
+        patches += [(inner, _loss.causal_lm_forward), *((head, _loss.head_forward) for head in _loss.heads(inner))]
     before = inner.config._attn_implementation
-    if attention:
-        inner.set_attn_implementation(NAME)
-    for module, forward in patches:
-        replace_forward(module, forward)
+    with contextlib.ExitStack() as undo:  # of a failure half way
+        if attention:
+            undo.callback(inner.set_attn_implementation, before)
+            inner.set_attn_implementation(NAME)
+        for module, forward in patches:
+            replace_forward(module, forward)
+            undo.callback(restore_forwards, [module])
+        undo.pop_all()
     setattr(inner, _STATE, (before, [module for module, _ in patches]))
     return model
 
@@ -65,14 +73,14 @@ def disable(model: Any) -> Any:
 
     Raises:
         ValueError: the model is not enabled.
-        RuntimeError: something has wrapped one of its forwards since.
+        RuntimeError: something has wrapped one of its forwards since; nothing is undone then.
     """
     inner = _inner(model)
     if not hasattr(inner, _STATE):
         raise ValueError("disable: model: expected one that enable() was called on")
     before, patches = getattr(inner, _STATE)
-    for module in patches:
-        restore_forward(module)
+    # Those that enable() saw, which may have been replaced since, and the copies of them that PEFT has made.
+    restore_forwards(module for module in {*patches, *inner.modules()} if is_patched(module))
     inner.set_attn_implementation(before)
     delattr(inner, _STATE)
     return model

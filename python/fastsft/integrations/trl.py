@@ -75,7 +75,8 @@ class FusedSFTMixin:
         _loss.check(base)
         transformers.enable(base, loss=False)
         replace_forward(base, sft_forward)
-        replace_forward(base.get_output_embeddings(), _loss.head_forward)
+        for head in _loss.heads(base):
+            replace_forward(head, _loss.head_forward)
 
     def _base(self: Any) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastsft import ops
 from fastsft.ops import _library
 
 
@@ -32,10 +33,18 @@ def test_the_tensors_device_is_current_in_a_cuda_implementation(monkeypatch: pyt
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current() -> None:
-    from fastsft import ops
-
     x, w = torch.randn(4, 64, device="cuda:1"), torch.ones(64, device="cuda:1")
     with torch.cuda.device(0):
         torch.testing.assert_close(ops.rms_norm(x, w).cpu(), ops.rms_norm(x.cpu(), w.cpu()))
         with pytest.raises((ValueError, RuntimeError)):
             ops.rms_norm(x, w.to("cuda:0"))
+
+
+def test_tensors_on_meta_beside_others_are_refused() -> None:
+    """torch would call the fake implementation and give memory that nobody wrote."""
+    x, weight = torch.ones(4, 64), torch.ones(64, device="meta")
+    for call in (lambda: ops.rms_norm(x, weight, 1e-6), lambda: ops.swiglu(x, x.to("meta")),
+                 lambda: ops.linear(x, weight[None])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"expected all tensors on one device, got .*cpu and .*meta"):
+            call()
+    assert ops.rms_norm(x.to("meta"), weight, 1e-6).is_meta

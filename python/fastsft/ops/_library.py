@@ -51,7 +51,7 @@ def define(
     _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     if cuda is not None:
         _LIBRARY.impl(name, on_device(cuda), "CUDA")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fastsft::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"fastsft::{name}", on_one_device(name, fake), lib=_LIBRARY)
     record(
         name,
         cpu=cpu_is or Implementation("native", "C++ kernel"),
@@ -60,6 +60,21 @@ def define(
     )
     op: Callable[..., Any] = getattr(torch.ops.fastsft, name).default
     return op
+
+
+def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake implementation, which the dispatcher takes for tensors on "meta" and for any tensors beside one there,
+    whose outputs nobody would write."""
+
+    @functools.wraps(fake)
+    def run(*inputs: Any, **named: Any) -> Any:
+        devices = {x.device.type for x in (*inputs, *named.values()) if isinstance(x, Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            found = " and some on ".join(sorted(devices))
+            raise ValueError(f"{name}: expected all tensors on one device, got some on {found}")
+        return fake(*inputs, **named)
+
+    return run
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:

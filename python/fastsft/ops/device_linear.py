@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsft.ops._library import triton_or
+from fastsft.ops._library import on_device, triton_or
 from fastsft.ops._loss_products import multiply_cuda
 from fastsft.ops._registry import Implementation, record
 from fastsft.ops.gemm import linear
@@ -139,7 +139,7 @@ def device_logits(x: Tensor, weight: DeviceWeight, out: Tensor) -> None:
 
 def _quantised(x: Tensor, weight: DeviceWeight, bias: Tensor | None, out: Tensor) -> None:
     if x.is_cuda and len(x) <= _FEW_ROWS:
-        _product["cuda"](x, weight.data, weight.scales, weight.group, bias, out)
+        _few_rows(x, weight.data, weight.scales, weight.group, bias, out)
     else:
         widened_product(x, weight.data, weight.scales, weight.group, bias, out)
 
@@ -166,6 +166,7 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 _product = triton_or(widened_product, "device_linear", "product")
+_few_rows = on_device(_product["cuda"])
 record(
     "device_linear", cpu=Implementation("torch", "for tests: the CPU's engine packs weights"), cuda=_product["cuda_is"]
 )

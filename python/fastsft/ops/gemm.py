@@ -66,6 +66,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     k = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != k or weight.dtype != x.dtype:
         raise ValueError(f"linear: weight: expected {x.dtype} [N, {k}], got {weight.dtype} {list(weight.shape)}")
+    if weight.device != x.device:  # torch would take its meta implementation, and give memory that nobody wrote
+        raise ValueError(f"linear: weight: expected all tensors on one device, got {x.device} and {weight.device}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         got = f"{bias.dtype} {list(bias.shape)}"
         raise ValueError(f"linear: bias: expected {x.dtype} [{weight.shape[0]}], got {got}")

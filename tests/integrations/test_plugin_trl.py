@@ -142,7 +142,11 @@ def test_dpo(tmp_path: Path, tokenizer: Any, served: list[int]) -> None:
                 args=trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **COMMON),
                 train_dataset=pairs, processing_class=tokenizer,
             )  # fmt: skip
+            if ours:
+                plugin.enable(trainer.ref_model, loss=False)
             found.append(run(trainer))
+    for steps in found:  # before the first update the two models are one, to the last bit
+        assert [steps[key][0] for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies")] == [0, 0, 0]
     assert len(served) == 6  # model and reference; the labels' positions alone
     assert max(served) < 8 * 10
     for key in ("loss", "grad_norm", "rewards/margins"):

@@ -87,7 +87,7 @@ def check(model: Any) -> None:
         )
     for head in heads(model):
         if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
-            got = type(head).__name__
+            got = f"{type(head).__module__}.{type(head).__name__}"
             raise ValueError(f"enable: model: expected torch.nn.Linear as its lm_head, got {got}; give loss=False")
         check_unwrapped(head)
 
@@ -118,11 +118,8 @@ def head_of(model: Any) -> Any:
         copied = not head.disable_adapters and active and active[0] in head.modules_to_save
         called = head.modules_to_save[active[0]] if copied else head.original_module
     if not is_patched(called):
-        got = type(head).__name__
-        raise ValueError(
-            f"fastsft loss: lm_head: expected the one that enable() saw, got {got}; call enable() after what replaced "
-            "it, or enable(loss=False)"
-        )
+        got = f"{type(head).__module__}.{type(head).__name__}"
+        raise ValueError(f"fastsft loss: lm_head: expected the one that enable() saw, got {got}; enable(loss=False)")
     return head
 
 

@@ -179,6 +179,17 @@ def test_ambiguous_inputs_are_refused(pairs: dict[str, tuple[Any, Any]], inputs:
         pairs["llama"][0](**{"input_ids": ids(1, 10), "use_cache": False, **inputs})
 
 
+@pytest.mark.parametrize("kind", [transformers.OPTConfig, transformers.BioGptConfig])
+def test_models_that_make_their_mask_without_positions_need_bounds_for_documents(kind: Any) -> None:
+    model = build(kind(**COMMON, ffn_dim=96, word_embed_proj_dim=64), "fastsft")
+    inputs = {"input_ids": ids(1, 10), "position_ids": RESTART, "use_cache": False}
+    with pytest.raises(ValueError, match="for models that make their mask without position_ids"):
+        model(**inputs)
+    packed = model(**inputs, cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS).logits
+    alone = [model(input_ids=x, use_cache=False).logits for x in inputs["input_ids"].split([4, 6], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "option", [{"dropout": 0.1}, {"s_aux": torch.ones(2)}, {"position_bias": torch.ones(1)}, {"cache": object()},
                {"output_attentions": True}, {"is_causal": False, "sliding_window": 4}],

@@ -209,7 +209,7 @@ def check_positions(cu_q: Tensor, cu_k: Tensor, position_ids: Tensor, rows: int,
         (inside & (step != 1)).any(),
         "fastsft attention: position_ids: they restart or jump within what the mask says is one document. Give neither "
         "attention_mask nor a cache (use_cache=False) with packed rows, or, for models that make their mask without "
-        "position_ids (OPT, AFMoE) too, give cu_seq_lens_q and cu_seq_lens_k",
+        "position_ids (OPT, BioGPT, AFMoE), give cu_seq_lens_q and cu_seq_lens_k",
     )
     new_row = token[1:] % queries == 0
     refuse(

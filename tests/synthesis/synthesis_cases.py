@@ -18,7 +18,7 @@ class Engine:
 
     calls: list[list[str]] = []  # noqa: RUF012
 
-    def __init__(self, model: Any, *, dtype: Any, device: str) -> None:
+    def __init__(self, model: Any, *, dtype: Any, device: str, speculative_config: Any) -> None:
         self.loaded = (model, dtype)
 
     def chat(self, messages: list[Any], params: list[SamplingParams], *, progress: Any) -> list[RequestOutput]:

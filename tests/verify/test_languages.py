@@ -188,7 +188,7 @@ def test_without_namespaces_nothing_else_is_run(kernel_without: object) -> None:
 def test_the_documented_language(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
     file = tmp_path / "languages.toml"
-    file.write_text(page.partition("```toml part\n")[2].partition("```")[0])
+    file.write_text(page.partition("```toml languages\n")[2].partition("```")[0])
     go = read_languages(file)["go"]
     assert go.limits == {"memory_bytes": 1 << 30}
     assert (go.compile_limits.seconds, go.compile_limits.memory_bytes) == (60.0, 2 << 30)

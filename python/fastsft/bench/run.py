@@ -75,7 +75,9 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
             sys.executable, "-m", "pytest", "-c", suite() / "pytest.ini", "--continue-on-collection-errors",
             "--benchmark-only", f"--benchmark-json={data}", *(QUICK if given.quick else ()), *pytest_arguments, *files,
         ]  # fmt: skip
-        environment = {**os.environ, **given.environment(), "FASTSFT_BENCH_EVENTS": str(write)}
+        # under pytest-xdist its variables would switch the timings off
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**ours, **given.environment(), "FASTSFT_BENCH_EVENTS": str(write)}
         with log.open("w") as output:
             process = subprocess.Popen(command, env=environment, pass_fds=[write], stdout=output, stderr=output)
         os.close(write)

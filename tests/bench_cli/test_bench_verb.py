@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -132,8 +133,12 @@ def test_interrupted_keeps_what_is_measured(suite: Path, tmp_path: Path, capsys:
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     path = tmp_path / "out.json"
-    with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "tiny", "broken", "--json", str(path)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["bench", "tiny", "broken", "--json", str(path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.value.code == 130
     assert len(json.loads(path.read_text())["rows"]) == 4
     assert "interrupted" in capsys.readouterr().err

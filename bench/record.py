@@ -55,11 +55,12 @@ def record(name: str, topics: list[str], only: str | None) -> Path:
         row.commit = commit(ROOT)
     if not rows:
         raise SystemExit("nothing was measured")
-    limits = measured.limits
+    here, limits = machine(), measured.limits
     if (topics or only) and (older := newest(name)):
         before = Result.read(older)
         rows, limits = merged(before, rows), {**before.limits, **limits}
-    result = Result(rows[-1].date, machine(), rows, limits)
+        here["threads"] = max(here["threads"], before.machine["threads"])  # the most that any row was measured with
+    result = Result(rows[-1].date, here, rows, limits)
     result.write(RESULTS / name / f"{result.date}.json")
     return RESULTS / name / f"{result.date}.json"
 

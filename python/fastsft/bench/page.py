@@ -11,7 +11,7 @@ from fastsft.bench.results import OURS, Result, Row, seconds
 from fastsft.bench.topics import TOPICS
 
 INTRODUCTION = """\
-{machine}, {threads} threads, torch {torch}, {date}. Written by `python bench/record.py`, which CI holds against
+{machine}, at most {threads} threads, torch {torch}, {date}. Written by `python bench/record.py`, which CI holds against
 [the results](../{source}); no figure is typed by hand.
 
 `fastsft bench TOPIC` measures the same on your machine, `fastsft bench list` shows the topics and

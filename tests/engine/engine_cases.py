@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from fastsft.engine.llm import LLM
+from fastsft.models.adapter import save_adapter
+from fastsft.models.decoder import Decoder
+from fastsft.models.lora import LoraConfig, add_lora, lora_layers
 from fastsft.models.tokenizer import Tokenizer
-from fastsft.models.weights import init_model, save_model
+from fastsft.models.weights import init_model, load_model, save_model
 
 VOCAB = 280
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -45,6 +48,23 @@ def write_model(folder: Path, family: str) -> Path:
     save_model(init_model(SHAPE | FAMILIES[family], seed=5), folder)
     tokenizer().save(folder)
     return folder
+
+
+def adapted(folder: Path, seed: int) -> Decoder:
+    """The folder's model with an adapter of its own rank that changes all of its texts."""
+    model = load_model(folder)
+    add_lora(model, LoraConfig(rank=4 + seed, alpha=8.0), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def write_adapters(model_folder: Path, parent: Path, *names: str) -> dict[str, Path]:
+    for seed, name in enumerate(names):
+        save_adapter(adapted(model_folder, seed), parent / name)
+    return {name: parent / name for name in names}
 
 
 def engine(folder: Path, **options: Any) -> LLM:

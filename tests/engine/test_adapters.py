@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+from engine_cases import (
+    adapted,
+    as_prompts,
+    assert_nothing_held,
+    engine,
+    prompts_of,
+    tokenizer,
+    write_adapters,
+    write_model,
+)
 
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import PromptError, Request, SamplingParams
-from fastsft.models.adapter import save_adapter
-from fastsft.models.decoder import Decoder
-from fastsft.models.lora import LoraConfig, add_lora, lora_layers, merge_lora
-from fastsft.models.weights import load_model
+from fastsft.models.lora import merge_lora
 
 NAMES = ("red", "green")
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2)
@@ -27,22 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
 
 
-def adapted(folder: Path, seed: int) -> Decoder:
-    model = load_model(folder)
-    add_lora(model, LoraConfig(rank=4 + seed, alpha=8.0), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.1, generator=generator)
-    return model
-
-
 @pytest.fixture(scope="module")
 def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {name: tmp_path_factory.mktemp(name) for name in NAMES}
-    for seed, (_, path) in enumerate(found.items()):
-        save_adapter(adapted(folder, seed), path)
-    return found
+    return write_adapters(folder, tmp_path_factory.mktemp("adapters"), *NAMES)
 
 
 def test_an_adapter_is_the_merged_model(folder: Path, adapters: dict[str, Path]) -> None:

@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import SHAPE, Reference, as_prompts, assert_nothing_held, engine, prompts_of, write_model
+from engine_cases import (
+    SHAPE,
+    Reference,
+    as_prompts,
+    assert_nothing_held,
+    engine,
+    prompts_of,
+    write_adapters,
+    write_model,
+)
 
 from fastsft.engine.request import PromptError, SamplingParams
-from fastsft.models.adapter import save_adapter
-from fastsft.models.lora import LoraConfig, add_lora, lora_layers
-from fastsft.models.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, target = load_model(folder), tmp_path_factory.mktemp("adapter")
-    add_lora(model, LoraConfig(rank=4), seed=1)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    save_adapter(model, target)
-    return target
+    return write_adapters(folder, tmp_path_factory.mktemp("adapters"), "a")["a"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

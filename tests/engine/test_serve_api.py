@@ -9,8 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-import torch
-from engine_cases import Reference, tokenizer, write_model
+from engine_cases import Reference, adapted, tokenizer, write_model
 from serve_cases import MODEL, Running, serving
 
 from fastsft.engine.llm import LLM
@@ -18,8 +17,6 @@ from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.infill import Middle
 from fastsft.engine.server.pieces import Pieces
 from fastsft.engine.server.protocol import InfillBody
-from fastsft.models.lora import LoraConfig, add_lora, lora_layers
-from fastsft.models.weights import load_model
 
 TEXTS = ["the cat sat on", "on the mat the cat", "x = 1\n"]
 DRAW: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
@@ -119,11 +116,7 @@ def test_a_bias_reaches_the_draw(server: Running) -> None:
 
 
 def test_adapters_are_called_by_their_names(folder: Path) -> None:
-    model = load_model(folder)
-    add_lora(model, LoraConfig(rank=4, alpha=8.0), seed=0)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    model = adapted(folder, seed=0)
     llm = LLM(folder, num_blocks=64, adapters={"tuned": model})
     params = SamplingParams(max_tokens=12)
     plain, tuned = (llm.generate(TEXTS[0], params, adapter=a)[0].outputs[0].text for a in (None, "tuned"))

@@ -22,6 +22,12 @@ def qkv(lengths_q, lengths_k, heads, dim, dtype=torch.float32, seed=0):
     )
 
 
+def options_of(**changes):
+    """What follows the tensors in the schema of the forward and the backward pass."""
+    options = {"plan": None, "causal": True, "scale": 0.125, "window_left": -1, "window_right": -1, "softcap": 0.0}
+    return tuple((options | changes).values())
+
+
 def assert_as_good_as(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, what: str = "") -> None:
     """Our error is at most twice that of the same formula in torch at the same precision, in norm and at its largest.
 

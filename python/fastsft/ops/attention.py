@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsft import _C
-from fastsft.ops import reference
 from fastsft.ops._attention_inputs import (
     CUDA_DTYPES,
     HAS_CUDA,
@@ -19,12 +18,11 @@ from fastsft.ops._attention_inputs import (
     aligned,
     check_heads,
     check_int32,
-    check_offsets,
     checked_options,
     checked_window,
-    reference_options,
     require,
 )
+from fastsft.ops._attention_torch import torch_backward, torch_forward
 from fastsft.ops._library import define
 from fastsft.ops._registry import Implementation
 
@@ -250,7 +248,7 @@ def _cuda_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     if not _has_kernel(q):
-        return _torch_forward(q, k, v, cu_q, cu_k, plan, *options)
+        return torch_forward(q, k, v, cu_q, cu_k, plan, *options)
     q, k, v = aligned(q, k, v)
     return _native_forward(q, k, v, cu_q, cu_k, plan, *options)
 
@@ -259,48 +257,9 @@ def _cuda_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_kernel(q):
-        return _torch_backward(dout, q, k, v, out, *rest)
+        return torch_backward(dout, q, k, v, out, *rest)
     dout, q, k, v, out = aligned(dout, q, k, v, out)
     return _native_backward(dout, q, k, v, out, *rest)
-
-
-# --- plain torch, for devices without a kernel ------------------------------------------------------------------------
-
-
-def _torch_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    del plan
-    check_offsets("varlen_attention", "cu_seqlens_q", cu_q, q.shape[0])
-    check_offsets("varlen_attention", "cu_seqlens_k", cu_k, k.shape[0])
-    q32, k32, v32 = q.float(), k.float(), v.float()
-    out, lse = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **reference_options(*options))
-    return out.to(q.dtype), lse.contiguous()
-
-
-def _torch_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    plan: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del plan
-    if cu_q.numel() == 1:  # no sequence, hence no graph to differentiate
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    with torch.enable_grad():
-        q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
-        outputs = reference.varlen_attention(q32, k32, v32, cu_q, cu_k, **reference_options(*options))
-        # A row that sees no key has no gradient, whatever comes from above.
-        dlse = torch.zeros_like(lse) if dlse is None else torch.where(lse.isneginf(), 0.0, dlse)
-        dq, dk, dv = torch.autograd.grad(outputs, (q32, k32, v32), (dout.float(), dlse))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsft.config.data import FIELD_NAMES, SourceOptions
 from fastsft.config.errors import ConfigError, unknown_key
@@ -20,6 +21,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    import pydantic
 
 
 def load_config(source: Config | str | os.PathLike[str] | dict[str, Any]) -> Config:
@@ -56,12 +60,20 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
+@cache
+def _adapter() -> pydantic.TypeAdapter[Config]:
+    """Building it takes longer than most reads."""
+    import pydantic
+
+    return pydantic.TypeAdapter(Config)
+
+
 def _validate(raw: dict[str, Any], where: str) -> Config:
     import pydantic
 
     raw = _without_paths(raw)
     try:
-        config = pydantic.TypeAdapter(Config).validate_python(raw)
+        config = _adapter().validate_python(raw)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
     leaves = dict(_leaves(to_dict(config)))

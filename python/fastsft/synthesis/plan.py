@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsft.config import Config, ConfigError, load_config, unknown_key
 from fastsft.synthesis.draw import DrawOptions
@@ -18,6 +19,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    import pydantic
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Plan:
         return 1000 * self.seed + number
 
 
+@cache
+def _adapter() -> pydantic.TypeAdapter[Plan]:
+    import pydantic
+
+    return pydantic.TypeAdapter(Plan)
+
+
 # what a round sets itself
 _SET = {"draw": ("seed",), "select": ("seed",), "run": ("output", "seed"), "run.model": ("path", "init"),
         "run.data": ("train", "sources")}  # fmt: skip
@@ -92,7 +103,7 @@ def load_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> Plan:
             if key not in names:
                 raise ConfigError(f"{where}: {unknown_key(f'{table}.{key}'.lstrip('.'), names)}")
     try:
-        plan: Plan = pydantic.TypeAdapter(Plan).validate_python(raw)
+        plan = _adapter().validate_python(raw)
     except pydantic.ValidationError as error:
         places = [(".".join(map(str, e["loc"])), e) for e in error.errors()]
         wrong = [f"{where}: {place}: {e['msg']}, got {e['input']!r:.200}" for place, e in places]

@@ -1,7 +1,8 @@
 """Run the benches and keep what they measure: ``python bench/record.py NAME [TOPIC ...]`` writes
-bench/results/NAME/<date>.json, docs/benchmarks.md and the table in README.md. NAME says which machine it is; nothing
-else about it is stored but processor and versions. ``--render`` only writes the texts anew from the newest results,
-and ``--check`` ends with 1 if they differ.
+bench/results/NAME/<date>.json and the texts: docs/benchmarks.md and the table in README.md from the machine with the
+most rows, docs/benchmarks-NAME.md from each other one. NAME says which machine it is; nothing else about it is stored
+but processor and versions. ``--render`` only writes the texts anew from the newest results, and ``--check`` ends with 1
+if they differ.
 
 The topics are those of ``fastsft bench``, all by default; ``-k`` leaves cases out, as pytest's. If only some benches
 run, their groups take the place of the same ones in the newest results of that machine, and the others stay, each row
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastsft.bench.page import between, headlines, page
 from fastsft.bench.results import Result, commit, machine, merged, summarise
@@ -23,41 +25,59 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
-def newest(folder: str = "*") -> Path | None:
-    """The newest results of the suite, on any machine; those of a GPU have a page of their own."""
-    paths = sorted(RESULTS.glob(f"{folder}/[0-9]*.json"), key=lambda p: (p.name, p))
-    return next((p for p in reversed(paths) if '"gpu"' not in p.read_text(encoding="utf-8")), None)
+def newest(name: str) -> Path | None:
+    """The machine's newest results of the suite; those of a GPU have a page of their own."""
+    paths = sorted((RESULTS / name).glob("[0-9]*.json"), reverse=True)
+    return next((path for path in paths if '"gpu"' not in path.read_text(encoding="utf-8")), None)
 
 
 def texts() -> dict[Path, str]:
-    """What README.md and docs/benchmarks.md have to say."""
-    if (path := newest()) is None:
+    """What README.md and the pages of docs/ have to say."""
+    paths = [path for folder in sorted(RESULTS.glob("*/")) if (path := newest(folder.name))]
+    if not paths:
         raise SystemExit(f"no results under {RESULTS}")
-    result = Result.read(path)
+    results = {path: Result.read(path) for path in paths}
+    main = max(paths, key=lambda path: len(results[path].rows))
+    pages = {path: "benchmarks.md" if path == main else f"benchmarks-{path.parent.name}.md" for path in paths}
+    links = {path.parent.name: pages[path] for path in paths}
     readme = ROOT / "README.md"
     return {
-        ROOT / "docs" / "benchmarks.md": page(result, str(path.relative_to(ROOT)), ROOT / "bench"),
-        readme: between(readme.read_text(encoding="utf-8"), "benchmarks", headlines(result)),
+        **{
+            ROOT / "docs" / pages[path]: page(result, str(path.relative_to(ROOT)), ROOT / "bench", links)
+            for path, result in results.items()
+        },
+        readme: between(readme.read_text(encoding="utf-8"), "benchmarks", headlines(results[main])),
     }
 
 
 def stale() -> list[Path]:
-    return [path for path, text in texts().items() if path.read_text(encoding="utf-8") != text]
+    return [path for path, text in texts().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+
+
+def older(name: str, here: dict[str, Any]) -> Result | None:
+    """The machine's newest results, if it has some; ``here`` must be of its kind."""
+    if (path := newest(name)) is None:
+        return None
+    found = Result.read(path)
+    if any(found.machine[key] != here[key] for key in ("cpu", "isa")):
+        was, now = (f"{m['cpu']} ({m['isa']})" for m in (found.machine, here))
+        raise SystemExit(f"{path}: measured on {was}, and this is {now}: it needs a NAME of its own")
+    return found
 
 
 def record(name: str, topics: list[str], only: str | None) -> Path:
+    here = machine()
+    before = older(name, here)
     with bars() as tell:
         measured = run(files_of(chosen(topics or ["all"]).values()), Given(), tell, ("-k", only) if only else ())
     if measured.failed:
         raise SystemExit("\n".join(f"failed: {case}: {why}" for case, why in measured.failed))
-    rows = summarise(measured.benchmarks)
+    rows, limits = summarise(measured.benchmarks), measured.limits
     for row in rows:
         row.commit = commit(ROOT)
     if not rows:
         raise SystemExit("nothing was measured")
-    here, limits = machine(), measured.limits
-    if (topics or only) and (older := newest(name)):
-        before = Result.read(older)
+    if before and (topics or only):
         rows, limits = merged(before, rows), {**before.limits, **limits}
         here["threads"] = max(here["threads"], before.machine["threads"])  # the most that any row was measured with
     result = Result(rows[-1].date, here, rows, limits)

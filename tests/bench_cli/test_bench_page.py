@@ -27,7 +27,10 @@ def test_page() -> None:
         row("won", bench="fim", times_ours=1.0, rounds=1),
         row("won", "numpy", 3.0, bench="fim", times_ours=3.0),
     )
-    text = page(found, "bench/results/toy/2026-01-02.json", suite())
+    pages = {"big": "benchmarks.md", "toy": "benchmarks-toy.md"}
+    text = page(found, "bench/results/toy/2026-01-02.json", suite(), pages)
+    assert text.startswith("# Benchmarks on toy\n\ntoy: ")
+    assert "Other machines: [big](benchmarks.md)." in text
     assert "| [fim](#fim) | fill-in-the-middle | 1 | 0 |" in text
     assert "| [pack](#pack) | packing of sequences | 1 | **1** |" in text
     assert (

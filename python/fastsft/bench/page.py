@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from fastsft.bench.results import OURS, Result, Row, seconds
 from fastsft.bench.topics import TOPICS
 
 INTRODUCTION = """\
-{machine}, at most {threads} threads, torch {torch}, {date}. Written by `python bench/record.py`, which CI holds against
-[the results](../{source}); no figure is typed by hand.
+{name}: {machine}, at most {threads} threads, torch {torch}, {date}.{others}
+Written by `python bench/record.py`, which CI holds against [the results](../{source}); no figure is typed by hand.
 
 `fastsft bench TOPIC` measures the same on your machine, `fastsft bench list` shows the topics and
 `fastsft bench compare A.json B.json` what changed between two runs. `pip install 'fastsft[rivals]'` brings the rivals;
@@ -29,14 +29,17 @@ what is not installed is left out. text-dedup, datatrove and the other engines n
 """
 
 
-def page(result: Result, source: str, suite: Path) -> str:
-    """``source``: the results' path, to be linked; ``suite``: the folder of the benches, whose words head tables."""
-    m = result.machine
+def page(result: Result, source: str, suite: Path, pages: Mapping[str, str]) -> str:
+    """``source``: the results' path, NAME/DATE.json at its end, to be linked; ``suite``: the folder of the benches,
+    whose words head tables; ``pages``: of all machines, by name."""
+    m, name = result.machine, Path(source).parent.name
+    others = ", ".join(f"[{other}]({file})" for other, file in pages.items() if other != name)
     lines = [
-        "# Benchmarks",
+        f"# Benchmarks{'' if pages[name] == 'benchmarks.md' else f' on {name}'}",
         "",
-        INTRODUCTION.format(machine=f"{m['cpu']} ({m['isa']})", threads=m["threads"], torch=m["versions"]["torch"],
-                            date=result.date, source=source),
+        INTRODUCTION.format(name=name, machine=f"{m['cpu']} ({m['isa']})", threads=m["threads"],
+                            torch=m["versions"]["torch"], date=result.date, source=source,
+                            others=f" Other machines: {others}." if others else ""),
         *_contents(result),
         *_lost(result),
     ]  # fmt: skip
@@ -63,6 +66,8 @@ def _contents(result: Result) -> list[str]:
 
 
 def _lost(result: Result) -> list[str]:
+    if not result.lost():
+        return []
     lines = ["## Where a rival is faster", "", "| | rival | x ours |", "|---|---|---|"]
     lines += [f"| {_cell(row.group)} | {row.contestant} | **{row.times_ours:.2f}** |" for row in result.lost()]
     return [*lines, ""]

@@ -181,9 +181,12 @@ def machine() -> dict[str, Any]:
     from fastsft.info import info
 
     found = info()
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?: ?")
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    said = {name.strip(): value.strip() for name, _, value in lines}
+    model = said.get("model name", platform.machine())
+    family = said.get("cpu family")  # cloud machines leave the generation out of the name
     return {
-        "cpu": model.partition(":")[2].strip(),
+        "cpu": f"{model}, family {family}" if family else model,
         "architecture": platform.machine(),
         "isa": found["cpu"]["isa_active"],
         "threads": found["cpu"]["threads"],

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +19,8 @@ from fastsft.data.prepare import Prepared, prepare
 from fastsft.models.decoder import Decoder
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import bars
-from fastsft.train import checkpoint, light, resume, schedule, start
+from fastsft.train import checkpoint, resume, schedule, start
 from fastsft.train.about import write_about
-from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.distributed import World
 from fastsft.train.draft import DraftTraining
 from fastsft.train.ema import Ema
@@ -37,7 +35,7 @@ from fastsft.train.result import Progress, TrainResult
 from fastsft.train.selfcheck import check_packing
 from fastsft.train.settling import settling
 from fastsft.train.signals import Signals
-from fastsft.train.stages import Stage, stages_of
+from fastsft.train.stage_list import StageList
 from fastsft.train.state import TrainingState, copied
 from fastsft.train.throughput import Arithmetic, matmul_rate
 from fastsft.train.trackers import Trackers, check_trackers
@@ -104,18 +102,12 @@ class Trainer:
             self.model, self.parallel, self.optimizer, self.average, self.draft, tokenizer=self.prepared.tokenizer,
             base=config.model.path,
         )  # fmt: skip
-        # Of a later stage that leaves easy samples out, the number of steps is not known before it begins.
-        self.stages = [
-            (Stage if options.curriculum == "none" else CurriculumStage)(config, i, self.prepared.train)
-            for i, options in enumerate(stages_of(config))
-        ]
+        self.stages = StageList(config, self.prepared.train, self.parallel)
         self._sources = [source.name for source in sources_of(config.data)]
-        self.total_steps = sum(stage.steps for stage in self.stages)
-        for stage in self.stages:
-            if stage.steps == 0:
-                raise ConfigError(
-                    f"data: the weights and ratios of the sources leave no sample for the stage {stage.options.name!r}"
-                )
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages.total_steps
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest valid checkpoint if there is one.
@@ -187,7 +179,7 @@ class Trainer:
         return found
 
     def _plan(self) -> str:
-        batches = next(stage for stage in self.stages if stage.steps).batches(0)
+        batches = self.stages[0].batches(0)
         batch = self.config.train.tokens_per_batch * self.config.train.accumulation
         parameters = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for _, p in self.parallel.named())
@@ -210,7 +202,7 @@ class Trainer:
     ) -> TrainResult:
         options, arithmetic = self.config.train, Arithmetic.of(self.model)
         first, after, tokens, flops, seconds = progress.step, progress.before, 0, 0, 0.0
-        for stage, within in self._remaining(progress, display):
+        for stage, within in self.stages.remaining(progress, display):
             began = time.perf_counter()
             batches = stage.batches(within)
             read = time.perf_counter()
@@ -270,39 +262,6 @@ class Trainer:
             dict(self.prepared.report), watch.early(self.total_steps),
         )  # fmt: skip
 
-    def _remaining(self, progress: Progress, display: Display) -> Iterator[tuple[Stage | CurriculumStage, int]]:
-        """(stage, step within it) of every step that is left."""
-        first, begin = progress.step, 0
-        for number, stage in enumerate(self.stages):
-            if number < len(progress.begun) and first >= begin + progress.begun[number]:
-                begin += progress.begun[number]
-                continue
-            if isinstance(stage, Stage) and stage.options.drop_easy:
-                stage = self.stages[number] = self._choose(stage, progress.stage if first > begin else None)
-            self.total_steps = begin + sum(s.steps for s in self.stages[number:])
-            display.expect(self.total_steps)
-            if len(self.stages) > 1:
-                display.note(f"stage {stage.options.name}: {stage.steps:,} steps")
-            if first > begin:
-                stage.load_state(progress.stage)
-            progress.begun = [*progress.begun[:number], stage.steps]
-            for within in range(max(first - begin, 0), stage.steps):
-                yield stage, within
-            begin += stage.steps
-        self.total_steps = begin  # also of a run that was resumed after its last step
-
-    def _choose(self, stage: Stage, saved: dict[str, Any] | None) -> Stage:
-        """The stage without the samples that are easy for the model, or were so when it began: then ``saved`` tells."""
-        store = self.prepared.train
-        if saved is not None:
-            kept = light.unpacked(saved["kept"], len(store))
-        else:
-            kept = light.choose(
-                self.parallel, store, share=stage.options.drop_easy,
-                capacity=self.config.train.tokens_per_batch, among=stage.samples(),
-            )  # fmt: skip
-        return Stage(self.config, stage.number, store, kept)
-
     def _evaluate(self, step: int, log: MetricsLog | None, display: Display) -> EvalResult | None:
         began = time.perf_counter()
         with self._state.averaged():
@@ -342,8 +301,8 @@ class Trainer:
         """On samples of the first batch: documents that share a batch do not see each other."""
         if self.config.draft.frozen:  # it compares gradients
             return
-        stage = next(stage for stage in self.stages if stage.steps)
-        check_packing(self.model, self._update.objective, self.prepared.train, stage.members(0)[0], self.parallel)
+        members = self.stages[0].members(0)[0]
+        check_packing(self.model, self._update.objective, self.prepared.train, members, self.parallel)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ def test_a_guess_has_the_noise_of_its_place(folder: Path, tmp_path: Path) -> Non
     ("config", "named"),
     [
         ({"method": "heads"}, "model: expected a folder"),
-        ({"method": "heads", "model": "nowhere"}, "model: nowhere: expected a folder with"),
+        ({"method": "heads", "model": "nowhere"}, "model: expected a folder, got 'nowhere'"),
         ({"method": "heads", "model": "heads", "corpus": []}, "corpus: unknown to heads"),
     ],
 )

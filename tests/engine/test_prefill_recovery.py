@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_adapters, write_model
-from prefill_cases import pid_of, requests, worker_of
+from prefill_cases import pid_of, requests, runs, worker_of
 
 from fastsft.engine import prefill
 from fastsft.engine.assemble import Assembly
@@ -90,6 +91,80 @@ def test_a_worker_that_ends_again_and_again(
     assert worker_of(llm.core).pid is not None
     assert llm.core.stats().prefill_failures == 4
     assert_nothing_held(llm)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_worker_that_hangs_is_ended(
+    alone: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What runs goes on meanwhile; then the engine computes prompts, until the minute is over."""
+    monkeypatch.setattr(prefill, "_PATIENCE", 0.3)
+    monkeypatch.setattr(prefill, "_LOOK", 0.05)
+    (short, long), one = prompts_of([40, 200]), SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)
+    expected = engine(folder).generate(as_prompts([short, long]), one)
+    llm = engine(folder, prefill_threads=1)
+    core, worker = llm.core, worker_of(llm.core)
+    assert llm.generate(as_prompts([short]), one) == expected[:1]
+    hung = pid_of(worker)
+    os.kill(hung, signal.SIGSTOP)
+    rescue = threading.Timer(20, os.kill, (hung, signal.SIGCONT))
+    rescue.start()
+    found: dict[str, Assembly] = {n: Assembly(Request(n, (), one)) for n in ("long", "short")}
+    if not alone:
+        core.add(Request("short", tuple(short), one))
+    core.add(Request("long", tuple(long), one))
+    while core.busy:
+        for update in core.step():
+            found[update.request_id].take(update)
+    rescue.cancel()
+    assert found["long"].output().outputs == expected[1].outputs
+    assert alone or found["short"].output().outputs == expected[0].outputs
+    assert core.stats().prefill_failures == 1
+    assert "used no processor time for 0 seconds and was killed; its prompts are computed again, in the" in caplog.text
+    assert worker.pid is None
+    assert not runs(hung)
+    assert llm.generate(as_prompts([long]), one) == expected[1:]
+    assert worker.pid is None
+    assert_nothing_held(llm)
+
+
+def test_a_slow_worker_does_not_hang(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "_PATIENCE", 0.2)
+    monkeypatch.setattr(prefill, "_LOOK", 0.05)
+    prompts, one = as_prompts(prompts_of([40])), SamplingParams(max_tokens=2, ignore_eos=True)
+    expected = engine(folder).generate(prompts, one)
+    llm, us = engine(folder, prefill_threads=1), os.getpid()
+    forward = llm.core._runner.forward
+
+    def slow(*arguments: Any) -> Any:
+        end = time.process_time() + (0.8 if os.getpid() != us else 0)
+        while time.process_time() < end:
+            pass
+        return forward(*arguments)
+
+    monkeypatch.setattr(llm.core._runner, "forward", slow)
+    assert llm.generate(prompts, one) == expected
+    assert llm.core.stats().prefill_failures == 0
+
+
+def test_a_worker_that_takes_no_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is larger than what the kernel keeps for a reader who does not come."""
+    monkeypatch.setattr(prefill, "_PATIENCE", 0.2)
+    llm = engine(folder, prefill_threads=1)
+    llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2, ignore_eos=True))
+    worker, done = worker_of(llm.core), list[bytes]()
+    hung = pid_of(worker)
+    os.kill(hung, signal.SIGSTOP)
+    rescue = threading.Timer(20, os.kill, (hung, signal.SIGKILL))
+    rescue.start()
+    monkeypatch.setattr(worker, "_compute", done.append)
+    worker._begin(b"job" * 1_000_000)
+    rescue.cancel()
+    assert done == [b"job" * 1_000_000]
+    assert "the prefill worker took no job for 0 seconds and was killed" in caplog.text
+    assert not runs(hung)
 
 
 def test_a_process_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,12 +232,13 @@ def test_several_prompts_are_queued_all_or_none(folder: Path) -> None:
             wait_for(lambda: server.core.stats().running == 1)
             waits = pool.submit(server.complete, **long)
             wait_for(lambda: server.core.stats().waiting == 1)
+            more = pool.submit(server.complete, prompt=[[5] * 30, [6] * 30, [7]], max_tokens=1)
+            wait_for(lambda: server.core.stats().waiting == 4)
             says = server.refused(503, prompt=["a", "a"])["message"]
-            assert "1 requests are waiting, of at most 2; 2 more do not fit" in says
-            says = server.refused(503, prompt=[[5] * 20])["message"]
-            assert "1 tokens are waiting, of at most 20; 20 more do not fit" in says
-            assert server.core.stats().waiting == 1
+            assert "4 requests are waiting, of at most 2" in says
+            assert server.core.stats().waiting == 4
             assert runs.result()["usage"] == waits.result()["usage"]
+            assert len(more.result()["choices"]) == 3
 
 
 def test_an_empty_queue_takes_a_list_of_any_length(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,9 +259,14 @@ def test_a_draft_model_with_another_tokenizer(folder: Any, tmp_path: Any) -> Non
         ({"method": "ngram", "prompt_lookup_max": 1}, "prompt_lookup_max"),
         ({"method": "suffix", "corpus": "text"}, "corpus"),
         ({"method": "suffix", "adaptive": 1}, "adaptive"),
+        ({"method": "suffix", "corpus": 3}, "corpus"),
+        ({"method": "suffix", "min_match": None}, "min_match"),
         ({"method": "draft_model"}, "model"),
+        ({"method": "heads", "model": "no such folder"}, "model"),
+        ({"method": "draft_model", "model": ".", "kv_cache_bytes": 0}, "kv_cache_bytes"),
+        (["ngram"], "expected a mapping"),
     ],
 )
-def test_wrong_configurations(config: dict[str, Any], named: str, folder: Any) -> None:
+def test_wrong_configurations_are_told_before_anything_is_loaded(config: Any, named: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"speculative_config: {named}"):
-        engine(folder, speculative_config=config)
+        engine(tmp_path / "no model here", speculative_config=config)

@@ -28,7 +28,8 @@ class EngineCore:
         end_ids: tokens that end every continuation that does not ignore them.
         max_num_seqs: continuations running at once.
         max_batched_tokens: prompt tokens computed in one step.
-        max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
+        max_queued_requests, max_queued_tokens: while so many requests, or tokens of them, wait, :meth:`add` refuses;
+            None: never.
         drafter: guesses tokens that steps then check; the results are the same with any and with none
             (see :class:`Drafter` for the exception).
         keep_hidden: sequences carry the hidden state that their last token was drawn from, for the drafter.
@@ -90,19 +91,21 @@ class EngineCore:
             if name in self._live or name in names[:i]:
                 raise ValueError(f"add: request_id: expected a new one, got {name!r}, which is in progress")
         groups = [self._admission.group(request) for request in requests]
-        self._check_queue(len(groups), sum(group[0].prompt_len for group in groups))
+        self._check_queue()
         for group in groups:
             self._live[group[0].request_id] = group
             self._prompt_tokens += group[0].prompt_len
             self._scheduler.add(group[0])
 
-    def _check_queue(self, requests: int, tokens: int) -> None:
-        """An empty queue takes any number of them."""
+    def _check_queue(self) -> None:
+        """What comes does not count: else who has more than may wait would be refused for ever where others wait."""
         waiting = self._scheduler.waiting
-        if waiting and self._max_queued_requests is not None:
-            _check_room("requests", len({s.request_id for s in waiting}), requests, self._max_queued_requests)
-        if waiting and self._max_queued_tokens is not None:
-            _check_room("tokens", sum(len(s.tokens) for s in waiting), tokens, self._max_queued_tokens)
+        for name, queued, most in (
+            ("requests", len({s.request_id for s in waiting}), self._max_queued_requests),
+            ("tokens", sum(len(s.tokens) for s in waiting), self._max_queued_tokens),
+        ):
+            if waiting and most is not None and queued >= most:
+                raise QueueFull(f"{queued} {name} are waiting, of at most {most}: send this one later")
 
     def abort(self, request_id: str) -> bool:
         """Give a request up, whatever its state; False if none in progress has this id. No update reports it."""
@@ -318,8 +321,3 @@ class EngineCore:
             prefill_failures=self._handover.failures,
             weight_version=self._weights.version,
         )
-
-
-def _check_room(name: str, queued: int, more: int, most: int) -> None:
-    if queued + more > most:
-        raise QueueFull(f"{queued} {name} are waiting, of at most {most}; {more} more do not fit")

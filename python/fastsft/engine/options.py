@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastsft.engine.draft.options import speculative_options
 from fastsft.models.decoder import Decoder
 
 QUANTIZATIONS = ("int8", "w8a8", "int4")
@@ -28,7 +29,8 @@ class EngineOptions:
         kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
         max_num_seqs: sequences running at once.
         max_batched_tokens: prompt tokens computed in one step.
-        max_queued_requests, max_queued_tokens: how many requests may wait, and tokens of them; None: any number.
+        max_queued_requests, max_queued_tokens: while so many requests, or tokens of them, wait, no more are taken;
+            None: any number is.
         speculative_config: tokens are guessed and checked several at a time; the results are the same, to the bit.
             ``{"method": "ngram"}``, ``"suffix"``, ``"draft_model"`` or ``"heads"``, and options (docs/engine.md).
         adapters: name -> folder of an adapter (LoRA) as PEFT and ``fastsft train`` write it, or a decoder with one.
@@ -72,3 +74,5 @@ class EngineOptions:
         for name in ("num_blocks", "max_num_seqs", "max_batched_tokens"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"LLM: {name}: expected at least 1, got {count}")
+        if self.speculative_config is not None:
+            speculative_options(self.speculative_config)

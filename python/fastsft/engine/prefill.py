@@ -5,7 +5,8 @@ whose blocks, allocated by the core, it writes keys and values. Nothing else is 
 goes with the last of the two processes, however they end.
 
 A job writes what its tokens say, whoever computes it and however often: one that was lost with its process goes whole
-to the next one or, where processes end too often, is computed by the engine's own.
+to the next one or, where processes end too often, is computed by the engine's own. A process that hangs, as one does
+in which a lock was held at the fork, is ended: it uses no processor time while it has a job.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import logging
 import os
 import pickle
 import signal
+import socket
+import struct
 import time
 import traceback
 import weakref
@@ -22,6 +25,7 @@ from collections import deque
 from collections.abc import Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,6 +38,7 @@ from fastsft.ops.threads import set_num_threads
 _SHOWN = 2000  # characters of a worker's traceback
 # After so many losses within so many seconds no process is started: what ends them would end the next one, too.
 _LOSSES, _SECONDS = 4, 60.0
+_PATIENCE, _LOOK = 30.0, 1.0  # seconds: without processor time a process hangs; how often that is looked at
 _log = logging.getLogger("fastsft.engine")
 
 
@@ -53,6 +58,7 @@ class PrefillWorker:
         self._adapters: list[DecoderAdapter] = []  # what the process knows, by place
         self._job: bytes | None = None  # under way in it
         self._losses: deque[float] = deque(maxlen=_LOSSES)  # when
+        self._used, self._moved, self._looked = -1, 0.0, 0.0  # processor time at this job, and when it last grew
 
     @property
     def pid(self) -> int | None:
@@ -73,8 +79,13 @@ class PrefillWorker:
         while self._job is not None and self._process is not None:
             connection = self._process[1]
             try:
-                if not wait and not connection.poll():
-                    return False
+                if not connection.poll(_LOOK if wait else 0):
+                    if self._hangs():
+                        self._end_hung(f"used no processor time for {_PATIENCE:.0f} seconds")
+                        self._compute(self._job)
+                    elif not wait:
+                        return False
+                    continue
                 problem = connection.recv_bytes().decode()
             except (EOFError, OSError):
                 self._lose(self._ending())
@@ -98,8 +109,10 @@ class PrefillWorker:
                 continue
             try:
                 self._process[1].send_bytes(job)
-                self._job = job
+                self._job, self._used, self._looked = job, -1, time.monotonic()
                 return
+            except BlockingIOError:
+                self._end_hung(f"took no job for {_PATIENCE:.0f} seconds")
             except OSError:
                 self._lose(self._ending())
         self._compute(job)
@@ -108,6 +121,24 @@ class PrefillWorker:
         self._job = None
         with torch.inference_mode():
             _compute(self._runner, self._adapters, job)
+
+    def _hangs(self) -> bool:
+        """Whether the process has used no processor time for long."""
+        now = time.monotonic()
+        if self._process is None or now < self._looked + _LOOK:
+            return False
+        self._looked = now
+        if (used := _processor_time(self._process[0])) != self._used:
+            self._used, self._moved = used, now
+        return now - self._moved > _PATIENCE
+
+    def _end_hung(self, how: str) -> None:
+        """The next process would be likely to hang as long: none is started for a while."""
+        if self._process:
+            os.kill(self._process[0], signal.SIGKILL)
+            self._ending()
+        self._losses.extend([time.monotonic()] * _LOSSES)
+        self._lose(f"{how} and was killed")
 
     def _lost_too_many(self) -> bool:
         return len(self._losses) == _LOSSES and time.monotonic() - self._losses[0] < _SECONDS
@@ -138,9 +169,20 @@ class PrefillWorker:
         if pid == 0:
             _work(self._runner, self._adapters, theirs, self._threads)
         theirs.close()
+        patience = struct.pack("@ll", int(_PATIENCE), int(_PATIENCE % 1 * 1e6))  # a timeval
+        with socket.socket(fileno=os.dup(ours.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         # Not __del__: that may come when the interpreter has taken the modules apart.
         self._at_exit = weakref.finalize(self, _end, os.getpid(), pid, ours)
         return pid, ours
+
+
+def _processor_time(pid: int) -> int:
+    """Of all its threads, in clock ticks; 0 where there is no such process any more."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def _end(owner: int, pid: int, connection: Connection) -> None:

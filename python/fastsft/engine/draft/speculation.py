@@ -4,7 +4,6 @@ Results do not depend on it, but for the draws of a draft model with rejection s
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fastsft.engine.draft.heads import DeviceHeads, HeadsGuess, PackedHeads
 from fastsft.engine.draft.length import DraftLength, Shares
 from fastsft.engine.draft.model import DraftModel, ModelGuess
 from fastsft.engine.draft.ngram import NgramGuess
+from fastsft.engine.draft.options import speculative_options
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.sequence import Sequence
 from fastsft.models.device import DeviceDecoder
@@ -84,64 +84,30 @@ class Speculation:
         self._length.measured(rows, seconds)
 
 
-# method -> its further options and their defaults
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
-    "suffix": {"corpus": (), "min_match": 2},
-    "draft_model": {"model": None, "kv_cache_bytes": 64 << 20, "acceptance": "noise"},
-    "heads": {"model": None},
-}
-_COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
-
-
 def speculation_from(
     config: Mapping[str, Any], tokenizer: Tokenizer, target: PackedDecoder | DeviceDecoder
 ) -> Speculation:
-    """From ``speculative_config``; names as in vLLM.
+    """From ``speculative_config``.
 
     Args:
         target: the model that the drafts are for.
 
     Raises:
-        ValueError: an unknown method or option, or a value out of range; the message names it.
+        ValueError: as :func:`speculative_options` does, or a model or heads that do not fit the target.
     """
-    method = config.get("method")
-    if method not in _OPTIONS:
-        raise ValueError(f"speculative_config: method: expected one of {', '.join(_OPTIONS)}, got {method!r}")
-    options = {**_COMMON, **_OPTIONS[method]}
-    for name in config:
-        if name != "method" and name not in options:
-            raise ValueError(f"speculative_config: {name}: unknown to {method}; it has {', '.join(options)}")
-    options.update({k: v for k, v in config.items() if k != "method"})
-
-    def integer(name: str, low: int) -> int:
-        value = options[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"speculative_config: {name}: expected an integer >= {low}, got {value!r}")
-        return value
-
-    most = integer("num_speculative_tokens", 1)
-    if not isinstance(options["adaptive"], bool):
-        raise ValueError(f"speculative_config: adaptive: expected True or False, got {options['adaptive']!r}")
-    if "model" in options and not isinstance(options["model"], str | os.PathLike):
-        raise ValueError(f"speculative_config: model: expected a folder, got {options['model']!r}")
+    options = speculative_options(config)
+    method, most = options["method"], options["num_speculative_tokens"]
     make: Callable[[Sequence], Guess]
     if method == "ngram":
-        shortest = integer("prompt_lookup_min", 1)
-        longest = integer("prompt_lookup_max", shortest)
 
         def make(sequence: Sequence) -> Guess:
-            return NgramGuess(longest, shortest)
+            return NgramGuess(options["prompt_lookup_max"], options["prompt_lookup_min"])
     elif method == "draft_model":
-        if options["acceptance"] not in ("noise", "rejection"):
-            raise ValueError(
-                f"speculative_config: acceptance: expected 'noise' or 'rejection', got {options['acceptance']!r}"
-            )
         draft = DraftModel(
             options["model"],
             tokenizer,
             target.config.vocab_size,
-            kv_cache_bytes=integer("kv_cache_bytes", 1),
+            kv_cache_bytes=options["kv_cache_bytes"],
             rejection=options["acceptance"] == "rejection",
             device=target.device,
         )
@@ -159,13 +125,10 @@ def speculation_from(
         def make(sequence: Sequence) -> Guess:
             return HeadsGuess(heads, sequence)
     else:
-        texts = options["corpus"]
-        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"speculative_config: corpus: expected a list of texts, got {texts!r:.100}")
-        corpus = corpus_automaton(tokenizer.encode_text(list(texts))) if texts else None
-        match = integer("min_match", 1)
+        texts = list(options["corpus"])
+        corpus = corpus_automaton(tokenizer.encode_text(texts)) if texts else None
 
         def make(sequence: Sequence) -> Guess:
-            return SuffixGuess(corpus, match)
+            return SuffixGuess(corpus, options["min_match"])
 
     return Speculation(make, most=most, adaptive=options["adaptive"], needs_hidden=method == "heads")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from bench_train import CLOCK, DTYPES, STEPS, model, run
-from train_case import Case, documents
+from bench_train import CLOCK, DTYPES, model, run
+from train_case import Case, record_steps
 
 SIZE, VOCABULARY = "30 M", "152k"
 CONTESTANTS = {
@@ -39,12 +39,5 @@ def test_plugin(benchmark, dtype, contestant):
     assert found["losses"] == pytest.approx(expected, rel=1e-5 if dtype == "f32" else 2e-3)
 
     parameters = model(SIZE, VOCABULARY)[1]
-    benchmark.group = (
-        f"TRL's trainer, {parameters / 1e6:.0f} M parameters, vocabulary {VOCABULARY}, {dtype}, one thread"
-    )
-    seconds = iter(found["seconds"][1:])
-    benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=STEPS - 1)
-    tokens = sum(len(d.ids) for d in documents(1))
-    benchmark.extra_info |= {
-        "tokens_per_second": tokens / benchmark.stats["median"], "peak_MiB": found["peak_mib"],
-    }  # fmt: skip
+    title = f"TRL's trainer, {parameters / 1e6:.0f} M parameters, vocabulary {VOCABULARY}, {dtype}, one thread"
+    record_steps(benchmark, CLOCK, found, title)

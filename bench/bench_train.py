@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_case import SIZES, VOCABULARIES, Case, Replay, documents
+from train_case import SIZES, VOCABULARIES, Case, Replay, record_steps
 
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import init_model, save_model
@@ -77,10 +77,5 @@ def test_training(benchmark, size, vocabulary, dtype, contestant):
     assert found["losses"] == pytest.approx(run("fastsft", case)["losses"], rel=tolerance)
 
     parameters = model(size, vocabulary)[1]
-    benchmark.group = f"training, {parameters / 1e6:.0f} M parameters, vocabulary {vocabulary}, {dtype}, one thread"
-    seconds = iter(found["seconds"][1:])
-    benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=STEPS - 1)
-    tokens = sum(len(d.ids) for d in documents(1))
-    benchmark.extra_info |= {
-        "tokens_per_second": tokens / benchmark.stats["median"], "peak_MiB": found["peak_mib"],
-    }  # fmt: skip
+    title = f"training, {parameters / 1e6:.0f} M parameters, vocabulary {vocabulary}, {dtype}, one thread"
+    record_steps(benchmark, CLOCK, found, title)

@@ -1,4 +1,4 @@
-"""The cases of ``bench_train.py``: model sizes, and the documents of a step."""
+"""The cases of ``bench_train.py`` and ``bench_plugin.py``: model sizes, the documents of a step, what is recorded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 SIZES: dict[str, dict[str, int]] = {
     "30 M": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 10,
@@ -78,3 +79,15 @@ class Replay:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+def record_steps(benchmark: BenchmarkFixture, clock: Replay, found: dict[str, Any], group: str) -> None:
+    """The steps of a contestant's run; the first is not counted."""
+    benchmark.group = group
+    seconds = found["seconds"][1:]
+    left = iter(seconds)
+    benchmark.pedantic(lambda: clock.advance(next(left)), rounds=len(seconds))
+    tokens = sum(len(d.ids) for d in documents(1))
+    benchmark.extra_info |= {
+        "tokens_per_second": tokens / benchmark.stats["median"], "peak_MiB": found["peak_mib"],
+    }  # fmt: skip

@@ -124,6 +124,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (good[:2], [], "expected at least 1 samples of each task for --k 1, got 0 of sum"),
         (samples_of("other", "a"), [], "s.jsonl:1: task_id: expected one of the tasks, got 'other'"),
         ([{"task_id": "sum"}], [], "s.jsonl:1: expected task_id and completion or solution"),
+        ([{"task_id": ["sum"], "completion": ""}], [], "s.jsonl:1: task_id: expected one of the tasks, got ['sum']"),
+        ([1], [], "s.jsonl:1: expected an object, got int"),
         (good, ["--k", "0"], "--k: expected numbers from 1, got 0"),
     ):
         samples = write(tmp_path / "s.jsonl", rows)

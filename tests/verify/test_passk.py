@@ -64,13 +64,30 @@ def test_files(tmp_path: Path) -> None:
     program = {"task_id": "c", "prompt": "p"}
     for row, message in (
         ({}, "expected task_id, prompt and check or cases"),
-        (program | {"cases": []}, "cases: expected at least one pair"),
-        (program | {"cases": [{"input": "1", "output": 2}]}, "cases: expected at least one pair of strings"),
+        ([own], "expected an object, got list"),
+        (own | {"task_id": None}, "task_id: expected text or a number, got None"),
+        (own | {"prompt": 1}, "prompt: expected text, got 1"),
+        (own | {"check": ["pass"]}, r"check: expected text, got \['pass'\]"),
+        (own | {"prefix": None}, "prefix: expected text, got None"),
+        (human_eval | {"test": None}, "test: expected text, got None"),
+        (program | {"cases": []}, "cases: expected at least one object with input and output"),
+        (program | {"cases": ["1"]}, "cases: expected at least one object with input and output"),
+        (program | {"cases": [{"input": "1", "output": 2}]}, "output: expected text, got 2"),
         (program | {"cases": [{"input": "1"}]}, "found no 'output'"),
     ):
         broken.write_text(json.dumps(own) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(ValueError, match=rf"broken.jsonl:2: .*{message}"):
             read_tasks(broken)
+    for line, message in ((b"{", "expected an object"), (b'{"\xff": 1}', "expected an object"),
+                          (b"[" * 100_000, "expected an object")):  # fmt: skip
+        broken.write_bytes(b"\n" + line)
+        with pytest.raises(ValueError, match=f"broken.jsonl:2: {message}"):
+            read_tasks(broken)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{path.name}: damaged, or not compressed with gzip"):
+        read_tasks(path)
+    broken.write_text(json.dumps(program | {"task_id": 11, "check": ""}))  # as in MBPP
+    assert read_tasks(broken)[0].task_id == 11
     broken.write_text(json.dumps(program | {"cases": [{"input": "1", "output": "2"}] * 2}))
     assert read_tasks(broken) == [Task("c", "p", cases=(("1", "2"), ("1", "2")))]
 

@@ -173,21 +173,11 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *
 
 
 def _native_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, plan: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _fake_forward(q, k, v, cu_q, cu_k)
-    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, plan, causal, scale, left, right, softcap, out, lse)
-    return out, lse
+    outputs = _fake_forward(q, k, v, cu_q, cu_k)
+    _C.varlen_attention_fwd(q, k, v, cu_q, cu_k, plan, *(*options, *outputs))
+    return outputs
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,32 +185,16 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 
 
 def _native_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _fake_backward(dout, q, k, v)
+    gradients = _fake_backward(dout, q, k, v)
     delta = lse.new_empty(lse.shape) if q.is_cuda else None
     if dout.stride(-1) != 1:  # the gradient of a sum is an expanded scalar
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
-    _C.varlen_attention_bwd(
-        dout, q, k, v, out, lse, dlse, cu_q, cu_k, plan, causal, scale, left, right, softcap, delta, dq, dk, dv
-    )  # fmt: skip
-    return dq, dk, dv
+    _C.varlen_attention_bwd(dout, q, k, v, out, lse, dlse, *(*rest, delta, *gradients))
+    return gradients
 
 
 # --- CUDA: native for 16-bit types, plain torch for the rest ---------------------------------------------------------

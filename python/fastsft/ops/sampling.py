@@ -10,28 +10,10 @@ from fastsft import _C
 from fastsft.ops import _library
 
 
-def _native(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, logprobs = _fake(logits)
-    _C.sample(
-        logits.contiguous(),
-        temperature.contiguous(),
-        top_k.contiguous(),
-        top_p.contiguous(),
-        min_p.contiguous(),
-        seeds.contiguous(),
-        positions.contiguous(),
-        ids,
-        logprobs,
-    )
-    return ids, logprobs
+def _native(logits: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = _fake(logits)
+    _C.sample(*(x.contiguous() for x in (logits, *parameters, *outputs)))
+    return outputs
 
 
 def _fake(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:

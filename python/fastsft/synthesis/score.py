@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -18,7 +15,7 @@ from fastsft.synthesis.journal import check_plan, digest_json, digest_tasks, rea
 from fastsft.verify.judge import failure_kind, judge, last_words
 from fastsft.verify.languages import Language
 from fastsft.verify.sandbox import Limits
-from fastsft.verify.tasks import Task
+from fastsft.verify.tasks import Task, read_rows
 
 _RESULTS = "results.jsonl"
 _GROUP = 64  # samples between two writes
@@ -41,26 +38,17 @@ def read_samples(path: str | os.PathLike[str], tasks: Sequence[Task]) -> list[tu
     Raises:
         ValueError: a row that is neither, or of no task; names file and line.
     """
-    where, known = Path(path), {task.task_id: task for task in tasks}
-    opener: Any = gzip.open if where.suffix == ".gz" else open
+    known: dict[str | int, Task] = {task.task_id: task for task in tasks}
     samples = []
-    with opener(where, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}:{number}: expected an object: {error}") from None
-            text = row.get("solution", row.get("completion")) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{where}:{number}: expected task_id and completion or solution, got {line.strip()!r:.80}"
-                )
-            task = known.get(row.get("task_id"))
-            if task is None:
-                raise ValueError(f"{where}:{number}: task_id: expected one of the tasks, got {row.get('task_id')!r}")
-            samples.append((dataclasses.replace(task, prefix="") if "solution" in row else task, text))
+    for place, row in read_rows(path):
+        text = row.get("solution", row.get("completion"))
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: expected task_id and completion or solution, got {row!r:.80}")
+        task_id = row.get("task_id")
+        task = known.get(task_id) if isinstance(task_id, str | int) else None
+        if task is None:
+            raise ValueError(f"{place}: task_id: expected one of the tasks, got {task_id!r:.80}")
+        samples.append((dataclasses.replace(task, prefix="") if "solution" in row else task, text))
     return samples
 
 

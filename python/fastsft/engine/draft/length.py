@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import statistics
+from abc import ABC, abstractmethod
 from collections import deque
 
 ALLOWED = 0.01  # share of all time
@@ -46,7 +47,7 @@ class Shares:
         self._scale *= _MEMORY
 
 
-class Times:
+class Times(ABC):
     """Seconds by a number: the median of the latest few of each number, linear in between."""
 
     def __init__(self) -> None:
@@ -84,9 +85,9 @@ class Times:
         low, high = self._medians[below], self._medians[above]
         return low + (high - low) * (number - below) / (above - below)
 
+    @abstractmethod
     def _beyond(self, number: int) -> float:
         """For more than was ever measured."""
-        raise NotImplementedError
 
 
 class StepTimes(Times):

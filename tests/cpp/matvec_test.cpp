@@ -1,5 +1,6 @@
 #include "fastsft/matvec.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -27,6 +28,11 @@ float widen(uint16_t half) {
   float v;
   std::memcpy(&v, &bits, 4);
   return v;
+}
+std::vector<uint16_t> halves(const std::vector<float>& values) {
+  std::vector<uint16_t> half;
+  for (float v : values) half.push_back(bfloat16_bits(v));
+  return half;
 }
 template <typename T>
 std::vector<char> bytes_of(const std::vector<T>& values) {
@@ -62,9 +68,7 @@ struct Weight {
     if (format == WeightFormat::kFloat32) {
       stored = bytes_of(values);
     } else if (format == WeightFormat::kBFloat16) {
-      std::vector<uint16_t> half;
-      for (float v : values) half.push_back(bfloat16_bits(v));
-      stored = bytes_of(half);
+      stored = bytes_of(halves(values));
     } else {
       stored = bytes_of(integers);
     }
@@ -120,8 +124,8 @@ std::vector<float> product(const Weight& w, DType dtype, int64_t rows, const std
                    .out = out.data()});
     return out;
   }
-  std::vector<uint16_t> half(rows * w.k), half_out(rows * w.n);
-  for (int64_t i = 0; i < rows * w.k; ++i) half[i] = bfloat16_bits(x[i]);
+  const std::vector<uint16_t> half = halves(x);
+  std::vector<uint16_t> half_out(rows * w.n);
   packed_linear({.weight = w.view(),
                  .dtype = dtype,
                  .rows = rows,
@@ -134,19 +138,13 @@ std::vector<float> product(const Weight& w, DType dtype, int64_t rows, const std
   return out;
 }
 
-void compare(const Weight& w, DType dtype, int64_t rows, bool with_bias) {
-  std::vector<float> x = integers(rows * w.k, 3);
-  const std::vector<float> bias = integers(w.n, 4);
-  if (w.format == WeightFormat::kW8A8) {  // the scale of every run is 1
-    for (int64_t i = 0; i < rows * w.k; ++i) {
-      if (i % w.k % 128 == 0) x[i] = i % 2 ? 127 : -127;
-    }
-  }
-  const std::vector<float> out = product(w, dtype, rows, x, with_bias ? bias.data() : nullptr);
+// x holds integers, of which the largest magnitude of every run is 127 in W8A8: its scale is 1.
+void expect_exact(const Weight& w, DType dtype, int64_t rows, const std::vector<float>& x, const float* bias) {
+  const std::vector<float> out = product(w, dtype, rows, x, bias);
   bool ok = true;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < w.n; ++c) {
-      double sum = with_bias ? bias[c] : 0;
+      double sum = bias ? bias[c] : 0;
       for (int64_t i = 0; i < w.k; ++i) sum += static_cast<double>(x[r * w.k + i]) * w.values[c * w.k + i];
       ok &= std::abs(out[r * w.n + c] - sum) <= (dtype == DType::kBFloat16 ? 0x1p-8 * std::abs(sum) : 0);
     }
@@ -155,8 +153,19 @@ void compare(const Weight& w, DType dtype, int64_t rows, bool with_bias) {
   if (!ok) {
     std::printf("%s: format %d x %s, rows %d n %d k %d group %d, bias %d\n", isa_name(active_isa()),
                 static_cast<int>(w.format), dtype_name(dtype), static_cast<int>(rows), static_cast<int>(w.n),
-                static_cast<int>(w.k), static_cast<int>(w.group), with_bias);
+                static_cast<int>(w.k), static_cast<int>(w.group), bias != nullptr);
   }
+}
+
+void compare(const Weight& w, DType dtype, int64_t rows, bool with_bias) {
+  std::vector<float> x = integers(rows * w.k, 3);
+  const std::vector<float> bias = integers(w.n, 4);
+  if (w.format == WeightFormat::kW8A8) {
+    for (int64_t i = 0; i < rows * w.k; ++i) {
+      if (i % w.k % 128 == 0) x[i] = i % 2 ? 127 : -127;
+    }
+  }
+  expect_exact(w, dtype, rows, x, with_bias ? bias.data() : nullptr);
 }
 
 }  // namespace
@@ -218,6 +227,79 @@ TEST(rows_and_threads_do_not_change_the_bits) {
         const std::vector<float> row(x.begin() + r * w.k, x.begin() + (r + 1) * w.k);
         const std::vector<float> alone = product(w, DType::kFloat32, 1, row, nullptr);
         CHECK(std::memcmp(alone.data(), &all[r * w.n], w.n * 4) == 0);
+      }
+    }
+  }
+}
+
+// The product, 256.75, is no bfloat16: rounded it is 256, and 258 with the residual if that came first.
+TEST(a_residual_is_added_to_the_rounded_product) {
+  constexpr int64_t kRows = 3;
+  for (WeightFormat format : kFormats) {
+    Weight w(format, 85, 32);
+    std::fill(w.values.begin(), w.values.end(), 8.0f);
+    w.pack();
+    const std::vector<float> bias(w.n, 0.75f);
+    const std::vector<uint16_t> x = halves(std::vector<float>(kRows * w.k, 1.0f));
+    const std::vector<uint16_t> residual = halves(std::vector<float>(kRows * w.n, 0.5f));
+    for (Isa isa : available_isas()) {
+      set_isa(isa);
+      std::vector<uint16_t> in_place = residual;
+      std::vector<float> wide(kRows * w.n);
+      PackedLinear call{.weight = w.view(),
+                        .dtype = DType::kBFloat16,
+                        .rows = kRows,
+                        .x = x.data(),
+                        .bias = bias.data(),
+                        .residual = residual.data(),
+                        .out_dtype = DType::kFloat32,
+                        .out = wide.data()};
+      packed_linear(call);
+      call.residual = call.out = in_place.data();
+      call.out_dtype = DType::kBFloat16;
+      packed_linear(call);
+      CHECK(wide == std::vector<float>(wide.size(), 256.5f));
+      CHECK(in_place == halves(std::vector<float>(in_place.size(), 256.0f)));
+    }
+  }
+}
+
+TEST(the_largest_magnitude_of_a_run_counts_wherever_it_stands) {
+  for (int64_t k : {1, 5, 127, 130, 143, 259}) {
+    const Weight w(WeightFormat::kW8A8, 5, k);
+    for (Isa isa : available_isas()) {
+      set_isa(isa);
+      for (int64_t place = 0; place < std::min<int64_t>(k, 128); ++place) {
+        std::vector<float> x = integers(2 * k, 6);
+        for (int64_t row : {0, 1}) {
+          for (int64_t run = 0; run < k; run += 128) {
+            x[row * k + run + place % std::min<int64_t>(128, k - run)] = row ? 127 : -127;
+          }
+        }
+        for (DType dtype : {DType::kFloat32, DType::kBFloat16}) expect_exact(w, dtype, 2, x, nullptr);
+      }
+    }
+  }
+}
+
+TEST(what_is_not_finite_makes_its_row_nan_and_no_other) {
+  constexpr int64_t kRows = 3;
+  const float bad_values[] = {NAN, -NAN, INFINITY, -INFINITY};
+  for (int64_t k : {5, 143, 259}) {
+    const Weight w(WeightFormat::kW8A8, 21, k);
+    const std::vector<float> clean = integers(kRows * k, 7);
+    for (Isa isa : available_isas()) {
+      set_isa(isa);
+      for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        const std::vector<float> expected = product(w, dtype, kRows, clean, nullptr);
+        for (int64_t place = 0; place < k; ++place) {
+          std::vector<float> x = clean;
+          x[k + place] = bad_values[place % 4];
+          const std::vector<float> out = product(w, dtype, kRows, x, nullptr);
+          bool ok = true;
+          for (int64_t i = 0; i < kRows * w.n; ++i) ok &= i / w.n == 1 ? std::isnan(out[i]) : out[i] == expected[i];
+          CHECK(ok);
+        }
       }
     }
   }

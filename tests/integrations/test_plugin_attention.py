@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers.masking_utils import (  # noqa: E402
 
 import fastsft.integrations.transformers  # noqa: E402, F401
 from fastsft.integrations._attention import attention  # noqa: E402
-from fastsft.integrations._layout import check_positions, layout_mask  # noqa: E402
+from fastsft.integrations._layout import check_positions, layout_in, layout_mask  # noqa: E402
 
 FAMILY = pytest.mark.parametrize("family", CONFIGS)
 
@@ -212,6 +213,32 @@ def test_masks_with_functions_of_their_own_are_refused() -> None:
         create_bidirectional_mask(**shape)
 
 
+def test_models_that_compute_with_the_mask_themselves_are_refused() -> None:
+    config = transformers.DogeConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastsft")
+    tokens = ids(2, 9)
+    with pytest.raises(ValueError, match=r"attention_mask: .* own code computes with it \(__getitem__\)"):
+        model(tokens, attention_mask=torch.ones_like(tokens))
+
+
+def test_a_mask_says_nothing_but_where_it_lies_and_may_be_moved() -> None:
+    mask = layout_mask(2, 5, 5)
+    assert len(mask.shape) == mask.ndim == mask.dim() == 4
+    assert mask.device.type == "cpu"
+    for copied in (mask.to("cpu"), mask.clone(), mask.detach()):
+        assert type(copied) is type(mask)
+        assert layout_in(copied).equal(layout_in(mask))
+    for compute in (
+        lambda: mask + 1, lambda: mask.sum(-1), lambda: mask[..., :3], lambda: mask.shape[-1], lambda: [*mask.shape],
+        lambda: mask.size(-1), lambda: torch.nn.functional.pad(mask, (0, 1)), lambda: mask == 0, lambda: mask.T,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="attention_mask: expected a model that only hands it to its attention"):
+            compute()
+
+
 def test_attention_probabilities_are_refused(pairs: dict[str, tuple[Any, Any]]) -> None:
     with pytest.raises(ValueError, match=r"output_attentions"):
         pairs["llama"][0](input_ids=ids(1, 5), output_attentions=True)
@@ -303,6 +330,18 @@ def test_packed_rows_compiled_in_one_graph(pairs: dict[str, tuple[Any, Any]]) ->
     inputs = {"input_ids": ids(3, 17), "position_ids": positions, "use_cache": False}
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(**inputs).logits
     torch.testing.assert_close(compiled, eager(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_compiled_one_by_one(pairs: dict[str, tuple[Any, Any]]) -> None:
+    torch.compiler.reset()
+    ours, theirs = copy.deepcopy(pairs["qwen3"][0]), pairs["qwen3"][1]
+    for layer in ours.model.layers:
+        layer.compile(fullgraph=True, backend="eager")
+    tokens = ids(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    found, expected = (model(tokens, attention_mask=mask).logits[mask.bool()] for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_graph_stops_at_what_is_refused() -> None:

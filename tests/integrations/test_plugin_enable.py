@@ -256,6 +256,21 @@ def test_prompts_that_are_learnt(kind: str) -> None:
     compare(*pair, input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
 
 
+def test_what_learnt_prefixes_do_not_go_with_is_refused() -> None:
+    """Gradient checkpointing drops their keys; left padding lies between them and the tokens."""
+    peft = pytest.importorskip("peft")
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(enable(build(config("llama"), "eager").train()), settings)
+    tokens = ids(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    with pytest.raises(ValueError, match=r"attention_mask: expected one run of ones .*after a learnt prefix"):
+        model(input_ids=tokens, attention_mask=mask, labels=tokens)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match=r"attention_mask: .* the 9 keys .*give gradient_checkpointing=False"):
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_sixteen_bits_err_no_more_than_transformers_do(how: str) -> None:
     exact, inputs = None, {"input_ids": ids(4, 33), "labels": ids(4, 33)}

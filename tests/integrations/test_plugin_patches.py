@@ -87,6 +87,19 @@ def test_a_forward_that_was_wrapped_before_is_refused(which: str) -> None:
     torch.testing.assert_close(with_forward, model(**INPUTS).loss, rtol=1e-5, atol=1e-5)
 
 
+def test_the_hooks_of_a_device_map_are_refused_and_may_be_taken_off() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, other = llama(), llama()
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ValueError, match=r"no hooks of accelerate .* loss=False, or, .* take them off: accelerate"):
+        enable(model)
+    assert_untouched(model)
+    torch.testing.assert_close(enable(model, loss=False)(**INPUTS).loss, other(**INPUTS).loss, rtol=1e-5, atol=1e-5)
+    disable(model)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert enable(model)(**INPUTS).logits is None
+
+
 def test_a_layer_whose_forward_was_wrapped_before_is_left_alone() -> None:
     pair = [llama(), llama()]
     for model in pair:

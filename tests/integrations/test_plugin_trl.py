@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl.trainer import utils as trl_utils  # noqa: E402
 import fastsft.integrations.transformers as plugin  # noqa: E402
 import fastsft.integrations.trl as trl_plugin  # noqa: E402
 from fastsft import ops  # noqa: E402
-from fastsft.integrations._logprobs import LogProbFunction  # noqa: E402
+from fastsft.integrations._logprobs import LogProbFunction, is_top1  # noqa: E402
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
 
@@ -61,7 +62,11 @@ MODES: dict[str, dict[str, Any]] = {
     "padding-free": {"padding_free": True, "max_length": None},
     "packed": {"packing": True, "max_length": 32},
     "dft": {"loss_type": "dft"},
-}
+    "logged by epoch": {
+        "logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 2,
+    },
+    "logged at first and every other time": {"logging_first_step": True, "logging_steps": 2, "max_steps": 4},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -76,11 +81,12 @@ def test_sft(mode: str, tmp_path: Path, tokenizer: Any) -> None:
         found.append(run(trainer))
     ours, theirs = found
     assert len(ours["loss"]) == 3
+    assert ours["mean_token_accuracy"][-1] > 0
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
         assert ours[key] == pytest.approx(theirs[key], rel=2e-4), key
 
 
-def test_sft_evaluates_and_leaves_accuracy_to_logged_steps(tmp_path: Path, tokenizer: Any) -> None:
+def test_sft_evaluates(tmp_path: Path, tokenizer: Any) -> None:
     settings = {**COMMON, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
     found = []
     for kind in (trl_plugin.SFTTrainer, trl.SFTTrainer):
@@ -94,19 +100,29 @@ def test_sft_evaluates_and_leaves_accuracy_to_logged_steps(tmp_path: Path, token
         assert ours[key] == pytest.approx(theirs[key], rel=2e-4), key
 
 
-def test_sft_with_lora(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {"target_modules": "all-linear"}),
+        ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ],
+    ids=["lora", "head", "tied head"],
+)
+def test_sft_with_lora(family: str, options: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
     peft = pytest.importorskip("peft")
+    config = copy.deepcopy(CONFIGS["qwen2"] if family == "tied" else CONFIGS[family])
+    config.tie_word_embeddings = family == "tied"
     found = []
     for kind in (trl_plugin.SFTTrainer, trl.SFTTrainer):
         torch.manual_seed(0)
         trainer = kind(
-            model=build(CONFIGS["qwen3"], "eager"),
-            args=trl.SFTConfig(output_dir=str(tmp_path), **COMMON),
+            model=build(config, "eager"), args=trl.SFTConfig(output_dir=str(tmp_path), **COMMON),
             train_dataset=rows(), processing_class=tokenizer,
-            peft_config=peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"),
+            peft_config=peft.LoraConfig(r=4, init_lora_weights="gaussian", **options),
         )  # fmt: skip
         found.append(run(trainer))
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", "mean_token_accuracy"):
         assert found[0][key] == pytest.approx(found[1][key], rel=2e-4), key
 
 
@@ -203,6 +219,21 @@ def test_only_what_is_asked_for() -> None:
     assert [x is None for x in results] == [False, True, True, True, True]
     none = LogProbFunction.apply(hidden[:0], weight, None, torch.tensor([], dtype=torch.long), 1.0, 5)
     assert [x.shape for x in none] == [(0,)] * 5
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 20.0])
+def test_top_targets_are_found_from_the_rows_in_doubt(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nearly uniform distributions to nearly certain ones, with targets likeliest, second and last."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 16) * scale, torch.randn(VOCABULARY, 16)
+    order = (hidden @ weight.T).argsort(1, descending=True)
+    targets = order[torch.arange(300), torch.arange(300) % 3 * (torch.arange(300) % 3) ** 2]  # places 0, 1 and 8
+    logprob, entropy = ops.linear_logprobs(hidden, weight, targets, return_entropy=True)
+    looked_at: list[int] = []
+    true = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, *a: (looked_at.append(len(x)), true(x, *a))[1])
+    assert is_top1(hidden, weight, targets, logprob, entropy).equal(targets == order[:, 0])
+    assert sum(looked_at) <= {0.1: 300, 2.0: 150, 20.0: 30}[scale]
 
 
 def test_a_partitioned_weight_is_refused() -> None:

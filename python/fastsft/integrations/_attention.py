@@ -66,12 +66,16 @@ def attention(
     _require(held is not None, "query", f"a head size of at most {HEAD_DIMS[-1]}", max(width, value_width))
     q, k, v = (_rows_end_to_end(x, held) for x in (query, key, value))
 
+    layout = _layout.layout_in(attention_mask)
+    if attention_mask is not None and layout is None:
+        expected = "a 2-D mask given to the model, or none" if cu_seq_lens_q is None else "None with cu_seq_lens_q"
+        _require(False, "attention_mask", expected, f"a mask {attention_mask.dtype} {list(attention_mask.shape)}")
     if cu_seq_lens_q is not None:
-        cu_q, cu_k = _given(attention_mask, rows, cu_seq_lens_q, cu_seq_lens_k)
+        cu_q, cu_k = _given(layout, rows, cu_seq_lens_q, cu_seq_lens_k)
     else:
-        cu_q, cu_k = _made(attention_mask, rows, queries, keys, query.device)
+        cu_q, cu_k = _layout.dense(rows, queries, keys, query.device) if layout is None else layout[0, 0, :2]
     positions = position_ids if causal and cu_seq_lens_q is None else None
-    _check(module, attention_mask, sliding_window, cu_q, cu_k, positions, (rows, queries))
+    _check(module, attention_mask, sliding_window, cu_q, cu_k, positions, (rows, queries, keys))
     out = ops.varlen_attention(
         q, k, v, cu_q, cu_k,
         causal=causal,
@@ -108,45 +112,38 @@ def _of_one_type(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...
     return tensors
 
 
-def _given(mask: Tensor | None, rows: int, cu_q: Tensor, cu_k: Tensor | None) -> tuple[Tensor, Tensor]:
+def _given(layout: Tensor | None, rows: int, cu_q: Tensor, cu_k: Tensor | None) -> tuple[Tensor, Tensor]:
     _require(rows == 1, "cu_seq_lens_q", "one packed row with it", f"{rows} rows")
-    if mask is not None:
-        kind = f"a mask {mask.dtype} {list(mask.shape)}"
-        _require(_layout.is_layout(mask), "attention_mask", "None with cu_seq_lens_q", kind)
+    if layout is not None:
         _layout.refuse(
-            (mask[0, 0, 0] != mask[0, 0, 1]).any(),
+            (layout[0, 0, 0] != layout[0, 0, 1]).any(),
             "fastsft attention: attention_mask: expected neither padding nor a cache with cu_seq_lens_q",
         )
     cu_q = cu_q.to(torch.int32)
     return cu_q, cu_q if cu_k is None else cu_k.to(torch.int32)
 
 
-def _made(mask: Tensor | None, rows: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if mask is None:
-        cu_q, cu_k = _layout.dense(rows, queries, keys, device)
-    else:
-        kind = f"a mask {mask.dtype} {list(mask.shape)}"
-        _require(_layout.is_layout(mask), "attention_mask", "a 2-D mask given to the model, or none", kind)
-        cu_q, cu_k = mask[0, 0, :2]
-    return cu_q, cu_k
-
-
 def _check(
     module: torch.nn.Module,
-    layout: Tensor | None,
+    mask: Tensor | None,
     sliding_window: int | None,
     cu_q: Tensor,
     cu_k: Tensor,
     position_ids: Tensor | None,
-    shape: tuple[int, int],
+    shape: tuple[int, int, int],
 ) -> None:
-    """Hold what only a layer knows against the mask: its window, once for each that there is, and positions, once."""
+    """Hold what only a layer knows against the mask: its window, once for each that there is; its keys and positions,
+    once."""
+    rows, queries, keys = shape
+    layout = _layout.layout_in(mask)
     remembers = layout is not None and not torch.compiler.is_compiling()
-    known: set[int | None] = getattr(layout, "fastsft_windows", set()) if remembers else set()
+    known: set[int | None] = getattr(mask, "fastsft_windows", set()) if remembers else set()
+    first = not known if remembers else getattr(module, "layer_idx", None) in (0, None)
+    if layout is not None and first:
+        _layout.check_keys(cu_k, rows, keys)
     if layout is not None and sliding_window not in known:
         _layout.check_window(layout, sliding_window, cu_q, cu_k)
-    first = not known if remembers else getattr(module, "layer_idx", None) in (0, None)
     if first and position_ids is not None and position_ids.dim() == 2:
-        _layout.check_positions(cu_q, cu_k, position_ids, *shape)
+        _layout.check_positions(cu_q, cu_k, position_ids, rows, queries)
     if remembers:
-        layout.fastsft_windows = known | {sliding_window}  # type: ignore[union-attr]
+        mask.fastsft_windows = known | {sliding_window}  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ after.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,8 +25,51 @@ from torch import Tensor
 NO_WINDOW = torch.iinfo(torch.int32).max
 
 
-def is_layout(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+class Layout(Tensor):
+    """What the layers are handed: it can be moved and copied, and refuses whoever computes with it, as it is no mask of
+    [queries, keys]. Graphs are traced with a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling():
+            of = getattr(function, "__self__", None)  # the property that a getter is of
+            if of is Tensor.shape:
+                return _Shape(range(4))
+            if of not in _FACTS and function not in _HANDED_ON:
+                _refuse_arithmetic(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+_FACTS = (Tensor.device, Tensor.dtype, Tensor.grad_fn, Tensor.is_cuda, Tensor.layout, Tensor.ndim, Tensor.requires_grad)
+_HANDED_ON = (
+    Tensor.as_subclass, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.dim, Tensor.to,
+    Tensor.__repr__,
+)  # fmt: skip
+
+
+class _Shape(tuple[int, ...]):
+    """transformers asks how many dimensions there are; how many queries and keys, it does not say."""
+
+    def __getitem__(self, _: Any) -> NoReturn:
+        _refuse_arithmetic("shape")
+
+    def __iter__(self) -> NoReturn:
+        _refuse_arithmetic("shape")
+
+
+def _refuse_arithmetic(name: str) -> NoReturn:
+    raise ValueError(
+        f"fastsft attention: attention_mask: expected a model that only hands it to its attention, got one whose own "
+        f'code computes with it ({name}); model.set_attn_implementation("eager") has a mask for that'
+    )
+
+
+def layout_in(mask: Tensor | None) -> Tensor | None:
+    """The layout that a layer was handed, as a plain tensor; None for any other mask."""
+    if mask is None or mask.dtype != torch.int32 or mask.dim() != 4:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return mask[:]  # compiled, as_subclass() is not known
 
 
 def dense(rows: int, queries: int, keys: int, device: Any) -> Tensor:
@@ -72,7 +115,8 @@ def layout_mask(
     if mask_function is not None:
         unlike = unlike | _last_query_sees_otherwise(mask_function, begin, end, kv_length, kv_offset, window)
     facts = torch.stack([torch.full_like(unlike, window, dtype=torch.int32), unlike.to(torch.int32)])
-    return torch.cat([bounds, facts[:, None].expand(2, bounds.shape[1])])[None, None]
+    layout = torch.cat([bounds, facts[:, None].expand(2, bounds.shape[1])])[None, None]
+    return layout if torch.compiler.is_compiling() else layout.as_subclass(Layout)
 
 
 def _last_query_sees_otherwise(
@@ -147,7 +191,8 @@ def _content(
     begin = torch.minimum(begin, end)
     refuse(
         (kept.sum(1) != end - begin).any(),
-        "fastsft attention: attention_mask: expected one run of ones in each row, got zeros between ones",
+        "fastsft attention: attention_mask: expected one run of ones in each row, got zeros between ones (after a "
+        "learnt prefix, pad on the right)",
     )
     return begin, end
 
@@ -167,6 +212,16 @@ def _padded(
     row = torch.arange(rows, device=device)[:, None]
     both = torch.stack([(q_bounds + row * queries).flatten(), (k_bounds + row * keys).flatten()])
     return torch.nn.functional.pad(both, (1, 0)).to(torch.int32), cut
+
+
+def check_keys(cu_k: Tensor, rows: int, keys: int) -> None:
+    """Refuse a mask that was made for other keys than a layer has."""
+    refuse(
+        cu_k[-1] != rows * keys,
+        f"fastsft attention: attention_mask: expected one of the {keys} keys of this layer, got one of another number: "
+        "keys before the row's own (PEFT's prefix tuning, a cache) have been dropped, as gradient checkpointing does; "
+        "give gradient_checkpointing=False",
+    )
 
 
 def check_window(layout: Tensor, sliding_window: int | None, cu_q: Tensor, cu_k: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,6 +65,22 @@ class LogProbFunction:
 
 
 @torch.no_grad()
+def is_top1(
+    hidden: Tensor, weight: Tensor, targets: Tensor, logprob: Tensor, entropy: Tensor, **options: Any
+) -> Tensor:
+    """bool [N]: whether the target is the first largest logit, from logits of those rows alone that leave it open.
+
+    A probability above a half is the largest; one below exp(-entropy) is not: entropy is the mean of -log p, and the
+    likeliest has the least.
+    """
+    slack = 1e-3  # for what is rounded
+    found = logprob > math.log(0.5) + slack
+    unsure = (~found & (logprob >= -entropy - slack)).nonzero()[:, 0]
+    _, _, right = looked_at_once_more(hidden[unsure], weight, targets[unsure], outputs=("is_top1",), **options)
+    return found.index_copy(0, unsure, right)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
 def looked_at_once_more(
     hidden: Tensor,
     weight: Tensor,
@@ -70,7 +89,7 @@ def looked_at_once_more(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     temperature: float = 1.0,
-    outputs: tuple[str, ...] = ("is_top1",),
+    outputs: tuple[str, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``log_sum_sq_probs``, ``mean_logits`` and ``is_top1``, each if named, from logits made tile by tile."""
     wanted = [name in outputs for name in ("log_sum_sq_probs", "mean_logits", "is_top1")]

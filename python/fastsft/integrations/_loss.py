@@ -97,10 +97,16 @@ def check_unwrapped(module: torch.nn.Module) -> None:
     Raises:
         ValueError: the forward of this instance was replaced, and the loss would go past it.
     """
+    if hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"enable: model: expected no hooks of accelerate (a device_map), got them on {type(module).__name__}: the "
+            "loss reads the head's weight where it lies. Give loss=False, or, if all of the model is on one device, "
+            "take them off: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
     if has_own_forward(module):
         raise ValueError(
             f"enable: model: the forward of {type(module).__name__} has been wrapped already (accelerate's prepare() "
-            "and hooks do so); call enable() before that, or give loss=False"
+            "does so); call enable() before that, or give loss=False"
         )
 
 

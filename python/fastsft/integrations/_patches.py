@@ -64,8 +64,10 @@ def is_patched(module: torch.nn.Module) -> bool:
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:
-    """Whether somebody else has replaced the forward of this one instance (a wrapper, accelerate's hooks)."""
-    return "forward" in module.__dict__ and not is_patched(module)
+    """Whether somebody else has replaced the forward of this one instance (a wrapper, accelerate's hooks). What hooks
+    leave behind when they are removed is the class's own."""
+    given = module.__dict__.get("forward")
+    return given is not None and not is_patched(module) and given != types.MethodType(type(module).forward, module)
 
 
 def restore_forwards(modules: Iterable[torch.nn.Module]) -> None:

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TheirSFTTrainer
 
 from fastsft import ops
 from fastsft.integrations import _loss, transformers
-from fastsft.integrations._logprobs import LogProbFunction, looked_at_once_more
+from fastsft.integrations._logprobs import LogProbFunction, is_top1
 from fastsft.integrations._patches import original, replace_forward
 
 __all__ = ["FusedSFTMixin", "LogProbFunction", "SFTTrainer", "disable", "enable", "enabled"]
@@ -63,7 +63,6 @@ class FusedSFTMixin:
 
     The loss forms its gradients in the forward pass (three products with the vocabulary where TRL has four and more),
     from the positions with a label alone. Everything else is TRL's: data, collators, arguments, metrics, checkpoints.
-    One metric differs: ``mean_token_accuracy`` would cost a further product, and is taken on the steps that are logged.
 
     Where TRL itself needs logits (``compute_loss_func``, label smoothing, ``compute_metrics``, a mixture of experts'
     auxiliary loss, DeepSpeed's sequence parallelism) its own ``compute_loss`` runs.
@@ -86,20 +85,18 @@ class FusedSFTMixin:
     ) -> Any:
         if return_outputs or not self._is_plain():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        training = self.model.training
         inputs["use_cache"] = False
         out = model(
             **inputs,
             fused_lm_head=True,
             fastsft_objective=self.args.loss_type,
-            fastsft_top1=not training or self._logs_this_step(),
             num_items_in_batch=num_items_in_batch,
         )
         loss = out.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The number is of all processes' tokens, and their gradients are averaged.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._note(inputs, out, "train" if training else "eval")
+        self._note(inputs, out, "train" if self.model.training else "eval")
         return loss
 
     def _is_plain(self: Any) -> bool:
@@ -111,24 +108,20 @@ class FusedSFTMixin:
             and not (parallelism is not None and parallelism.sp_enabled)
         )
 
-    def _logs_this_step(self: Any) -> bool:
-        every: int = self.state.logging_steps if self.args.logging_strategy == "steps" else 0
-        return every > 0 and (int(self.state.global_step) + 1) % every == 0
-
     def _note(self: Any, inputs: dict[str, Any], out: Any, mode: str) -> None:
         """TRL's metrics, over all processes."""
-        correct = out.entropy.new_zeros(()) if out.is_top1 is None else out.is_top1.sum()
         tokens = (
             inputs["attention_mask"].sum()
             if "attention_mask" in inputs
             else out.entropy.new_tensor(inputs["position_ids"].shape[1])
         )
-        local = torch.stack([x.detach().double() for x in (out.label_mask.sum(), out.entropy.sum(), correct, tokens)])
+        local = torch.stack(
+            [x.detach().double() for x in (out.label_mask.sum(), out.entropy.sum(), out.is_top1.sum(), tokens)]
+        )
         kept, entropy, right, seen = self.accelerator.gather_for_metrics(local[None]).sum(0).tolist()
         metrics = self._metrics[mode]
         metrics["entropy"].append(entropy / kept if kept else 0.0)
-        if out.is_top1 is not None:
-            metrics["mean_token_accuracy"].append(right / kept if kept else 0.0)
+        metrics["mean_token_accuracy"].append(right / kept if kept else 0.0)
         if mode == "train":
             self._total_train_tokens += int(seen) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
@@ -138,9 +131,7 @@ class SFTTrainer(FusedSFTMixin, TheirSFTTrainer):
     """``trl.SFTTrainer`` with the model's attention, layers and loss by fastsft; see :class:`FusedSFTMixin`."""
 
 
-def sft_forward(
-    self: Any, *args: Any, fastsft_objective: str | None = None, fastsft_top1: bool = False, **kwargs: Any
-) -> Any:
+def sft_forward(self: Any, *args: Any, fastsft_objective: str | None = None, **kwargs: Any) -> Any:
     """TRL's fused forward with the loss by :func:`fastsft.ops.linear_cross_entropy`, when :class:`FusedSFTMixin` asks
     for it; TRL's own otherwise."""
     if fastsft_objective is None:
@@ -156,7 +147,6 @@ def sft_forward(
         targets=targets.flatten(),
         objective=fastsft_objective,
         normalizer=None if items is None else torch.as_tensor(items, dtype=torch.float32).sum().clamp(min=1),
-        top1=fastsft_top1,
         **_loss.scaling(self.config),
     )
     return trl_utils.FusedCausalLMOutput(loss=loss, entropy=entropy, is_top1=top1, label_mask=targets != -100)
@@ -164,15 +154,16 @@ def sft_forward(
 
 def _objective(
     hidden: Tensor, weight: Tensor, *, targets: Tensor, bias: Tensor | None, objective: str, normalizer: Any,
-    top1: bool, softcap: float, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    softcap: float, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss; the entropy of each position with a label and 0 elsewhere; whether its target was likeliest."""
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "temperature": temperature}
     loss, aux = ops.linear_cross_entropy(
         hidden, weight, targets, objective=objective, normalizer=normalizer, return_aux=True, **options
     )
-    if not top1:
-        return loss, aux.entropy, None
     kept = targets != -100
-    _, _, right = looked_at_once_more(hidden[kept], weight, targets[kept], **options)
-    return loss, aux.entropy, right
+    return (
+        loss,
+        aux.entropy,
+        is_top1(hidden[kept], weight, targets[kept], aux.logprob[kept], aux.entropy[kept], **options),
+    )

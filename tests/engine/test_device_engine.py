@@ -13,6 +13,7 @@ from fastsft.engine import place
 from fastsft.engine.device_runner import DeviceRunner
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
+from fastsft.models import device, packed
 from fastsft.models.adapter import save_adapter
 from fastsft.models.heads import DraftHeads, save_heads
 from fastsft.models.lora import LoraConfig, add_lora, lora_layers
@@ -155,6 +156,54 @@ def test_new_weights(one_folder: Path) -> None:
     assert texts(llm, prompts, **GREEDY) == texts(LLM(old, tokenizer(), num_blocks=64), prompts, **GREEDY)
     assert llm.update_weights(new) == 1
     assert texts(llm, prompts, **GREEDY) == texts(LLM(new, tokenizer(), num_blocks=64), prompts, **GREEDY)
+
+
+@pytest.mark.parametrize("make", [device_engine, engine], ids=["device", "packed"])
+def test_weights_that_cannot_be_taken_over_change_nothing(make: Any, one_folder: Path) -> None:
+    prompts, new = prompts_of([20, 33]), init_model(load_model(one_folder).config, seed=6)
+    llm = make(one_folder, quantization="int8")
+    before = texts(llm, prompts, **GREEDY)
+    for wrong in (torch.nan, -torch.inf):
+        with torch.no_grad():
+            new.layers[-1].mlp.down_proj.weight[3, 5] = wrong
+        with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj\.weight: expected finite numbers for int8"):
+            llm.update_weights(new)
+        assert texts(llm, prompts, **GREEDY) == before
+    assert llm.core.stats().weight_version == 0
+
+
+@pytest.mark.parametrize("kind", ["device", "packed"])
+def test_an_update_that_is_cut_short(kind: str, one_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed with weights of two models; the next update makes them one."""
+    make, holder = {"device": (device_engine, device._Holder), "packed": (engine, packed._Packer)}[kind]
+    llm, prompts = make(one_folder), prompts_of([20, 33])
+    before, new = texts(llm, prompts, **GREEDY), init_model(load_model(one_folder).config, seed=6)
+    matrix, made = holder.matrix, []
+
+    def failing(*arguments: Any) -> Any:
+        made.append(arguments)
+        if len(made) == 6:
+            raise torch.OutOfMemoryError("no room")
+        return matrix(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, "matrix", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            llm.update_weights(new)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the last update of the weights was cut short"):
+            llm.generate(as_prompts(prompts), SamplingParams(**GREEDY))
+    llm.update_weights(load_model(one_folder))
+    assert texts(llm, prompts, **GREEDY) == before
+
+
+def test_an_engine_made_without_autograd_takes_new_weights(one_folder: Path) -> None:
+    new = load_model(one_folder)
+    for make in (device_engine, engine):
+        with torch.inference_mode():
+            llm = make(one_folder)
+        llm.update_weights(new)
+        assert texts(llm, prompts_of([9]), **GREEDY) == texts(engine(one_folder), prompts_of([9]), **GREEDY)
 
 
 @pytest.mark.parametrize(

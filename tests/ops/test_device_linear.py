@@ -3,13 +3,25 @@ in test_triton.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_as_good_as_torch
 from samples import randn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastsft.ops.device_linear as device_linear_module
 from fastsft import ops
-from fastsft.ops.device_linear import FORMATS, DeviceWeight, device_linear, device_logits, hold_weight
+from fastsft.ops import _loss_products
+from fastsft.ops.device_linear import (
+    FORMATS,
+    DeviceWeight,
+    device_linear,
+    device_logits,
+    hold_weight,
+    widened_product,
+)
 
 CPU = torch.device("cpu")
 
@@ -49,6 +61,57 @@ def test_products(dtype: torch.dtype, format: str, rows: int) -> None:
     logits = torch.empty(rows, 65)
     device_logits(x, held, logits)
     assert_as_good_as_torch([logits], [rounded[0].float()], [exact])
+
+
+class Sizes(TorchDispatchMode):
+    """The greatest tensor that an op makes, in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("rows", "n"), [(70, 1300), (300, 700)], ids=["wide weight", "many rows"])
+def test_widening_takes_the_memory_of_a_tile(rows: int, n: int, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has the numbers of one product."""
+    w, x, bias = randn(n, 96), randn(rows, 96, seed=1), randn(n, seed=2)
+    whole, expected = hold_weight([w[:5], w[5:]], format, CPU), torch.empty(rows, n)
+    widened_product(x, whole.data, whole.scales, whole.group, bias, expected)
+    monkeypatch.setattr(device_linear_module, "_TILE", max(rows, 96) * 256)
+    out, held = torch.empty(rows, n), hold_weight([randn(n, 96, seed=3)], format, CPU)
+    with Sizes() as sizes:
+        hold_weight([w[:5], w[5:]], format, CPU, out=held)
+        widened_product(x, held.data, held.scales, held.group, bias, out)
+    assert sizes.largest <= max(rows, 96) * 256
+    assert torch.equal(held.data, whole.data)
+    assert torch.equal(held.scales, whole.scales)
+    torch.testing.assert_close(out, expected)
+
+
+class OnDevice(torch.Tensor):
+    """Takes the ways of a GPU, on the CPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_logits_are_not_rounded_where_torch_rounds_products(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch before 2.8 on a GPU."""
+    for module in (device_linear_module, _loss_products):
+        monkeypatch.setattr(module, "HAS_WIDE_RESULTS", False)
+    held, x = hold_weight([randn(300, 96)], format, CPU), randn(100, 96, seed=1, dtype=torch.bfloat16)
+    w = held.widened(torch.bfloat16).double() * (held.scales.double()[:, None] if format == "int8" else 1)
+    logits, exact = torch.empty(100, 300), x.double() @ w.T
+    monkeypatch.setattr(device_linear_module, "_TILE", 96 * 256)
+    device_logits(x.as_subclass(OnDevice), held, logits)
+    assert (logits - exact).norm() < 0.01 * (exact.bfloat16() - exact).norm()
 
 
 @pytest.mark.parametrize("format", FORMATS)

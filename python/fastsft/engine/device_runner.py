@@ -54,6 +54,7 @@ class DeviceRunner:
     def forward(self, inputs: Inputs, rows_R: torch.Tensor, hidden_RD: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, valid until the
         next call, and into ``hidden_RD`` what the head made them from."""
+        self.model.check_whole()
         count = len(inputs.ids_T)
         rows_R, whole = rows_R.to(self.model.device), torch.equal(rows_R, torch.arange(count))
         few = count <= self._decode.max_rows and int(inputs.cu_seqlens.diff().max()) <= _FEW_TOKENS

@@ -52,6 +52,7 @@ class PackedRunner:
     def forward(self, inputs: Inputs, rows_R: torch.Tensor, hidden_RD: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, and into
         ``hidden_RD`` what the head made them from."""
+        self.model.check_whole()
         return self.model.step(
             inputs.ids_T, self._cache, inputs.block_table, inputs.cu_seqlens, inputs.context_lens_B, rows_R,
             kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters, hidden=hidden_RD,

@@ -18,7 +18,7 @@ from fastsft import ops
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.rope import RotaryTable
-from fastsft.models.stacked import Stacker, Tensors, check_sizes
+from fastsft.models.stacked import Replaceable, Stacker, Tensors, Trial, check_sizes
 from fastsft.models.stacked_adapter import stack_adapter
 from fastsft.ops._attention_inputs import HEAD_DIMS
 from fastsft.ops.activation import swiglu_halves
@@ -53,7 +53,7 @@ Span = tuple[int, int, DeviceAdapter]
 """Rows [begin, end) of a step that go through an adapter."""
 
 
-class DeviceDecoder:
+class DeviceDecoder(Replaceable):
     """Build it with :func:`place_decoder`. Tensors keep their addresses for life: graphs of the step stay valid."""
 
     def __init__(
@@ -126,19 +126,28 @@ class DeviceDecoder:
         device_logits(hidden_RD, self.head, out)
         return out
 
+    @torch.inference_mode()
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
-        """Take over another state of the same model, into the same memory.
+        """Take over another state of the same model, into the same memory: at most a tile of a matrix is there twice.
+
+        What cannot be taken over is found in a first pass, which changes nothing. An error that comes in the second one
+        all the same (no memory, an interruption) leaves :attr:`whole` False.
 
         Args:
             model: a decoder on any device, or a Hugging Face folder.
 
         Raises:
-            ValueError: sizes that differ from this model's, before anything is changed.
+            ValueError: sizes that differ from this model's, a NaN or infinity to be quantised.
         """
         with ExitStack() as stack:
             tensors = Tensors(model, stack)
             check_sizes("update", self.config, tensors.config)
+            Trial(tensors, self.format).all(self.format)
+            self.whole = False
             _Holder(tensors, self.format, self.group, self.device).all(self)
+            if self.embedding.is_cuda:  # errors come here, and other streams see the new weights
+                torch.cuda.synchronize(self.device)
+        self.whole = True
 
     def _additions(self, spans: Sequence[Span]) -> list[list[tuple[int, int, AdapterLayer[DeviceWeight]]]]:
         """Of each layer."""
@@ -235,8 +244,12 @@ class _Holder(Stacker[DeviceWeight]):
         return hold_weight([self.tensors.read(name) for name in names], format, self.device, group=self.group, out=old)
 
     def vector(self, names: list[str], old: Tensor | None) -> Tensor:
-        new = torch.cat([self.tensors.read(name).to(self.device, self.dtype) for name in names])
-        return new if old is None else old.copy_(new)
+        parts = [self.tensors.read(name) for name in names]
+        size = sum(len(part) for part in parts)
+        out = torch.empty(size, *parts[0].shape[1:], dtype=self.dtype, device=self.device) if old is None else old
+        for part, place in zip(parts, out.split_with_sizes([len(part) for part in parts]), strict=True):
+            place.copy_(part)
+        return out
 
 
 def _product(

@@ -12,12 +12,12 @@ from torch import Tensor
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.rope import RotaryTable
-from fastsft.models.stacked import Stacker, Tensors, check_sizes
+from fastsft.models.stacked import Replaceable, Stacker, Tensors, Trial, check_sizes
 from fastsft.ops.decoder import DecoderAdapter, DecoderWeights, decoder_step
 from fastsft.ops.matvec import FORMATS, PackedWeight, pack_weight
 
 
-class PackedDecoder:
+class PackedDecoder(Replaceable):
     """Weights in the order the kernels read them, and the step over a cache. Build it with :func:`pack_decoder`."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, format: str, head_format: str, group: int) -> None:
@@ -70,19 +70,26 @@ class PackedDecoder:
             kv_format=kv_format, block_size=block_size, adapters=adapters, hidden=hidden,
         )  # fmt: skip
 
+    @torch.inference_mode()
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Take over another state of the same model, into the same memory.
+
+        What cannot be taken over is found in a first pass, which changes nothing. An error that comes in the second one
+        all the same (no memory, an interruption) leaves :attr:`whole` False.
 
         Args:
             model: a decoder, or a Hugging Face folder.
 
         Raises:
-            ValueError: sizes that differ from this model's, before anything is changed.
+            ValueError: sizes that differ from this model's, a NaN or infinity to be quantised.
         """
         with ExitStack() as stack:
             tensors = Tensors(model, stack)
             check_sizes("update", self.config, tensors.config)
+            Trial(tensors, self.format).all(self.head_format)
+            self.whole = False
             _Packer(tensors, self.format, self.group).all(self.head_format, self.weights)
+        self.whole = True
 
 
 def pack_decoder(

@@ -58,6 +58,21 @@ class Tensors:
         self.read = lambda name: stored[places[id(parameters[name])]].read()
 
 
+class Replaceable:
+    """A model whose weights are written over while it is used.
+
+    Attributes:
+        whole: False where that was cut short: the weights are partly old, partly new.
+    """
+
+    whole = True
+
+    def check_whole(self) -> None:
+        """Raise a RuntimeError for weights that are no model's."""
+        if not self.whole:
+            raise RuntimeError("the last update of the weights was cut short, and they are partly new: update again")
+
+
 class Stacker(ABC, Generic[Weight]):
     """Makes every weight of a step from a model's tensors, into the memory of old ones where there are any."""
 
@@ -104,3 +119,23 @@ class Stacker(ABC, Generic[Weight]):
             down_bias=vector("down_bias", "mlp.down_proj.bias") if config.mlp_bias else None,
             window_left=-1 if window is None else window[0],
         )
+
+
+class Trial(Stacker[None]):
+    """Reads all that an update reads and writes nothing: what is wrong with it is told before anything is changed."""
+
+    def all(self, head_format: str) -> None:
+        """Raises a ValueError for a NaN or infinity that is to be quantised."""
+        self.vector(["embed_tokens.weight", "norm.weight"], None)
+        for i in range(self.config.num_hidden_layers):
+            self.layer(i, None)
+        self.head(head_format, None)
+
+    def matrix(self, names: list[str], format: str, old: None) -> None:
+        for name in names:
+            tensor = self.tensors.read(name)
+            if format not in ("float32", "bfloat16") and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+                raise ValueError(f"update: model: {name}: expected finite numbers for {format}, got others")
+
+    def vector(self, names: list[str], old: Tensor | None) -> Tensor:
+        return [self.tensors.read(name) for name in names][-1]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastsft.ops._library import on_device, triton_or
-from fastsft.ops._loss_products import multiply_cuda
+from fastsft.ops._loss_products import HAS_WIDE_RESULTS, multiply_cuda
 from fastsft.ops._registry import Implementation, record
 from fastsft.ops.gemm import linear
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
-_FEW_ROWS = 64  # more are no longer bound by the weight's bytes: the weight is widened once, for cuBLAS
+_FEW_ROWS = 64  # more are no longer bound by the weight's bytes: the weight is widened, for cuBLAS
+_TILE = 1 << 25  # numbers that are widened, or summed, at a time: 64 MiB in 16 bits, 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ class DeviceWeight:
         """What a product reads."""
         return self.data.nbytes + self.scales.nbytes
 
-    def widened(self, dtype: torch.dtype) -> Tensor:
-        """[N, K] of a type: the numbers of int8 without their scales, which belong to the result; otherwise the weight
-        that this stands for, rounded."""
+    def widened(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """[N, K] of a type, or some rows of it: the numbers of int8 without their scales, which belong to the result;
+        otherwise the weight that this stands for, rounded."""
+        data = self.data[rows]
         if self.format != "int4":
-            return self.data.to(dtype)
-        pairs = self.data.view(len(self.data), -1, self.group // 2)
-        numbers = torch.cat([pairs & 15, pairs >> 4], 2).float() - 8
-        return (numbers * self.scales.float()[:, :, None]).to(dtype).flatten(1)[:, : self.shape[1]]
+            return data.to(dtype)
+        pairs = data.view(len(data), -1, self.group // 2)
+        numbers = torch.cat([pairs & 15, pairs >> 4], 2).to(dtype).sub_(8)
+        return numbers.mul_(self.scales[rows].to(dtype)[:, :, None]).flatten(1)[:, : self.shape[1]]
 
 
 def hold_weight(
@@ -86,11 +88,13 @@ def hold_weight(
         if format in ("float32", "bfloat16"):
             out.data[rows].copy_(part)
         else:
-            wide = part.to(device).float()
-            data, scales = _int8(wide) if format == "int8" else _int4(wide, group)
-            if not bool(scales.isfinite().all()):
-                raise ValueError(f"hold_weight: weight: expected finite numbers for {format}, got others")
-            out.data[rows], out.scales[rows] = data, scales
+            into = out.data[rows], out.scales[rows]
+            for tile in _tiles(len(part), k):
+                wide = part[tile].to(device).float()
+                data, scales = _int8(wide) if format == "int8" else _int4(wide, group)
+                if not bool(scales.isfinite().all()):
+                    raise ValueError(f"hold_weight: weight: expected finite numbers for {format}, got others")
+                into[0][tile], into[1][tile] = data, scales
         begin = rows.stop
     return out
 
@@ -145,24 +149,42 @@ def _quantised(x: Tensor, weight: DeviceWeight, bias: Tensor | None, out: Tensor
 
 
 def widened_product(x: Tensor, data: Tensor, scales: Tensor, group: int, bias: Tensor | None, out: Tensor) -> None:
-    """``out`` becomes ``x @ weight.T + bias`` by one product of floats, for many rows; ``group`` 0: int8."""
+    """``out`` becomes ``x @ weight.T + bias`` by products of floats, for many rows; ``group`` 0: int8.
+
+    The weight is widened in tiles: with x [M, K] in 16 bits, M and K up to 131,072, that takes at most 192 MiB.
+    """
     format = "int4" if group else "int8"
     weight = DeviceWeight(format, (len(data), x.shape[1]), group, data, scales)
-    sums = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    _multiply(x, weight.widened(x.dtype), sums)
-    if not group:
-        sums *= scales
+    for tile in _tiles(len(data), max(x.shape)):
+        _widened_tile(x, weight, tile, bias, out)
+
+
+def _widened_tile(x: Tensor, weight: DeviceWeight, tile: slice, bias: Tensor | None, out: Tensor) -> None:
+    widened = weight.widened(x.dtype, tile)
+    sums = torch.empty(len(x), len(widened), dtype=torch.float32, device=out.device)
+    _multiply(x, widened, sums)
+    if not weight.group:
+        sums *= weight.scales[tile]
     if bias is not None:
-        sums += bias
-    out.copy_(sums)
+        sums += bias[tile]
+    out[:, tile].copy_(sums)
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out`` float32 = ``x @ weight.T``."""
-    if x.is_cuda:
+    if x.is_cuda and (x.dtype == torch.float32 or HAS_WIDE_RESULTS):
         multiply_cuda(x, weight.t(), out)
-    else:
-        out.copy_(linear(x.float(), weight.float()))
+        return
+    wide = x.float()  # cuBLAS through torch before 2.8 rounds results to the type of x
+    for tile in _tiles(len(weight), max(x.shape)):
+        out[:, tile].copy_(linear(wide, weight[tile].float()))
+
+
+def _tiles(count: int, each: int) -> Iterator[slice]:
+    """Rows [begin, end) of ``count`` with ``each`` numbers: as even as multiples of 256 are, each of about a tile."""
+    number = -(-count * each // _TILE) or 1
+    step = max(256, -(-count // number // 256) * 256)
+    return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
 
 
 _product = triton_or(widened_product, "device_linear", "product")

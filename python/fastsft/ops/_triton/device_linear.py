@@ -22,7 +22,7 @@ _PROGRAMS = 528  # four on each of 132 multiprocessors; fixed, as the order of a
 # bytes; x, 2 M K bytes, once from memory and for the other tiles of N from the L2 cache; 4 M N bytes of sums a part,
 # written and read in the L2 cache. Arithmetic: 2 M flops a byte of the weight on matrix instructions, which pad M to
 # 16: 32 to 128 flops a byte, an eighth to two fifths of what an H200 can do meanwhile. Memory-bound.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int8(
     x, data, sums, rows, width, depth, part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -45,7 +45,7 @@ def _int8(
 # As _int8 with half the bytes: N K / 2 of numbers and 2 N K / GROUP of scales, 0.5625 bytes a weight in groups of 32;
 # hence twice its flops a byte. A byte has two numbers of one group, half a group apart: x comes in two tiles. Widening
 # is 5 operations a weight: at 4.8 TB/s and 132 multiprocessors, 43 of the 128 lanes' slots a cycle.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int4(
     x, data, scales, sums, rows, width, depth, groups, part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,

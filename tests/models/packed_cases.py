@@ -126,6 +126,21 @@ class Session:
         )
         return {name: out[a:b] for name, (a, b) in zip(work, itertools.pairwise(bounds), strict=True)}
 
+    def assert_rows(self, texts: list[list[int]], alone: list[Tensor]) -> None:
+        """Each row as in ``alone``, in new sequences side by side: prompts beside single tokens and drafts."""
+        at = [0] * len(texts)
+        for round_ in itertools.count():
+            work = {}
+            for i, tokens in enumerate(texts):
+                size = (1, 4, 16, 1)[(i + round_) % 4]
+                if at[i] < len(tokens):
+                    work[i] = tokens[at[i] : at[i] + size]
+            if not work:
+                return
+            for i, rows in self.step(work).items():
+                assert torch.equal(rows, alone[i][at[i] : at[i] + len(rows)]), (i, at[i])
+                at[i] += len(rows)
+
     def run(self, tokens: list[int], *sizes: int, adapter: DecoderAdapter | None = None) -> Tensor:
         """All logits [T, V] of a new sequence computed in pieces of these sizes, the last one repeated."""
         name, parts, begin = object(), [], 0

@@ -88,21 +88,7 @@ def test_a_row_has_the_same_bits_in_any_batch(format: str, threads: None) -> Non
     alone = [Session(packed).run(tokens) for tokens in texts]
     for count in (1, 2):
         _C.set_num_threads(count)
-        together = Session(packed)
-        # A prompt is in the step beside single tokens and drafts of others.
-        at = [0] * len(texts)
-        for round_ in range(61):
-            work = {}
-            for i, tokens in enumerate(texts):
-                size = (1, 4, 16, 1)[(i + round_) % 4]
-                if at[i] < len(tokens):
-                    work[i] = tokens[at[i] : at[i] + size]
-            if not work:
-                break
-            for i, rows in together.step(work).items():
-                assert torch.equal(rows, alone[i][at[i] : at[i] + len(rows)]), (i, at[i])
-                at[i] += len(rows)
-        assert at == [len(t) for t in texts]
+        Session(packed).assert_rows(texts, alone)
 
 
 def test_more_rows_than_a_chunk() -> None:

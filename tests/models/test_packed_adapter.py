@@ -77,19 +77,7 @@ def test_a_row_has_the_bits_that_it_has_alone(format: str) -> None:
     assert torch.equal(alone[1], Session(packed).run(texts[1]))
     together = Session(packed)
     together.adapters = {i: adapter for i, adapter in enumerate(choice) if adapter}
-    at = [0] * len(texts)
-    for round_ in range(61):
-        work = {}
-        for i, tokens in enumerate(texts):
-            size = (1, 4, 16, 1)[(i + round_) % 4]
-            if at[i] < len(tokens):
-                work[i] = tokens[at[i] : at[i] + size]
-        if not work:
-            break
-        for i, rows in together.step(work).items():
-            assert torch.equal(rows, alone[i][at[i] : at[i] + len(rows)]), (i, at[i])
-            at[i] += len(rows)
-    assert at == [len(t) for t in texts]
+    together.assert_rows(texts, alone)
 
 
 def test_more_rows_than_a_chunk() -> None:

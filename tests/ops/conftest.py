@@ -1,4 +1,4 @@
-"""Settings of the native code that a test may change and that go back afterwards."""
+"""Settings of the native code: what a test makes of them goes back after it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import pytest
 from fastsft import _C
 
 
+@pytest.fixture(autouse=True)
+def native_settings() -> Iterator[None]:
+    isa, threads = _C.active_isa(), _C.num_threads()
+    yield
+    _C.set_isa(isa)
+    _C.set_num_threads(threads)
+
+
 @pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest) -> str:
     """Each instruction set of this CPU in turn."""
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    name: str = request.param
+    _C.set_isa(name)
+    return name
 
 
 @pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
+def threads() -> Callable[[int], None]:
     """Sets the number of threads."""
-    before = _C.num_threads()
-    yield _C.set_num_threads
-    _C.set_num_threads(before)
+    return _C.set_num_threads

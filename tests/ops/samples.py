@@ -36,3 +36,15 @@ def family_texts(seed: int, families: int = 12, copies: int = 5, length: int = 6
         texts.append(" ".join(base) + " é 日本 " + base[0])
     rng.shuffle(texts)
     return texts
+
+
+def mutants(count: int, seed: int) -> list[tuple[str, str]]:
+    """Pairs of texts of assorted similarity: words replaced at a rate that varies from pair to pair."""
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        words = [f"w{rng.randrange(5000)}" for _ in range(rng.randrange(40, 200))]
+        rate = rng.random() * 0.15
+        other = [f"w{rng.randrange(5000)}" if rng.random() < rate else w for w in words]
+        pairs.append((" ".join(words), "\n".join(other)))
+    return pairs

@@ -75,7 +75,6 @@ def test_equal_reference_on_any_text(texts: list[str], ngram: int, threshold: fl
 
 def test_same_pairs_on_every_isa_thread_count_and_order() -> None:
     texts = family_texts(5, families=40)
-    isa, threads = _C.active_isa(), _C.num_threads()
     pairs, similarity = ops.similar_pairs(texts, threshold=0.5, ngram=2)
     expected = {(i, j): s for (i, j), s in zip(map(tuple, pairs.tolist()), similarity.tolist(), strict=True)}
     clusters = ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs")
@@ -83,21 +82,17 @@ def test_same_pairs_on_every_isa_thread_count_and_order() -> None:
     expected_stars = {frozenset(np.flatnonzero(stars == label).tolist()) for label in stars}
     assert not np.array_equal(stars, clusters)
     rng = random.Random(1)
-    try:
-        for name, count in itertools.product(_C.available_isas(), (1, 2, 4)):
-            _C.set_isa(name)
-            _C.set_num_threads(count)
-            order = rng.sample(range(len(texts)), len(texts))
-            mixed = [texts[i] for i in order]
-            got, values = ops.similar_pairs(mixed, threshold=0.5, ngram=2)
-            original = [tuple(sorted((order[i], order[j]))) for i, j in got.tolist()]
-            assert dict(zip(original, values.tolist(), strict=True)) == expected
-            assert np.array_equal(ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs"), clusters)
-            stars = ops.near_duplicates(mixed, threshold=0.5, ngram=2, mode="all_pairs", max_cluster=2)
-            assert {frozenset(order[i] for i in np.flatnonzero(stars == label)) for label in stars} == expected_stars
-    finally:
-        _C.set_isa(isa)
-        _C.set_num_threads(threads)
+    for name, count in itertools.product(_C.available_isas(), (1, 2, 4)):
+        _C.set_isa(name)
+        _C.set_num_threads(count)
+        order = rng.sample(range(len(texts)), len(texts))
+        mixed = [texts[i] for i in order]
+        got, values = ops.similar_pairs(mixed, threshold=0.5, ngram=2)
+        original = [tuple(sorted((order[i], order[j]))) for i, j in got.tolist()]
+        assert dict(zip(original, values.tolist(), strict=True)) == expected
+        assert np.array_equal(ops.near_duplicates(texts, threshold=0.5, ngram=2, mode="all_pairs"), clusters)
+        stars = ops.near_duplicates(mixed, threshold=0.5, ngram=2, mode="all_pairs", max_cluster=2)
+        assert {frozenset(order[i] for i in np.flatnonzero(stars == label)) for label in stars} == expected_stars
 
 
 def test_clusters_with_bands_are_a_refinement() -> None:
@@ -130,14 +125,10 @@ def test_clusters_of_many_similar_texts(changes: int, threads: int) -> None:
         for _ in range(rng.randrange(changes)):
             words[rng.randrange(60)] = f"u{rng.randrange(40)}"
         texts.append(" ".join(words))
-    kept = _C.num_threads()
-    try:
-        _C.set_num_threads(threads)
-        for threshold in (0.4, 0.8):
-            options: dict[str, Any] = {"threshold": threshold, "ngram": 1}
-            assert ops.near_duplicates(texts, mode="all_pairs", **options).tolist() == components(texts, **options)
-    finally:
-        _C.set_num_threads(kept)
+    _C.set_num_threads(threads)
+    for threshold in (0.4, 0.8):
+        options: dict[str, Any] = {"threshold": threshold, "ngram": 1}
+        assert ops.near_duplicates(texts, mode="all_pairs", **options).tolist() == components(texts, **options)
 
 
 def test_clusters_take_less_than_every_pair() -> None:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from fastsft import _C, ops
 from fastsft.ops import reference
-
-
-@pytest.fixture
-def isa_kept() -> Iterator[None]:
-    isa = _C.active_isa()
-    yield
-    _C.set_isa(isa)
 
 
 def texts() -> list[str]:
@@ -30,7 +22,7 @@ def texts() -> list[str]:
 
 
 @pytest.mark.parametrize("ngram", [1, 5])
-def test_equal_reference(ngram: int, isa_kept: None) -> None:
+def test_equal_reference(ngram: int) -> None:
     expected = reference.minhash_signatures(texts(), num_perm=4, ngram=ngram, unit="char")
     pairs = [pair for i, text in enumerate(texts()) for pair in (text, f" {text}\n")]
     for isa in _C.available_isas():
@@ -40,7 +32,7 @@ def test_equal_reference(ngram: int, isa_kept: None) -> None:
         assert np.array_equal(labels, reference.near_duplicates(pairs, ngram=ngram, unit="char", threshold=1.0))
 
 
-def test_bytes_that_are_not_utf8(isa_kept: None) -> None:
+def test_bytes_that_are_not_utf8() -> None:
     """The same characters on every instruction set, whatever the bytes."""
     data = np.random.default_rng(0).choice(np.array([32, 97, 128, 191, 195, 240, 10], np.uint8), 40_000)
     offsets = np.arange(0, 40_001, 100)

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ def arena(texts: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64
     encoded = [t.encode() for t in texts]
     offsets = np.array([0, *itertools.accumulate(map(len, encoded))], np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), offsets
-
-
-@pytest.fixture
-def settings_kept() -> Iterator[None]:
-    isa, threads = _C.active_isa(), _C.num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("unit", ["word", "char"])
@@ -126,7 +117,7 @@ def permuted(labels: Labels, order: list[int]) -> set[frozenset[int]]:
 
 
 @pytest.mark.parametrize("limit", [None, 3])
-def test_invariant_to_order_threads_and_isa(limit: int | None, settings_kept: None) -> None:
+def test_invariant_to_order_threads_and_isa(limit: int | None) -> None:
     texts = family_texts(3, families=30)
     options: dict[str, Any] = {"threshold": 0.5, "bands": 40, "rows": 3, "ngram": 3, "max_cluster": limit}
     expected = permuted(ops.near_duplicates(texts, **options), list(range(len(texts))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,6 @@ import pytest
 
 from fastsft import _C, ops
 from fastsft.ops import reference
-
-
-@pytest.fixture
-def settings_kept() -> Iterator[None]:
-    isa, threads = _C.active_isa(), _C.num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
 
 
 def with_header(count: int, header: int, tails: range, seed: int, common: int = 0) -> list[str]:
@@ -73,7 +64,7 @@ def test_stars_of_all_pairs_equal_reference(corpus: str) -> None:
         assert np.array_equal(got, reference.near_duplicates(CORPORA[corpus], **options))
 
 
-def test_large_components_are_the_same_on_any_number_of_threads(settings_kept: None) -> None:
+def test_large_components_are_the_same_on_any_number_of_threads() -> None:
     texts = with_header(1500, 60, range(2, 26), 1, common=4)
     texts += [f"{text} more" for text in texts[:100]]
     options: dict[str, Any] = {"ngram": 1, "bands": 16, "rows": 2}

@@ -275,14 +275,10 @@ def test_same_bits_on_every_thread_count_and_torch_in_torch_out() -> None:
         "middle_left": True,
         **LAYOUTS,
     }
-    threads = _C.num_threads()
     results = []
-    try:
-        for count in (1, 3):
-            _C.set_num_threads(count)
-            results.append(ops.fim_rows(tokens, cu, **options))
-    finally:
-        _C.set_num_threads(threads)
+    for count in (1, 3):
+        _C.set_num_threads(count)
+        results.append(ops.fim_rows(tokens, cu, **options))
     as_torch = ops.fim_rows(torch.from_numpy(tokens), torch.from_numpy(cu), **options)
     for one, three, other in zip(*results, as_torch, strict=True):
         assert np.array_equal(one, three)

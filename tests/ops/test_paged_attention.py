@@ -45,97 +45,66 @@ def test_matches_reference(dtype, heads, block_size):
 
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"window": (20, -1)}, {"softcap": 2.0, "scale": 0.3}])
-@pytest.mark.parametrize("isa", _C.available_isas())
 def test_options(options, isa):
     case = paged_case(QUERIES, CONTEXTS, (6, 2), 80)
-    before = _C.active_isa()
-    _C.set_isa(isa)
-    try:
-        ours = paged_attention(*case, **options)
-    finally:
-        _C.set_isa(before)
+    ours = paged_attention(*case, **options)
     exact = reference.paged_attention(*(x.double() for x in case[:3]), *case[3:], **options)
     assert_as_good_as(ours, reference.paged_attention(*case, **options), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (14, 2), (3, 1)], ids=str)
-@pytest.mark.parametrize("isa", _C.available_isas())
 def test_a_row_has_the_same_bits_alone_or_in_any_company(dtype, heads, isa):
-    before = _C.active_isa()
-    _C.set_isa(isa)
-    try:
-        q, k, v, table, cu, contexts = paged_case(QUERIES, CONTEXTS, heads, 64, dtype)
-        together = paged_attention(q, k, v, table, cu, contexts)
-        for b, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
-            for row in {begin, end - 1, (begin + end) // 2} if end > begin else ():
-                context = contexts[b : b + 1] - (end - 1 - row)  # as if this were the newest token
-                alone = paged_attention(q[row : row + 1], k, v, table[b : b + 1], offsets([1]), context)
-                assert torch.equal(alone[0], together[row])
-    finally:
-        _C.set_isa(before)
+    q, k, v, table, cu, contexts = paged_case(QUERIES, CONTEXTS, heads, 64, dtype)
+    together = paged_attention(q, k, v, table, cu, contexts)
+    for b, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
+        for row in {begin, end - 1, (begin + end) // 2} if end > begin else ():
+            context = contexts[b : b + 1] - (end - 1 - row)  # as if this were the newest token
+            alone = paged_attention(q[row : row + 1], k, v, table[b : b + 1], offsets([1]), context)
+            assert torch.equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("isa", _C.available_isas())
 def test_long_contexts_are_shared_out_without_a_trace(dtype, isa):
     """Keys are shared out among threads, heads among items, and neither may show in the bits."""
     queries, contexts = [1, 3, 40, 1, 8], [2100, 1024, 1100, 513, 600]
     q, k, v, table, cu, lens = case = paged_case(queries, contexts, (6, 3), 64, dtype)
     low = reference.paged_attention(*case)
     exact = reference.paged_attention(*(x.double() for x in case[:3]), *case[3:])
-    before, threads = _C.active_isa(), _C.num_threads()
-    _C.set_isa(isa)
-    try:
-        for options in ({}, {"window": (700, -1)}):
-            results = []
-            for count in (1, 3, 64):
-                _C.set_num_threads(count)
-                results.append(paged_attention(*case, **options))
-            assert all(torch.equal(result, results[0]) for result in results)
-            if not options:
-                assert_as_good_as(results[0], low, exact)
-            for b, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
-                for row in {begin, end - 1}:
-                    context = lens[b : b + 1] - (end - 1 - row)
-                    alone = paged_attention(q[row : row + 1], k, v, table[b : b + 1], offsets([1]), context, **options)
-                    assert torch.equal(alone[0], results[0][row])
-    finally:
-        _C.set_isa(before)
-        _C.set_num_threads(threads)
+    for options in ({}, {"window": (700, -1)}):
+        results = []
+        for count in (1, 3, 64):
+            _C.set_num_threads(count)
+            results.append(paged_attention(*case, **options))
+        assert all(torch.equal(result, results[0]) for result in results)
+        if not options:
+            assert_as_good_as(results[0], low, exact)
+        for b, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
+            for row in {begin, end - 1}:
+                context = lens[b : b + 1] - (end - 1 - row)
+                alone = paged_attention(q[row : row + 1], k, v, table[b : b + 1], offsets([1]), context, **options)
+                assert torch.equal(alone[0], results[0][row])
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (70, -1), "softcap": 3.0}], ids=["plain", "window and softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("isa", _C.available_isas())
 def test_decoding_and_verification_have_the_bits_of_prefill(isa, dtype, options):
     """Few queries on many keys go through a kernel of their own; rounding must not tell."""
-    before = _C.active_isa()
-    _C.set_isa(isa)
-    try:
-        for dim, heads in [(32, (7, 1)), (64, (14, 2)), (80, (5, 5)), (96, (6, 3)), (128, (8, 1)), (256, (3, 1))]:
-            contexts = [130, 577]
-            q, k, v, table, cu, lens = paged_case(contexts, contexts, heads, dim, dtype, block_size=24)
-            prefill = paged_attention(q, k, v, table, cu, lens, **options)
-            for count in (1, 3, 8, 16):
-                rows = torch.cat([torch.arange(end - count, end) for end in cu[1:].tolist()])
-                few = paged_attention(q[rows], k, v, table, offsets([count] * 2), lens, **options)
-                assert torch.equal(few, prefill[rows]), (dim, heads, count)
-    finally:
-        _C.set_isa(before)
+    for dim, heads in [(32, (7, 1)), (64, (14, 2)), (80, (5, 5)), (96, (6, 3)), (128, (8, 1)), (256, (3, 1))]:
+        contexts = [130, 577]
+        q, k, v, table, cu, lens = paged_case(contexts, contexts, heads, dim, dtype, block_size=24)
+        prefill = paged_attention(q, k, v, table, cu, lens, **options)
+        for count in (1, 3, 8, 16):
+            rows = torch.cat([torch.arange(end - count, end) for end in cu[1:].tolist()])
+            few = paged_attention(q[rows], k, v, table, offsets([count] * 2), lens, **options)
+            assert torch.equal(few, prefill[rows]), (dim, heads, count)
 
 
-@pytest.mark.parametrize("isa", _C.available_isas())
 def test_an_infinite_value_is_the_last_of_an_odd_number(isa):
     """Where values are multiplied in pairs, the last one's partner counts as zero and not as anything times zero."""
-    before = _C.active_isa()
-    _C.set_isa(isa)
-    try:
-        q, k, v, table, cu, lens = paged_case([1], [77], (7, 1), 64, torch.bfloat16)
-        v[table[0, 76 // 16], 76 % 16] = float("inf")
-        assert (paged_attention(q, k, v, table, cu, lens) == float("inf")).all()
-    finally:
-        _C.set_isa(before)
+    q, k, v, table, cu, lens = paged_case([1], [77], (7, 1), 64, torch.bfloat16)
+    v[table[0, 76 // 16], 76 % 16] = float("inf")
+    assert (paged_attention(q, k, v, table, cu, lens) == float("inf")).all()
 
 
 def test_same_bits_as_varlen_attention():

@@ -160,20 +160,15 @@ def test_same_bits_on_every_isa_and_thread_count() -> None:
     p = parameters(9, temperature=[0.0, 0.5, 1.0, 1.5, 1.0, 1.0, 1.0, 0.7, 1.0], top_k=[0] * 4 + [50, 0, 0, 20, 0])
     p["top_p"] = torch.tensor([1.0] * 5 + [0.9, 1.0, 0.8, 0.99])
     p["min_p"] = torch.tensor([0.0] * 6 + [0.01, 0.02, 0.0])
-    isa, threads = _C.active_isa(), _C.num_threads()
     results = []
-    try:
-        for name in _C.available_isas():
-            for n in (1, 3):
-                _C.set_isa(name)
-                _C.set_num_threads(n)
-                for position in range(20):
-                    p["positions"] = torch.full((9,), position)
-                    ids, logprobs = ops.sample(logits, **p)
-                    results.append((position, tuple(ids.tolist()), tuple(logprobs.tolist())))
-    finally:
-        _C.set_isa(isa)
-        _C.set_num_threads(threads)
+    for name in _C.available_isas():
+        for n in (1, 3):
+            _C.set_isa(name)
+            _C.set_num_threads(n)
+            for position in range(20):
+                p["positions"] = torch.full((9,), position)
+                ids, logprobs = ops.sample(logits, **p)
+                results.append((position, tuple(ids.tolist()), tuple(logprobs.tolist())))
     assert len(set(results)) == 20
 
 

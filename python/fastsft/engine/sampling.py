@@ -109,13 +109,21 @@ def _sample(
 ) -> tuple[list[int], list[float]]:
     each = [s for s, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
     places = [s.generated + j for s, draft in zip(sequences, drafts, strict=True) for j in range(len(draft) + 1)]
+    return draw_rows(logits_RV, each, places)
+
+
+def draw_rows(
+    logits_RV: torch.Tensor, sequences: Ordered[Sequence], places: Ordered[int]
+) -> tuple[list[int], list[float]]:
+    """A token for each row, with its sequence's parameters and the noise of its place among the generated tokens, and
+    its log-probability."""
     ids, logprobs = ops.sample(
         logits_RV,
-        temperature=torch.tensor([s.params.temperature for s in each], dtype=torch.float32),
-        top_k=torch.tensor([s.params.top_k for s in each], dtype=torch.int32),
-        top_p=torch.tensor([s.params.top_p for s in each], dtype=torch.float32),
-        min_p=torch.tensor([s.params.min_p for s in each], dtype=torch.float32),
-        seeds=torch.tensor([s.seed for s in each], dtype=torch.int64),
+        temperature=torch.tensor([s.params.temperature for s in sequences], dtype=torch.float32),
+        top_k=torch.tensor([s.params.top_k for s in sequences], dtype=torch.int32),
+        top_p=torch.tensor([s.params.top_p for s in sequences], dtype=torch.float32),
+        min_p=torch.tensor([s.params.min_p for s in sequences], dtype=torch.float32),
+        seeds=torch.tensor([s.seed for s in sequences], dtype=torch.int64),
         positions=torch.tensor(places, dtype=torch.int64),
     )
     return ids.tolist(), logprobs.tolist()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import SHAPE, VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 
+from fastsft.data.batch import Sample, collate
 from fastsft.engine import place
 from fastsft.engine.device_runner import DeviceRunner
 from fastsft.engine.llm import LLM
@@ -204,6 +206,25 @@ def test_an_engine_made_without_autograd_takes_new_weights(one_folder: Path) -> 
             llm = make(one_folder)
         llm.update_weights(new)
         assert texts(llm, prompts_of([9]), **GREEDY) == texts(engine(one_folder), prompts_of([9]), **GREEDY)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int4"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_log_probs_are_its_scores(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = load_model(write_model(tmp_path / family, family))
+    llm = device_engine(model, tokenizer=tokenizer(), **options)
+    ids = prompts_of([20, 33])
+    batch = collate([Sample(np.array(i, np.int32), np.ones(len(i), np.float32)) for i in ids])
+    found = llm.log_probs(model, batch)
+    assert found.requires_grad
+    assert torch.equal(found[batch.targets != -100], torch.tensor([x for s in llm.score(as_prompts(ids)) for x in s]))
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 0.5
+        with pytest.raises(ValueError, match="log_probs: model: expected the weights of the engine"):
+            llm.log_probs(model, batch)
+        llm.update_weights(model)
+        assert llm.log_probs(model, batch).shape == found.shape, name
 
 
 @pytest.mark.parametrize(

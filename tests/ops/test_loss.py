@@ -10,7 +10,7 @@ from accuracy import assert_as_good_as_torch
 from loss_cases import SHAPES, Case, assert_rounded_once, check, ours, plain, record_gradients
 
 from fastsft import _C, ops
-from fastsft.ops import _loss_inputs, _loss_plan, _loss_products, _loss_tiles, reference
+from fastsft.ops import _loss_inputs, _loss_plan, _loss_products, _loss_tiles, loss, reference
 
 OPTIONS: list[dict[str, Any]] = [
     {"softcap": 4.0},
@@ -65,6 +65,32 @@ def test_logprobs_and_entropy(softcap: float) -> None:
         results.append([logprob.detach().double(), entropy.detach().double(), *[x.grad.double() for x in leaves]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_log_probabilities_have_the_gradients_of_computed_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(31, 24, 257, dtype)
+    upstream, values = torch.randn(2, 31, generator=torch.Generator().manual_seed(1))
+    results = []
+    for given in (None, values.requires_grad_()):
+        leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+        with monkeypatch.context() as patch:
+            if given is not None:
+                patch.setattr(loss, "_op", None)  # nothing is computed forward
+            found = ops.linear_logprobs(*leaves[:2], case.targets, bias=leaves[2], softcap=2.0, values=given)
+        (found * upstream).sum().backward()
+        results.append([x.grad for x in leaves])
+    assert torch.equal(found, torch.where(case.targets == -100, 0.0, values))
+    assert values.grad is None
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    inputs = (case.hidden, case.weight, case.targets)
+    with pytest.raises(ValueError, match=r"linear_logprobs: values: expected float32 \[31\], got torch.float32 \[30\]"):
+        ops.linear_logprobs(*inputs, values=values[1:])
+    with pytest.raises(ValueError, match="linear_logprobs: values: expected None beside return_entropy, got"):
+        ops.linear_logprobs(*inputs, values=values, return_entropy=True)
 
 
 def test_all_weights_zero() -> None:

@@ -40,7 +40,8 @@ PARAMETERS = {
     "linear_cross_entropy": "hidden weight targets token_weights * objective objective_args ref_logprobs cu_seqlens "
     "bias ignore_index reduction normalizer softcap temperature label_smoothing z_loss return_aux "
     "reference accumulate_into lean max_kept",
-    "linear_logprobs": "hidden weight targets * bias ignore_index softcap return_entropy temperature lean max_kept",
+    "linear_logprobs": "hidden weight targets * bias ignore_index softcap return_entropy temperature lean max_kept "
+    "values",
     "fim_permute": "tokens cu_seqlens * sentinels seed rate spm_rate spans max_len",
     "minhash_signatures": "texts * num_perm ngram unit seed",
     "lsh_clusters": "signatures * threshold bands rows",

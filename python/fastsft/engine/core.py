@@ -274,6 +274,10 @@ class EngineCore:
         """
         return self._weights.update(model)
 
+    def check_weights(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless the weights are those that the model has now."""
+        self._runner.check_has(what, model)
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that a request may give."""

@@ -88,6 +88,10 @@ class DeviceRunner:
         """
         self.model.update(model)
 
+    def check_has(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""
+        self.model.check_has(what, model)
+
 
 def spans_of(inputs: Inputs) -> list[Span]:
     """Neighbours with the same adapter go through it together."""

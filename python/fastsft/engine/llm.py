@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from fastsft.engine.assemble import Assembly
 from fastsft.engine.load import load_core
+from fastsft.engine.log_probs import PackedBatch, log_probs
 from fastsft.engine.options import EngineOptions
 from fastsft.engine.prompts import encode_chat, encode_infill, encode_prompt, ending_with
 from fastsft.engine.request import PromptError, Request, RequestError, RequestOutput, SamplingParams, Update
@@ -152,6 +155,24 @@ class LLM:
             each = [*(output.prompt_logprobs or ())[1:], *(output.outputs[0].logprobs or ())]
             scored.append([shown[i] for i, shown in zip(ids[1:], each, strict=False) if shown])
         return scored
+
+    def log_probs(self, model: Decoder, batch: PackedBatch) -> Tensor:
+        """Log-probabilities of a packed batch's targets: their values are the engine's, to the bit those that drawing
+        the tokens reports, and their gradients those of the kernels that train the model.
+
+        Args:
+            model: the decoder in training, whose weights of now the engine has: see :meth:`update_weights`.
+            batch: each target is the token after its own in the same document, or -100.
+
+        Returns:
+            float32 [T], 0 at targets of -100; differentiable, unless autograd is off.
+
+        Raises:
+            PromptError: a document does not fit the cache or the model's context.
+            ValueError: the engine's weights are not the model's, or another batch.
+        """
+        self.core.check_weights("log_probs", model)
+        return log_probs(self.score, model, batch)
 
     def update_weights(self, model: Decoder) -> int:
         """Go on with the weights of another decoder, or with those that this one has now; nothing is loaded.

@@ -72,3 +72,7 @@ class PackedRunner:
             ValueError: another architecture or device.
         """
         self.model.update(model)
+
+    def check_has(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""
+        self.model.check_has(what, model)

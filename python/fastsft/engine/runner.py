@@ -97,3 +97,6 @@ class Runner(Protocol):
         Raises:
             ValueError: another architecture.
         """
+
+    def check_has(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""

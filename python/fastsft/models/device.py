@@ -149,6 +149,13 @@ class DeviceDecoder(Replaceable):
                 torch.cuda.synchronize(self.device)
         self.whole = True
 
+    def check_has(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""
+        with ExitStack() as stack:
+            tensors = Tensors(model, stack)
+            check_sizes(what, self.config, tensors.config)
+            _Holder(tensors, self.format, self.group, self.device).check_made(what, self, self.format)
+
     def _additions(self, spans: Sequence[Span]) -> list[list[tuple[int, int, AdapterLayer[DeviceWeight]]]]:
         """Of each layer."""
         return [[(b, e, adapter.layers[i]) for b, e, adapter in spans] for i in range(len(self.layers))]

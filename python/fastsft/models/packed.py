@@ -91,6 +91,13 @@ class PackedDecoder(Replaceable):
             _Packer(tensors, self.format, self.group).all(self.head_format, self.weights)
         self.whole = True
 
+    def check_has(self, what: str, model: Decoder) -> None:
+        """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""
+        with ExitStack() as stack:
+            tensors = Tensors(model, stack)
+            check_sizes(what, self.config, tensors.config)
+            _Packer(tensors, self.format, self.group).check_made(what, self.weights, self.head_format)
+
 
 def pack_decoder(
     model: Decoder | str | os.PathLike[str],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +74,15 @@ class Replaceable:
             raise RuntimeError("the last update of the weights was cut short, and they are partly new: update again")
 
 
+class Held(Protocol[Weight]):
+    """What a step's weights have in common."""
+
+    embedding: Tensor
+    layers: tuple[DecoderLayer[Weight], ...]
+    norm: Tensor
+    head: Weight
+
+
 class Stacker(ABC, Generic[Weight]):
     """Makes every weight of a step from a model's tensors, into the memory of old ones where there are any."""
 
@@ -90,6 +100,27 @@ class Stacker(ABC, Generic[Weight]):
     def head(self, format: str, old: Weight | None) -> Weight:
         tied = self.config.tie_word_embeddings
         return self.matrix(["embed_tokens.weight" if tied else "lm_head.weight"], format, old)
+
+    @torch.inference_mode()
+    def check_made(self, what: str, held: Held[Weight], head_format: str) -> None:
+        """Raise a ValueError if ``held`` is not what would be made of the tensors now. Takes the memory of one layer,
+        or of the head."""
+        if not all(self._compared(held, head_format)):
+            raise ValueError(
+                f"{what}: model: expected the weights of the engine, got others, or what became of them since "
+                "update_weights(model)"
+            )
+
+    def _compared(self, held: Held[Weight], head_format: str) -> Iterator[bool]:
+        embedding = self.tensors.read("embed_tokens.weight")
+        yield _equal(embedding.to(held.embedding), held.embedding)
+        yield _equal(self.vector(["norm.weight"], None), held.norm)
+        made = None
+        for i, layer in enumerate(held.layers):
+            made = self.layer(i, made)
+            yield _equal(made, layer)
+        if not (self.config.tie_word_embeddings and embedding.dtype == held.embedding.dtype):
+            yield _equal(self.head(head_format, None), held.head)
 
     def layer(self, i: int, old: DecoderLayer[Weight] | None) -> DecoderLayer[Weight]:
         config = self.config
@@ -139,3 +170,13 @@ class Trial(Stacker[None]):
 
     def vector(self, names: list[str], old: Tensor | None) -> Tensor:
         return [self.tensors.read(name) for name in names][-1]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Of tensors, weights and layers, to the bit."""
+    if isinstance(a, Tensor):
+        # many numbers at a time: torch compares bytes one by one
+        return torch.equal(*(t.flatten().view(torch.int64) if t.nbytes % 8 == 0 else t for t in (a, b)))
+    if hasattr(a, "__dataclass_fields__"):
+        return all(_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    return bool(a == b)

@@ -143,6 +143,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     lean: bool = False,
     max_kept: int | None = None,
+    values: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, to build other objectives on.
 
@@ -152,6 +153,9 @@ def linear_logprobs(
         hidden, weight, targets, bias, ignore_index, softcap, temperature, lean, max_kept: as in
             :func:`linear_cross_entropy`.
         return_entropy: also return the entropy of each token's distribution, in nats.
+        values: float32 [T], the log-probabilities as something else has computed them, such as the engine that drew the
+            targets: they are the result, with this op's gradients, and no product is made before the backward pass.
+            Not with ``return_entropy``.
 
     Returns:
         float32 [T], 0 at ignored targets; and the entropies [T].
@@ -164,7 +168,12 @@ def linear_logprobs(
     check_inputs(op, hidden, weight, targets, bias)
     options = checked_options(op, "nll", None, softcap, temperature, 0.0, 0.0, lean, max_kept)
     weights = _weights(op, targets, None, ignore_index)
-    logprob, entropy = _LogProbs.apply(hidden, weight, bias, targets, weights, options)  # type: ignore[no-untyped-call]
+    if values is not None:
+        require(not return_entropy, op, "values", "None beside return_entropy", "log-probabilities")
+        check_per_token(op, "values", values, targets)
+    logprob, entropy = _LogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, weights, values, options
+    )
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -269,9 +278,12 @@ class _PerToken(torch.autograd.Function):
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, weights: Tensor, options: Options
-                ) -> Any:  # fmt: skip
-        _, logprob, entropy, *_ = _op(*Inputs(hidden, weight, bias, targets, weights, weights), *options, 0)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, weights: Tensor,
+                values: Tensor | None, options: Options) -> Any:  # fmt: skip
+        if values is None:
+            _, logprob, entropy, *_ = _op(*Inputs(hidden, weight, bias, targets, weights, weights), *options, 0)
+        else:
+            logprob, entropy = torch.where(weights != 0, values, 0.0), torch.zeros_like(values)
         ctx.save_for_backward(hidden, weight, bias, targets, weights)
         ctx.options = options
         ctx.dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
@@ -283,4 +295,4 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, weights = ctx.saved_tensors
         inputs = Inputs(hidden, weight, bias, targets, weights, -d_logprob.float(), d_entropy.float().contiguous())
         gradients = _finish(ctx, _op(*inputs, *ctx.options, _wanted(ctx))[4:], None)
-        return (*gradients, None, None, None)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))

@@ -8,6 +8,7 @@
 // contraction (CMakeLists.txt): a row's sums must not depend on the pass it is in.
 #include <type_traits>
 
+#include "fastsft/memory.h"
 #include "matvec_line.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
@@ -40,6 +41,7 @@ struct Block {
   int group_shift;      // int4: lines of a group, as a power of two
   bool first;           // of the slab: nothing is in the total yet
   int64_t ahead;        // bytes from a line to the first one to ask for meanwhile
+  bool into_second;     // level of cache
 };
 
 // total[row][panel] += x[row] times kPanels panels, scales of groups included; x holds kWidth rows, of which kRows
@@ -64,7 +66,14 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
     }
     for (int64_t left = smaller(kFold, block.lines - begin); left > 0; --left) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kAsked; ++p) __builtin_prefetch(line + p * kLineBytes + block.ahead);
+      for (int p = 0; p < kAsked; ++p) {
+        const char* const later = line + p * kLineBytes + block.ahead;
+        if (block.into_second) {
+          __builtin_prefetch(later, 0, 2);
+        } else {
+          __builtin_prefetch(later);
+        }
+      }
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 8
@@ -177,7 +186,8 @@ FASTSFT_INLINE void write_out(const PackedLinear& call, const Vec* total, int64_
 // Rows [row, row + kRows) that exist, of slab `slab`; x are their words.
 template <WeightFormat kFormat, bool kPairs, int kRows>
 FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t row, int64_t slab) {
-  constexpr int kMost = kSums / kVecs < 4 ? kSums / kVecs : 4, kPart = kRows < kMost ? kRows : kMost;
+  constexpr int kWanted = kFormat == WeightFormat::kInt8 ? 8 : 4;  // a conversion of int8 serves more rows then
+  constexpr int kMost = kSums / kVecs < kWanted ? kSums / kVecs : kWanted, kPart = kRows < kMost ? kRows : kMost;
   constexpr int kFit = kSums / kVecs / kPart, kPanels = kFit < kSlabPanels ? kFit : kSlabPanels;
   const PackedWeight& w = call.weight;
   const int64_t first = slab * kSlabPanels, panels = smaller(kSlabPanels, panel_count(w.n) - first);
@@ -189,7 +199,10 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
               .scales = nullptr,
               .group_shift = 0,
               .first = true,
-              .ahead = kAhead};
+              .ahead = 0,
+              .into_second = streams_by_itself()};
+  // A CPU that streams by itself does so in a block's first part; while the others read it again nothing would come.
+  const int64_t ahead = !block.into_second ? kAhead : kPart < kRows ? kAhead * 3 / 2 : 0;
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);
@@ -209,7 +222,7 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
       const auto part =
           several ? multiply<kFormat, kPairs, kRows, kPart, kPanels> : multiply<kFormat, kPairs, kRows, kPart, 1>;
       for (int r = 0; r < kRows; r += kPart) {
-        block.ahead = kAhead + (several ? kPanels * r / kRows * kLineBytes : 0);
+        block.ahead = ahead + (several ? kPanels * r / kRows * kLineBytes : 0);
         part(block, x + r, sums + r * kSlabVecs);
       }
       panel += several ? kPanels : 1;

@@ -1,5 +1,10 @@
 #include "fastsft/memory.h"
 
+#include "fastsft/isa.h"
+
+#if defined(FASTSFT_X86)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -24,6 +29,20 @@ void advise_huge_pages(void* data, int64_t bytes) {
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
+#endif
+}
+
+bool streams_by_itself() {
+#if defined(FASTSFT_X86)
+  static const bool zen4 = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx) return false;
+    __get_cpuid(1, &a, &b, &c, &d);
+    return (a >> 8 & 15) + (a >> 20 & 255) == 0x19 && available_isas().back() >= Isa::kAvx512;  // Zen 3 has no AVX-512
+  }();
+  return zen4;
 #else
   return false;
 #endif

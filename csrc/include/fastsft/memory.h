@@ -13,4 +13,8 @@ void advise_huge_pages(void* data, int64_t bytes);
 // loop finds the pages of the one before. For whole programs, not for libraries. False where there is no such setting.
 bool keep_freed_memory();
 
+// Whether this CPU reads a stream from memory fastest when left alone, prefetches into the first-level cache taking
+// from the requests that may be open at a time: Zen 4, where those of a product with a few rows halved its rate.
+bool streams_by_itself();
+
 }  // namespace fastsft

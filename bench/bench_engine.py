@@ -2,8 +2,8 @@
 
 Randomly initialised Qwen2-style models. Every contestant is a process of its own (``engine_contestants.py``) and they
 take turns, each round on other prompts. FASTSFT_BENCH_RIVALS names the Python of an environment with llama-cpp-python
-and gguf, openvino-genai, openvino-tokenizers and optimum-intel, ctranslate2 and transformers; what is not installed is
-left out. FASTSFT_BENCH_MODELS names a folder where models are kept.
+and gguf, openvino-genai, openvino-tokenizers, optimum-intel and nncf, ctranslate2 and transformers; what is not
+installed is left out. FASTSFT_BENCH_MODELS names a folder where models are kept.
 
 int8 is w8a8 here, q8_0 in llama.cpp; int4 is q4_0 there; all weights have the format, the head included. In bfloat16
 llama.cpp's cache is float16 and OpenVINO's int8, as by default.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 SIZES: dict[str, dict[str, int]] = {
     "30 M": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 10,
@@ -81,7 +80,7 @@ class Replay:
         self.now += seconds
 
 
-def record_steps(benchmark: BenchmarkFixture, clock: Replay, found: dict[str, Any], group: str) -> None:
+def record_steps(benchmark: Any, clock: Replay, found: dict[str, Any], group: str) -> None:
     """The steps of a contestant's run; the first is not counted."""
     benchmark.group = group
     seconds = found["seconds"][1:]

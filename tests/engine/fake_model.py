@@ -39,6 +39,7 @@ class FakeRunner:
     vocab_size = VOCAB
     bytes_per_block = 1000
     graph_steps = 0
+    warm_up_seconds = 0.0
 
     def __init__(self, *, block_size: int, num_blocks: int, max_position_embeddings: int = 64) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks

@@ -242,9 +242,14 @@ def test_what_devices_do_not_have(options: dict[str, Any], expected: str, one_fo
         device_engine(one_folder, **options)
 
 
-def test_an_unusable_device(one_folder: Path) -> None:
+def test_an_unusable_device(one_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="LLM: device: expected cpu or cuda, got meta"):
         engine(one_folder, device="meta")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="LLM: device: torch finds no usable GPU, got cuda:1"):
             engine(one_folder, device="cuda:1")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(ValueError, match="LLM: device: torch finds 2 GPUs, numbered from 0, got cuda:2"):
+            engine(one_folder, device="cuda:2")

@@ -50,7 +50,7 @@ def test_texts_in_float32_are_the_cpu_s(params: dict[str, Any], folder: Path) ->
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_graphs_change_no_text(quantization: str | None, folder: Path) -> None:
-    """Twice, so that in the end every step is a replay."""
+    """Twice: the second time from cached prefixes."""
     prompts = prompts_of([5, 40, 70, 16, 33])
     options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16, "quantization": quantization}
     llm = engine(folder, max_num_seqs=6, num_blocks=20, **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsft.engine import place
 from fastsft.engine.device_runner import DeviceRunner
-from fastsft.engine.graphs import DecodeSteps, Graph, bucket_of
+from fastsft.engine.graphs import CudaCapture, DecodeSteps, Graph, bucket_of
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
 from fastsft.engine.runner import Inputs
@@ -99,13 +101,16 @@ def test_a_replay_has_the_bits_of_the_step_and_writes_what_it_writes() -> None:
     model = place_decoder(init_model(SHAPE | {"model_type": "qwen2"}, seed=5), "bfloat16", device="cpu")
     first = model.new_cache(BLOCKS + 1, BLOCK).normal_(generator=torch.Generator().manual_seed(1))
     caches = [first, first.clone()]
-    recorder, generator = Recorder(), torch.Generator().manual_seed(2)
+    recorder, generator, told = Recorder(), torch.Generator().manual_seed(2), list[tuple[int, int]]()
     steps = [
         DecodeSteps(model, cache, block_size=BLOCK, max_rows=6, capture=capture)
         for cache, capture in zip(caches, (recorder, None), strict=True)
     ]
     addresses = set()
     with torch.inference_mode():
+        for each in steps:
+            each.capture_all(lambda done, total: told.append((done, total)))
+        assert told == [(done, 4) for done in range(5)]
         for turn in range(4):
             for count in (1, 3, 8, 2, 5):
                 before, inputs = caches[0].clone(), random_step(generator, count)
@@ -120,7 +125,7 @@ def test_a_replay_has_the_bits_of_the_step_and_writes_what_it_writes() -> None:
                 assert torch.equal(caches[0][:, :, :BLOCKS], caches[1][:, :, :BLOCKS])
     assert len(addresses) == 1, "a replay writes where the capture wrote"
     assert recorder.captured == 4  # 1, 2, 4 and 8 rows
-    assert steps[0].replayed == 20 - 4
+    assert steps[0].replayed == 20
     assert steps[1].replayed == 0
 
 
@@ -128,18 +133,90 @@ def test_a_replay_has_the_bits_of_the_step_and_writes_what_it_writes() -> None:
 def test_texts_are_those_without_graphs(params: dict[str, Any], folder: Path) -> None:
     """Sequences join, end and are preempted between replays; contexts outgrow the width of a block table."""
     prompts = prompts_of([5, 40, 70, 16, 33])
-    recorder = Recorder()
-    llm = graphed(folder, recorder, max_num_seqs=6, num_blocks=20, max_batched_tokens=50)
+    llm = graphed(folder, Recorder(), max_num_seqs=6, num_blocks=20, max_batched_tokens=50)
     expected = texts(engine(folder), prompts, **params)
     assert texts(llm, prompts, **params) == expected
-    replayed, captured = llm.core.stats().graph_steps, recorder.captured
-    assert replayed > 10
-    assert texts(llm, prompts, **params) == expected
-    assert llm.core.stats().graph_steps - replayed > replayed, "the second time nothing runs for the first time"
-    assert recorder.captured - captured < captured
+    assert llm.core.stats().graph_steps > 10
     plain = graphed(folder, None, max_num_seqs=6)
     assert texts(plain, prompts, **params) == expected
-    assert plain.core.stats().graph_steps == 0
+    assert plain.core.stats().graph_steps == plain.core.stats().warm_up_seconds == 0
+
+
+def test_everything_is_captured_before_the_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For blocks of 16 tokens tables of up to 16 columns are one size; the model's 256 tokens take 16, of 512 two."""
+    shapes, run = list[tuple[int, int]](), DecodeSteps._run
+
+    def noting(self: DecodeSteps, rows: Any, size: int) -> None:
+        shapes.append((size, rows.block_table.shape[1]))
+        run(self, rows, size)
+
+    monkeypatch.setattr(DecodeSteps, "_run", noting)
+    prompts, folder = prompts_of([5, 40, 33]), write_model(tmp_path / "model", "qwen3")
+    for limit, widths in ((256, [16]), (512, [32, 16])):
+        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": limit}
+        (folder / "config.json").write_text(json.dumps(config))
+        recorder = Recorder()
+        shapes.clear()
+        llm = graphed(folder, recorder, max_num_seqs=6)
+        assert shapes == [(size, width) for size in (8, 4, 2, 1) for width in widths], "the largest first"
+        assert recorder.captured == len(shapes)
+        assert llm.core.stats().warm_up_seconds > 0
+        assert not llm.core._runner._cache.any()  # type: ignore[attr-defined]
+        assert texts(llm, prompts) == texts(engine(folder), prompts)
+        assert recorder.captured == 4 * len(widths)
+        stats = llm.core.stats()
+        assert stats.graph_steps >= stats.steps - 2, "all but those with prompts"
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 100, 256, 257, 700])
+def test_the_largest_step_with_prompts_runs_at_load(tokens: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list[Inputs]()
+    forward = DeviceRunner.forward
+
+    def noting(self: DeviceRunner, inputs: Inputs, *others: Any) -> torch.Tensor:
+        steps.append(inputs)
+        return forward(self, inputs, *others)
+
+    monkeypatch.setattr(DeviceRunner, "forward", noting)
+    graphed(folder, Recorder(), max_batched_tokens=tokens, num_blocks=9)
+    (step,) = steps
+    assert len(step.ids_T) == step.cu_seqlens[-1] == tokens
+    assert step.context_lens_B.max() == min(tokens, 9 * BLOCK)
+
+
+class FakeGraph:
+    """What torch does with a capture, without a GPU."""
+
+    def pool(self) -> str:
+        return "pool"
+
+
+def test_captures_are_on_a_stream_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own is on the device that captured first; captures share one pool, and other threads do not end them."""
+    captures = list[dict[str, Any]]()
+
+    @contextmanager
+    def graph(graph: Any, **options: Any) -> Iterator[None]:
+        captures.append(options)
+        yield
+
+    for name, stand_in in (
+        ("CUDAGraph", FakeGraph),
+        ("Stream", lambda device: f"stream of {device}"),
+        ("device", lambda device: nullcontext()),
+        ("graph", graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for device in ("cuda:0", "cuda:1"):
+        capture = CudaCapture(torch.device(device))
+        for _ in range(2):
+            capture(lambda: None)
+    same = {"capture_error_mode": "thread_local"}
+    assert captures == [
+        {"pool": pool, "stream": f"stream of {device}"} | same
+        for device in ("cuda:0", "cuda:1")
+        for pool in (None, "pool")
+    ]
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
@@ -190,11 +267,11 @@ def test_what_runs_kernel_by_kernel(folder: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         for _ in range(3):
             inputs = random_step(torch.Generator().manual_seed(1), 4)
-            runner._decode.max_rows = 2
+            runner.decode.max_rows = 2
             runner.forward(inputs, torch.arange(4))
             runner.forward(prompt_step(17), torch.tensor([16]))
         assert runner.graph_steps == 0
-        runner._decode.max_rows = 4
+        runner.decode.max_rows = 4
         for _ in range(3):
             assert runner.forward(inputs, torch.tensor([3, 1])).shape == (2, SHAPE["vocab_size"])
-    assert runner.graph_steps == 2
+    assert runner.graph_steps == 3

@@ -309,6 +309,7 @@ class EngineCore:
         return Stats(
             steps=self._steps,
             graph_steps=self._runner.graph_steps,
+            warm_up_seconds=self._runner.warm_up_seconds,
             waiting=len(scheduler.waiting),
             waiting_tokens=sum(len(s.tokens) for s in scheduler.waiting),
             running=len(scheduler.running),

@@ -5,15 +5,20 @@ Shape suffixes: T tokens of the step, B sequences, R rows wanted, D hidden size,
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable
 
 import torch
 
+from fastsft import ops
 from fastsft.engine.graphs import Capture, DecodeSteps
 from fastsft.engine.runner import Inputs, places_of
 from fastsft.models.decoder import Decoder
 from fastsft.models.device import DeviceAdapter, DeviceDecoder, Rows, Span, place_adapter
 
+_log = logging.getLogger("fastsft.engine")
 _FEW_TOKENS = 16  # of one sequence in a padded step: each reads all keys and values before it for itself
 
 
@@ -39,12 +44,48 @@ class DeviceRunner:
         self.max_position_embeddings = model.config.max_position_embeddings
         self._cache = model.new_cache(num_blocks + 1, block_size)
         self.bytes_per_block = self._cache[:, :, :1].nbytes
-        self._decode = DecodeSteps(model, self._cache, block_size=block_size, max_rows=max_rows, capture=capture)
+        self.warm_up_seconds = 0.0
+        self.decode = DecodeSteps(model, self._cache, block_size=block_size, max_rows=max_rows, capture=capture)
 
     @property
     def graph_steps(self) -> int:
         """Steps that were one launch of a CUDA graph."""
-        return self._decode.replayed
+        return self.decode.replayed
+
+    @torch.inference_mode()
+    def warm_up(self, max_batched_tokens: int, tell: Callable[[str, int, int], None]) -> None:
+        """Before the first request, where graphs are wanted: capture those of all sizes, compute as many tokens of
+        prompts as a step may have, and draw. So kernels are compiled and loaded, and memory is taken or missed, now.
+
+        Args:
+            tell: is told (stage, done, all).
+        """
+        begin = time.perf_counter()
+        self.decode.capture_all(lambda done, total: tell("CUDA graphs", done, total))
+        if not self.decode.captured:
+            return
+        length = min(self.num_blocks * self.block_size, self.max_position_embeddings, max_batched_tokens)
+        ends = torch.arange(length, max_batched_tokens + length, length).clamp(max=max_batched_tokens)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+        blocks = torch.arange(-(-length // self.block_size), dtype=torch.int32)
+        inputs = Inputs(
+            torch.zeros(max_batched_tokens, dtype=torch.int64), bounds, bounds.diff(), blocks.repeat(len(ends), 1)
+        )
+        logits_RV = self.forward(inputs, (ends - 1)[: self.decode.max_rows])
+        ops.sample(
+            logits_RV,
+            temperature=torch.ones(len(logits_RV)),
+            top_k=torch.zeros(len(logits_RV), dtype=torch.int32),
+            top_p=torch.full((len(logits_RV),), 0.9),
+            min_p=torch.zeros(len(logits_RV)),
+            seeds=torch.zeros(len(logits_RV), dtype=torch.int64),
+            positions=torch.zeros(len(logits_RV), dtype=torch.int64),
+        )
+        self._cache.zero_()
+        if self._cache.is_cuda:
+            torch.cuda.synchronize(self._cache.device)
+        self.warm_up_seconds = time.perf_counter() - begin
+        _log.info("warmed up in %.1f s: %d CUDA graphs", self.warm_up_seconds, self.decode.captured)
 
     def new_hidden(self, rows: int) -> torch.Tensor:
         """[rows, D], for :meth:`forward` to fill."""
@@ -56,12 +97,15 @@ class DeviceRunner:
         next call, and into ``hidden_RD`` what the head made them from."""
         self.model.check_whole()
         count = len(inputs.ids_T)
-        rows_R, whole = rows_R.to(self.model.device), torch.equal(rows_R, torch.arange(count))
-        few = count <= self._decode.max_rows and int(inputs.cu_seqlens.diff().max()) <= _FEW_TOKENS
+        whole = torch.equal(rows_R, torch.arange(count))
+        few = count <= self.decode.max_rows and int(inputs.cu_seqlens.diff().max()) <= _FEW_TOKENS
         if few and not inputs.adapters:
-            hidden_TD, logits_TV = self._decode(inputs)
-            wanted_RD, logits_RV = (hidden_TD, logits_TV) if whole else (hidden_TD[rows_R], logits_TV[rows_R])
+            wanted_RD, logits_RV = self.decode(inputs)
+            if not whole:
+                rows_R = rows_R.to(self.model.device)
+                wanted_RD, logits_RV = wanted_RD[rows_R], logits_RV[rows_R]
         else:
+            rows_R = rows_R.to(self.model.device)
             wanted_RD = self.model.hidden(self._rows(inputs), self._cache, spans_of(inputs))[rows_R]
             logits_RV = self.model.logits(wanted_RD)
         if hidden_RD is not None:

@@ -36,7 +36,8 @@ def load_core(
         model, device=device, format=options.quantization or str(options.dtype).removeprefix("torch."),
         kv_format=options.kv_cache_dtype, block_size=options.block_size, kv_cache_bytes=options.kv_cache_bytes,
         num_blocks=options.num_blocks, shared=options.prefill_threads > 0,
-        max_rows=options.max_num_seqs, enforce_eager=options.enforce_eager,
+        max_rows=options.max_num_seqs, max_batched_tokens=options.max_batched_tokens,
+        enforce_eager=options.enforce_eager,
     )  # fmt: skip
     tokenizer = tokenizer or Tokenizer.from_folder(model)  # type: ignore[arg-type]  # a model came with its tokenizer
     drafter = prefill = None

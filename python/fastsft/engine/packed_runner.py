@@ -35,7 +35,7 @@ class PackedRunner:
     def __init__(
         self, model: PackedDecoder, *, kv_format: str, block_size: int, num_blocks: int, shared: bool = False
     ) -> None:
-        self.graph_steps = 0
+        self.graph_steps, self.warm_up_seconds = 0, 0.0
         self.model, self.kv_format, self.block_size, self.num_blocks = model, kv_format, block_size, num_blocks
         self.vocab_size = model.config.vocab_size
         self.max_position_embeddings = model.config.max_position_embeddings

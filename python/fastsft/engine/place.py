@@ -15,6 +15,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.device import place_decoder
 from fastsft.models.packed import pack_decoder
 from fastsft.ops._attention_inputs import CUDA_DTYPES, HAS_CUDA
+from fastsft.progress import bars
 
 PACKED = ("cpu",)
 """Kinds of devices whose models are packed."""
@@ -26,6 +27,8 @@ def check_device(device: torch.device, options: EngineOptions) -> None:
         raise ValueError(f"LLM: device: expected cpu or cuda, got {device}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"LLM: device: torch finds no usable GPU, got {device}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"LLM: device: torch finds {torch.cuda.device_count()} GPUs, numbered from 0, got {device}")
     if device.type in PACKED:
         return
     known: dict[str, tuple[Any, ...]] = {
@@ -48,6 +51,7 @@ def make_runner(
     num_blocks: int | None = None,
     shared: bool = False,
     max_rows: int = 1,
+    max_batched_tokens: int = 1,
     enforce_eager: bool = False,
     what: str = "LLM",
 ) -> PackedRunner | DeviceRunner:
@@ -60,6 +64,7 @@ def make_runner(
         kv_cache_bytes: memory of the cache, as many blocks as it holds; ``num_blocks`` sets their number directly.
         shared: whether forked processes write to the cache, on the CPU.
         max_rows: sequences of a step that is replayed as a CUDA graph.
+        max_batched_tokens: tokens of prompts in a step, which is run once where there are graphs.
         enforce_eager: no graphs.
         what: who is told in an error.
 
@@ -70,8 +75,11 @@ def make_runner(
         held = place_decoder(model, format, device=device)
         blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
         graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
-        capture = CudaCapture(device) if graphs else None
-        return DeviceRunner(held, block_size=block_size, num_blocks=blocks, max_rows=max_rows, capture=capture)
+        capture = CudaCapture(held.device) if graphs else None
+        runner = DeviceRunner(held, block_size=block_size, num_blocks=blocks, max_rows=max_rows, capture=capture)
+        with bars() as tell:
+            runner.warm_up(max_batched_tokens, tell)
+        return runner
     packed = pack_decoder(model, format)
     kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format
     per_block = packed.config.num_hidden_layers * packed.cache_block_bytes(kv_format, block_size)

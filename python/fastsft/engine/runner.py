@@ -69,6 +69,8 @@ class Runner(Protocol):
     bytes_per_block: int
     vocab_size: int
     max_position_embeddings: int
+    warm_up_seconds: float
+    """Time before the first request for what would else be made while requests wait."""
 
     @property
     def graph_steps(self) -> int:

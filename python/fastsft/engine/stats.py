@@ -12,6 +12,8 @@ class Stats:
     steps: int
     graph_steps: int
     """Of them, those that were one launch of a CUDA graph."""
+    warm_up_seconds: float
+    """On a GPU: the time in which graphs were captured, before the first request."""
     waiting: int
     """Continuations that hold no blocks; ``waiting_tokens`` are theirs."""
     waiting_tokens: int

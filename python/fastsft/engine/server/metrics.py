@@ -89,6 +89,7 @@ class _OfEngine(Collector):
             "num_requests_waiting": ("Continuations that wait", stats.waiting),
             "num_tokens_waiting": ("Tokens that wait", stats.waiting_tokens),
             "kv_cache_usage_perc": ("Share of the cache's blocks in use", 1 - stats.free_blocks / stats.blocks),
+            "warm_up_seconds": ("Time before the first request, on a GPU", stats.warm_up_seconds),
             "weight_version": ("Of the weights that are computed with", stats.weight_version),
         }
         counters = {

@@ -15,6 +15,11 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
+# What is not installed with the package, and the extra that brings it.
+EXTRAS = {
+    "datasets": "data", "fastapi": "serve", "prometheus_client": "serve", "pyarrow": "data", "ray": "ray",
+    "uvicorn": "serve",
+}  # fmt: skip
 VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "info": (verbs.info, False),
     "demo": (verbs.demo, False),
@@ -79,6 +84,11 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        _fail(f"{verb}: needs {missing}: pip install 'fastsft[{EXTRAS[missing]}]'")
     except (UsageError, ConfigError, DataError, TemplateError, FloatingPointError) as error:
         _fail(str(error))
     except ValueError as error:

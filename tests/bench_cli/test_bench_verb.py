@@ -160,9 +160,30 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "!"}\n')
     assert "rows.jsonl is training data" in refused(capsys, "tiny", "--data", str(tmp_path / "rows.jsonl"))
     assert "--plot: expected a name that ends in .png or .svg" in refused(capsys, "tiny", "--plot", "x.gif")
-    assert "nothing was measured" in refused(capsys, "tiny", "--only", "nothing")
+    assert "--documents: expected at least 1, got -5" in refused(capsys, "tiny", "--documents", "-5")
+    assert "--only: expected words of cases' names, got 'nothing'" in refused(capsys, "tiny", "--only", "nothing")
+    said = refused(capsys, "tiny", "--only", "two words")
+    assert "--only: expected words joined by and, or and not, got 'two words': at column 5: expected end of inp" in said
+    assert "nothing was measured, 1 cases were skipped" in refused(capsys, "tiny", "--only", "skipped")
     monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
     assert refused(capsys, "tiny") == "fastsft: bench: needs pytest-benchmark: pip install 'fastsft[bench]'"
+
+
+def test_results_that_could_not_be_written_are_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "run", lambda *_: pytest.fail("was run"))
+    (tmp_path / "file").touch()
+    assert f"--json: expected a file that can be written, got {tmp_path}" in refused(
+        capsys, "tiny", "--json", str(tmp_path)
+    )
+    assert f"{tmp_path}/file" in refused(capsys, "tiny", "--json", f"{tmp_path}/file/a.json")
+    assert f"{tmp_path}/file" in refused(capsys, "tiny", "--plot", f"{tmp_path}/file/a.svg")
+
+
+def test_folders_of_results_are_made(tmp_path: Path) -> None:
+    cli.main(["bench", "tiny", "--only", "1000", "--json", str(tmp_path / "a" / "b" / "out.json")])
+    assert (tmp_path / "a" / "b" / "out.json").is_file()
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cli_cases import conversations, result_of, write
 
+import fastsft
 from fastsft import cli
 from fastsft.verbs.console import to_json
 
@@ -64,6 +65,22 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"cpu", "cuda", "ops"} <= result_of(capsys, "info").keys()
     cli.main(["info"])
     assert "linear_cross_entropy" in capsys.readouterr().out
+
+
+def test_info_names_extras_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets are no markup. What has no use without a GPU's torch or kernels is not advised."""
+    found = fastsft.info()
+    reason = "pip install 'fastsft[cuda]'"
+    found["ops"] = {"sample": {"cpu": {"kind": "native", "reason": reason}}}
+    found["cuda"] |= {"gpus_unread": "cuda-python is not installed", "torch": None, "built_for": None}
+    monkeypatch.setattr(fastsft, "info", lambda: found)
+    cli.main(["info"])
+    out = capsys.readouterr().out
+    assert reason in out
+    assert "cuda-python is not installed" not in out
+    found["cuda"]["torch"] = "12.8"
+    cli.main(["info"])
+    assert "cuda-python is not installed" in capsys.readouterr().out
 
 
 def test_json_has_no_nan() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("eval", trained / "run" / "model", "--data", broken),
     ):
         message = refusal(capsys, *command)
-        assert f"{broken}:2: broken JSON" in message
+        assert f"{broken}:2: broken JSON: unexpected control character in string at character 18" in message
         # Only a setting that the verb has is offered.
         hint = {"train": "data.max_bad above 0 would", "dedup": "--on-bad skip would"}.get(command[0])
         assert hint in message if hint else "skip" not in message
@@ -54,9 +56,44 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
                        write(tmp_path / "calls.jsonl", [{"messages": [message]}]))  # fmt: skip
     assert "calls.jsonl:1: chat template: this template cannot write tool_calls (" in refused
     tasks = tmp_path / "tasks.jsonl"
-    for rows, wrong in (([{"task_id": "a"}], "(each with input and output), found no 'prompt'"),
+    for rows, wrong in (([{"task_id": "a"}], "(each with input and output) or test and entry_point, found no 'prompt'"),
                         ([7], "tasks.jsonl:1: expected an object"), ([], "tasks.jsonl: no task")):  # fmt: skip
         assert wrong in refusal(capsys, "eval", trained / "run" / "model", "--tasks", write(tasks, rows))
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "command"),
+    [
+        ("pyarrow", "data", ("dedup", "rows.parquet")),
+        ("pyarrow", "data", ("dedup", "rows.jsonl.zst")),
+        ("datasets", "data", ("prepare", "run.toml", "--data", "saved")),
+        ("ray", "ray", ("dedup", "rows.jsonl", "--engine", "ray", "--work", "work")),
+        ("uvicorn", "serve", ("serve", "model")),
+        ("fastapi", "serve", ("serve", "model")),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    package: str, extra: str, command: tuple[str, ...], tmp_path: Path, trained: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for name in ("rows.parquet", "rows.jsonl.zst"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.toml").write_text((trained / "run.toml").read_text())
+    (tmp_path / "model").symlink_to(trained / "run" / "model")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    code = (
+        "import sys\nfrom fastsft import cli\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        f"sys.meta_path.insert(0, Absent())\ncli.main({command!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == f"fastsft: {command[0]}: needs {package}: pip install 'fastsft[{extra}]'\n"
+    assert done.returncode == 2
 
 
 def test_bad_model_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_files(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     program = {"task_id": "c", "prompt": "p"}
     for row, message in (
-        ({}, "expected task_id, prompt and check or cases"),
+        ({}, "expected task_id, prompt and check, cases "),
         ([own], "expected an object, got list"),
         (own | {"task_id": None}, "task_id: expected text or a number, got None"),
         (own | {"prompt": 1}, "prompt: expected text, got 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,10 @@ class Measured:
     interrupted: bool = False
 
 
+class WrongExpression(ValueError):
+    """Of the cases to run; pytest's own words."""
+
+
 def has_runner() -> bool:
     return all(importlib.util.find_spec(name) for name in ("pytest", "pytest_benchmark"))
 
@@ -66,6 +71,7 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
     """Run the files; ``tell`` hears (bench, cases done, cases) of each.
 
     Raises:
+        WrongExpression: a ``-k`` that pytest cannot read.
         RuntimeError: pytest itself failed; its last lines.
     """
     read, write = os.pipe()
@@ -94,7 +100,10 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
             process.wait()
         # 0: all passed, 1: some failed, 2: interrupted, 5: nothing to run
         if code not in (0, 1, 5) and not measured.interrupted:
-            raise RuntimeError(log.read_text(errors="replace")[-3000:])
+            said = log.read_text(errors="replace")
+            if wrong := re.search(r"^ERROR: Wrong expression passed to '-k': .*?: (at column.*)$", said, re.M):
+                raise WrongExpression(wrong[1])
+            raise RuntimeError(said[-3000:])
         if data.exists() and (text := data.read_text()):
             found = json.loads(text)
             measured.benchmarks, measured.limits = found["benchmarks"], found.get("limits", {})

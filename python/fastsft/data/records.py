@@ -277,7 +277,7 @@ def parse_line(path: Path, number: int, line: bytes, problems: Problems) -> Row 
     except orjson.JSONDecodeError as error:
         try:
             line.decode("utf-8")
-            problems.add(source, "broken JSON", str(error))
+            problems.add(source, "broken JSON", f"{error.msg} at character {error.pos + 1}")
         except UnicodeDecodeError as bad:
             problems.add(source, "invalid UTF-8", f"byte {bad.start}: {bad.reason}")
     return None

@@ -22,21 +22,20 @@ def info(*, json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False)  # reasons name extras in brackets
     cpu, cuda = found["cpu"], found["cuda"]
-    console.print(f"fastsft {found['fastsft']}, Python {found['python']}, {found['platform']}", highlight=False)
+    console.print(f"fastsft {found['fastsft']}, Python {found['python']}, {found['platform']}")
     console.print(
-        f"CPU: {cpu['isa_active']} of {', '.join(cpu['isa_available'])}; {cpu['threads']} of {cpu['cores']} cores",
-        highlight=False,
+        f"CPU: {cpu['isa_active']} of {', '.join(cpu['isa_available'])}; {cpu['threads']} of {cpu['cores']} cores"
     )
     built = f"kernels for {cuda['built_for']}" if cuda["built_for"] else "not in this build"
-    console.print(f"CUDA: {built}; {cuda['devices']} devices; torch's CUDA {cuda['torch']}", highlight=False)
+    console.print(f"CUDA: {built}; {cuda['devices']} devices; torch's CUDA {cuda['torch']}")
     for gpu in cuda["gpus"]:
-        console.print(f"  {', '.join(f'{key} {value}' for key, value in gpu.items())}", highlight=False)
-    if cuda["gpus_unread"]:
-        console.print(f"  GPUs not described: {cuda['gpus_unread']}", highlight=False)
+        console.print(f"  {', '.join(f'{key} {value}' for key, value in gpu.items())}")
+    if cuda["gpus_unread"] and (cuda["torch"] or cuda["built_for"]):
+        console.print(f"  GPUs not described: {cuda['gpus_unread']}")
     packages = (f"{name} {version or '-'}" for name, version in found["packages"].items())
-    console.print(f"Packages: {', '.join(packages)}", highlight=False)
+    console.print(f"Packages: {', '.join(packages)}")
     table = Table("op", "CPU", "CUDA", title="who serves what")
     for op, where in found["ops"].items():
         table.add_row(

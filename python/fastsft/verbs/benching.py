@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -33,16 +34,17 @@ def bench(
         quick: a smoke: of each bench the first case, few rounds, small corpora. Its times say little.
         data: rows as for training, to measure dedup and pack on, instead of this machine's Python files.
         references: evaluation sets for decontaminate, JSON Lines.
-        documents: of the corpus, at most.
+        documents: of the corpus, at most; at least 1.
         models: folder where the models of decode are kept from run to run.
         rivals: Python of an environment with rivals that want versions of their own: engines, text-dedup, datatrove.
         only: of the cases those whose name matches, an expression as pytest's -k takes it.
-        json: where the results go, - for the standard output; `fastsft bench compare` reads such files.
-        plot: a picture of them, .png or .svg.
+        json: where the results go, - for the standard output; `fastsft bench compare` reads such files. Missing folders
+            are made.
+        plot: a picture of them, .png or .svg; likewise.
     """
     from fastsft.bench.plot import FORMATS
     from fastsft.bench.results import Result, machine, summarise
-    from fastsft.bench.run import Given, files_of, has_runner, run
+    from fastsft.bench.run import Given, WrongExpression, files_of, has_runner, run
     from fastsft.bench.topics import chosen, missing
     from fastsft.progress import bars
 
@@ -55,6 +57,8 @@ def bench(
             raise UsageError(f"bench: --{flag}: no such file: {path}")
     if data is not None and not _has_rows(data):
         raise UsageError(f"bench: --data: no row of {data} is training data: messages, prompt and completion, or text")
+    if documents is not None and documents < 1:
+        raise UsageError(f"bench: --documents: expected at least 1, got {documents}")
     if plot is not None and plot.suffix not in FORMATS:
         raise UsageError(f"bench: --plot: expected a name that ends in {' or '.join(FORMATS)}, got {plot}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -63,10 +67,15 @@ def bench(
         raise UsageError("bench: needs pytest-benchmark: pip install 'fastsft[bench]'")
     if absent := missing(wanted.values()):
         print(f"not installed, so left out: {', '.join(absent)} (pip install 'fastsft[rivals]')", file=sys.stderr)
+    for flag, path in (("json", json), ("plot", plot)):
+        if path is not None and str(path) != "-":
+            _make_room(flag, path)
     given = Given(data, references, documents, models, rivals, quick)
     try:
         with bars() as tell:
             measured = run(files_of(wanted.values()), given, tell, ("-k", only) if only else ())
+    except WrongExpression as error:
+        raise UsageError(f"bench: --only: expected words joined by and, or and not, got {only!r}: {error}") from None
     except RuntimeError as error:  # pytest's own words
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
@@ -74,6 +83,8 @@ def bench(
     if measured.interrupted and not rows:
         raise KeyboardInterrupt
     if not rows and not measured.failed:
+        if only and not measured.skipped:
+            raise UsageError(f"bench: --only: expected words of cases' names, got {only!r}, which is in none of them")
         raise UsageError(f"bench: nothing was measured, {measured.skipped} cases were skipped")
     result = Result(rows[0].date if rows else "", machine(), rows, measured.limits)
     if json is not None and str(json) != "-":
@@ -94,6 +105,13 @@ def bench(
         raise KeyboardInterrupt
     if measured.failed:
         raise SystemExit(1)
+
+
+def _make_room(flag: str, path: Path) -> None:
+    """Before anything is measured: the folder of a result that could not be written afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"bench: --{flag}: expected a file that can be written, got {path}")
 
 
 def _has_rows(data: Path) -> bool:

@@ -70,12 +70,9 @@ def serve(
 
     from fastsft.engine.load import load_core
     from fastsft.engine.options import EngineOptions
+    from fastsft.engine.server.run import run
+    from fastsft.engine.server.settings import ServerSettings
 
-    try:
-        from fastsft.engine.server.run import run
-        from fastsft.engine.server.settings import ServerSettings
-    except ImportError as error:
-        raise UsageError(f"serve: needs {error.name}: pip install 'fastsft[serve]'") from None
     keys = tuple(filter(None, (key.strip() for key in os.environ.get(_KEY, "").split(","))))
     settings = ServerSettings(
         name or model.resolve().name, host=host, port=port, api_keys=keys, max_body_bytes=max_body_mib << 20,

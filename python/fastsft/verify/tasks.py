@@ -72,7 +72,7 @@ def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
         try:
             tasks.append(_task(row))
         except KeyError as error:
-            expected = "task_id, prompt and check or cases (each with input and output)"
+            expected = "task_id, prompt and check, cases (each with input and output) or test and entry_point"
             raise ValueError(f"{place}: expected {expected}, found no {error}") from None
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None

@@ -242,6 +242,21 @@ def test_what_devices_do_not_have(options: dict[str, Any], expected: str, one_fo
         device_engine(one_folder, **options)
 
 
+def test_a_type_without_kernels_is_told(
+    one_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 is the default."""
+    for built, dtype, reason in (
+        (False, torch.bfloat16, "bfloat16 on cpu: plain torch attends, slowly, since this build has no CUDA kernels"),
+        (True, torch.float32, "float32 on cpu: plain torch attends, slowly, since the kernels are for bfloat16"),
+        (True, torch.bfloat16, ""),
+    ):
+        monkeypatch.setattr(place, "HAS_CUDA", built)
+        caplog.clear()
+        device_engine(one_folder, dtype=dtype)
+        assert (reason in caplog.text) if reason else not caplog.text
+
+
 def test_an_unusable_device(one_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="LLM: device: expected cpu or cuda, got meta"):
         engine(one_folder, device="meta")

@@ -13,7 +13,7 @@ import torch
 from engine_cases import SHAPE, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsft.engine import place
+from fastsft.engine import device_runner, place
 from fastsft.engine.device_runner import DeviceRunner
 from fastsft.engine.graphs import CudaCapture, DecodeSteps, Graph, bucket_of
 from fastsft.engine.llm import LLM
@@ -179,9 +179,17 @@ def test_the_largest_step_with_prompts_runs_at_load(tokens: int, folder: Path, m
 
     monkeypatch.setattr(DeviceRunner, "forward", noting)
     graphed(folder, Recorder(), max_batched_tokens=tokens, num_blocks=9)
-    (step,) = steps
+    *_, step = steps
+    assert len(steps) == sum(n < tokens for n in (17, 33)) + 1
     assert len(step.ids_T) == step.cu_seqlens[-1] == tokens
     assert step.context_lens_B.max() == min(tokens, 9 * BLOCK)
+
+
+def test_the_kernels_that_prompts_run_at_load_are_all_there_are() -> None:
+    pytest.importorskip("triton")
+    from fastsft.ops._triton.device_linear import tile_of
+
+    assert tuple(n for n in range(2, 65) if tile_of(n) != tile_of(n - 1)) == device_runner._KERNELS
 
 
 class FakeGraph:

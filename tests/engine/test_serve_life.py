@@ -103,6 +103,19 @@ def test_a_failed_step_fails_its_requests_alone(folder: Path, caplog: pytest.Log
         assert server.http.get("/health").status_code == 200
 
 
+def test_a_lost_device_ends_the_engine(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No step would succeed any more: whoever watches over the server has to start another one."""
+
+    def lost() -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with serving(folder) as server:
+        server.core.step = server.core.check_device = lost  # type: ignore[method-assign]
+        assert server.refused(503, **LONG)["code"] == "engine_failed"
+        wait_for(lambda: server.http.get("/health").status_code == 503)
+        assert "illegal memory access" in caplog.text
+
+
 def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "fastsft", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -304,6 +304,10 @@ class EngineCore:
         """
         self._weights.remove(name)
 
+    def check_device(self) -> None:
+        """After an error: raise a RuntimeError where the device can no longer be used, so that no step will succeed."""
+        self._runner.check_device()
+
     def stats(self) -> Stats:
         scheduler = self._scheduler
         return Stats(

@@ -19,6 +19,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.device import DeviceAdapter, DeviceDecoder, Rows, Span, place_adapter
 
 _log = logging.getLogger("fastsft.engine")
+_KERNELS = (17, 33)  # rows from which on quantised weights are multiplied by the next kernel
 _FEW_TOKENS = 16  # of one sequence in a padded step: each reads all keys and values before it for itself
 
 
@@ -54,8 +55,8 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self, max_batched_tokens: int, tell: Callable[[str, int, int], None]) -> None:
-        """Before the first request, where graphs are wanted: capture those of all sizes, compute as many tokens of
-        prompts as a step may have, and draw. So kernels are compiled and loaded, and memory is taken or missed, now.
+        """Before the first request, where graphs are wanted: capture those of all sizes, compute prompts, up to as many
+        tokens as a step may have, and draw. So kernels are compiled and loaded, and memory is taken or missed, now.
 
         Args:
             tell: is told (stage, done, all).
@@ -64,14 +65,8 @@ class DeviceRunner:
         self.decode.capture_all(lambda done, total: tell("CUDA graphs", done, total))
         if not self.decode.captured:
             return
-        length = min(self.num_blocks * self.block_size, self.max_position_embeddings, max_batched_tokens)
-        ends = torch.arange(length, max_batched_tokens + length, length).clamp(max=max_batched_tokens)
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-        blocks = torch.arange(-(-length // self.block_size), dtype=torch.int32)
-        inputs = Inputs(
-            torch.zeros(max_batched_tokens, dtype=torch.int64), bounds, bounds.diff(), blocks.repeat(len(ends), 1)
-        )
-        logits_RV = self.forward(inputs, (ends - 1)[: self.decode.max_rows])
+        for tokens in sorted({min(n, max_batched_tokens) for n in (*_KERNELS, max_batched_tokens)}):
+            logits_RV = self._prompts(tokens)
         ops.sample(
             logits_RV,
             temperature=torch.ones(len(logits_RV)),
@@ -82,10 +77,23 @@ class DeviceRunner:
             positions=torch.zeros(len(logits_RV), dtype=torch.int64),
         )
         self._cache.zero_()
-        if self._cache.is_cuda:
-            torch.cuda.synchronize(self._cache.device)
+        self.check_device()
         self.warm_up_seconds = time.perf_counter() - begin
         _log.info("warmed up in %.1f s: %d CUDA graphs", self.warm_up_seconds, self.decode.captured)
+
+    def _prompts(self, tokens: int) -> torch.Tensor:
+        """Logits [R, V] after prompts of so many tokens together, which the cache is overwritten with."""
+        length = min(self.num_blocks * self.block_size, self.max_position_embeddings, tokens)
+        ends = torch.arange(length, tokens + length, length).clamp(max=tokens)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+        table = torch.arange(-(-length // self.block_size), dtype=torch.int32).repeat(len(ends), 1)
+        inputs = Inputs(torch.zeros(tokens, dtype=torch.int64), bounds, bounds.diff(), table)
+        return self.forward(inputs, (ends - 1)[: self.decode.max_rows])
+
+    def check_device(self) -> None:
+        """Raise a RuntimeError where the device can no longer be used, as after an access outside its memory."""
+        if self._cache.is_cuda:
+            torch.cuda.synchronize(self._cache.device)
 
     def new_hidden(self, rows: int) -> torch.Tensor:
         """[rows, D], for :meth:`forward` to fill."""

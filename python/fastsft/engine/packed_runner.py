@@ -58,6 +58,9 @@ class PackedRunner:
             kv_format=self.kv_format, block_size=self.block_size, adapters=inputs.adapters, hidden=hidden_RD,
         )  # fmt: skip
 
+    def check_device(self) -> None:
+        """The CPU is there."""
+
     def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> DecoderAdapter:
         """Arguments and errors: :func:`fastsft.models.packed_adapter.pack_adapter`."""
         return pack_adapter(self.model, adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastsft.models.device import place_decoder
 from fastsft.models.packed import pack_decoder
 from fastsft.ops._attention_inputs import CUDA_DTYPES, HAS_CUDA
 from fastsft.progress import bars
+
+_log = logging.getLogger("fastsft.engine")
 
 PACKED = ("cpu",)
 """Kinds of devices whose models are packed."""
@@ -75,6 +78,10 @@ def make_runner(
         held = place_decoder(model, format, device=device)
         blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
         graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
+        if not graphs_serve(held.dtype):
+            name = str(held.dtype).removeprefix("torch.")
+            reason = "the kernels are for bfloat16" if HAS_CUDA else "this build has no CUDA kernels"
+            _log.warning("%s on %s: plain torch attends, slowly, since %s", name, held.device, reason)
         capture = CudaCapture(held.device) if graphs else None
         runner = DeviceRunner(held, block_size=block_size, num_blocks=blocks, max_rows=max_rows, capture=capture)
         with bars() as tell:

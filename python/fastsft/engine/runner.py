@@ -83,6 +83,9 @@ class Runner(Protocol):
         """Compute the step's tokens; logits float32 [R, V] after those of them that ``rows_R`` names, valid until the
         next call, and into ``hidden_RD`` what the head made them from."""
 
+    def check_device(self) -> None:
+        """Raise a RuntimeError where the device can no longer be used, as after an access outside its memory."""
+
     def pack_adapter(self, adapter: str | os.PathLike[str] | Decoder) -> Any:
         """What ``Inputs.adapters`` takes.
 

@@ -239,6 +239,7 @@ class AsyncEngine:
                 self.failures += 1
                 self._tell(self._fail_all, "a step of the engine failed; the server's log says why")
                 updates = []
+                core.check_device()  # where it is lost, the thread ends, and /health says so
             self.snapshot = core.stats()
             if updates:
                 self._tell(self._deliver, updates)

@@ -57,6 +57,26 @@ def test_the_cache_changes_nothing(folder: Path) -> None:
         assert output.prompt_logprobs == (first[i].prompt_logprobs if i % 2 else None)
 
 
+def test_few_rows_of_a_step_have_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a step's memory. Who does not ask for them does not wait for those who do."""
+    prompts = prompts_of([60] * 8 + [1, 2, 90, 30], seed=3)
+    asked = [params(max_tokens=1) for _ in prompts[:-1]] + [SamplingParams(max_tokens=1)]
+    expected = [engine(folder).generate(p, one)[0] for p, one in zip(as_prompts(prompts), asked, strict=True)]
+    llm = engine(folder)
+    runner, rows, tokens = llm.core._runner, [], []
+
+    def forward(inputs: Any, rows_R: Any, hidden_RD: Any = None) -> Any:
+        rows.append(len(rows_R))
+        tokens.append(inputs.ids_T.tolist())
+        return type(runner).forward(runner, inputs, rows_R, hidden_RD)
+
+    monkeypatch.setattr(runner, "forward", forward)
+    assert llm.generate(as_prompts(prompts), asked) == expected
+    assert rows == [256 + 2, 256, 60]  # in the first step, those that have nothing to score
+    assert tokens[0][-30:] == prompts[-1]
+    assert_nothing_held(llm)
+
+
 def test_new_weights_score_all_of_it(folder: Path, tmp_path: Path) -> None:
     from fastsft.engine.assemble import Assembly
     from fastsft.engine.request import Request

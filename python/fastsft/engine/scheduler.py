@@ -25,7 +25,7 @@ from typing import Protocol
 from fastsft.engine.blocks import BlockAllocator, chain_key
 from fastsft.engine.sequence import Sequence
 
-_SCORED_TOKENS = 256  # of a prompt in one step: each has logits over the whole vocabulary
+_SCORED_TOKENS = 256  # in one step: each has logits over the whole vocabulary
 
 
 class Drafter(Protocol):
@@ -168,16 +168,19 @@ class Scheduler:
 
     def _prompts(self) -> list[Work]:
         """Chunks of the prompts that run and of those that can join, in order, under the budget."""
-        budget = self.max_batched_tokens
+        budget, scored = self.max_batched_tokens, _SCORED_TOKENS
         work = []
         for sequence in self._in_order():
             left = len(sequence.tokens) - sequence.computed
             apart = self.splits and left > 1 and not sequence.scoring
-            count = min(left - apart, budget, _SCORED_TOKENS if sequence.scoring else left)
+            count = min(left - apart, budget, scored if sequence.scoring else left)
+            if not count:  # its place is kept
+                continue
             work.append(Work(sequence, count, int(count == left), sequence.scoring))
             if not apart:
                 self._publish(sequence, sequence.computed + count)
             budget -= count
+            scored -= count if sequence.scoring else 0
             if not budget:
                 break
         return work

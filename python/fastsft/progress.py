@@ -1,4 +1,4 @@
-"""What takes long, as bars on a terminal."""
+"""What takes long: who is told how far it is, and bars on a terminal."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) now and then; a total of 0 is unknown."""
+
 
 @contextmanager
-def bars(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (stage, done, total) that draws one bar per stage on stderr, if that is a terminal: what is done,
-    how much of it a second, and how long the rest will take.
-
-    A total of 0 is unknown.
-    """
+def bars(enabled: bool = True) -> Iterator[Progress]:
+    """One bar per stage on stderr, if that is a terminal: what is done, how much of it a second, and how long the rest
+    will take."""
     if not (enabled and sys.stderr.isatty()):
         yield lambda stage, done, total: None
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class Rate(rich_progress.ProgressColumn):
         def render(self, task: Any) -> Text:
             speed = task.finished_speed or task.speed
             return Text(f"{speed:,.0f}/s" if speed else "")
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (
+        rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(), rich_progress.MofNCompleteColumn(),
+        Rate(), rich_progress.TimeRemainingColumn(),
+    )  # fmt: skip
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "python" / "fastsft"
 ALLOWED: dict[str, set[str]] = {
     "ops": {"_C"},
     "models": {"ops", "files"},
-    "data": {"ops", "models", "config", "files"},
+    "data": {"ops", "models", "config", "files", "progress"},
     # of the engine only what the package exports
     "train": {"ops", "models", "data", "config", "files", "progress", "verify", "info", "LLM", "SamplingParams"},
     "engine": {"ops", "models", "progress"},
     "verify": set(),
-    "synthesis": {"ops", "models", "data", "train", "engine", "verify", "config", "files"},
+    "synthesis": {"ops", "models", "data", "train", "engine", "verify", "config", "files", "progress"},
     "integrations": {"ops"},
     "bench": {"info", "ops", "progress"},
     "config": set(),

@@ -9,14 +9,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastsft.bench.topics import Topic, suite
+from fastsft.progress import Progress
 
-Tell = Callable[[str, int, int], None]
 QUICK = ("--benchmark-min-rounds=2", "--benchmark-max-time=0.1", "--benchmark-warmup=off")
 
 
@@ -67,7 +67,7 @@ def files_of(topics: Iterable[Topic]) -> list[Path]:
     return [suite() / f"bench_{stem}.py" for topic in topics for stem in topic.benches]
 
 
-def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Sequence[str] = ()) -> Measured:
+def run(files: Sequence[Path], given: Given, tell: Progress, pytest_arguments: Sequence[str] = ()) -> Measured:
     """Run the files; ``tell`` hears (bench, cases done, cases) of each.
 
     Raises:
@@ -110,7 +110,7 @@ def run(files: Sequence[Path], given: Given, tell: Tell, pytest_arguments: Seque
         return measured
 
 
-def _listen(events: Iterable[str], tell: Tell, measured: Measured) -> None:
+def _listen(events: Iterable[str], tell: Progress, measured: Measured) -> None:
     """Follow what the suite's conftest.py writes, until it ends."""
     cases: dict[str, int] = {}
     done: dict[str, int] = {}

@@ -128,7 +128,8 @@ class SourceOptions(Section):
 @dataclass(frozen=True)
 class DataOptions(Section):
     train: list[str] = field(default_factory=list)
-    """JSONL, JSONL.gz, Parquet files or Hugging Face ``datasets`` folders."""
+    """Files of JSON lines or of one JSON list (.gz and .zst, too), Parquet files, folders of these, and Hugging Face
+    ``datasets`` folders."""
     sources: list[SourceOptions] = field(default_factory=list)
     """Several sources, mixed; instead of ``train``."""
     ratios: dict[str, float] = field(default_factory=dict)

@@ -33,6 +33,9 @@ def load_config(source: Config | str | os.PathLike[str] | dict[str, Any]) -> Con
         source: a TOML file, the config.json of a run, or the same structure as nested dicts. A :class:`Config` is
             validated as well: building one in Python checks nothing.
 
+    Returns:
+        The configuration with every default filled in.
+
     Raises:
         ConfigError: an unreadable or malformed file, an unknown key (the nearest one is named), a value of the wrong
             type or out of range.

@@ -20,8 +20,8 @@ from fastsft.data.text_batch import join_texts
 from fastsft.data.texts import read_texts
 from fastsft.data.writers import Output, check_target
 from fastsft.ops._texts import Texts
+from fastsft.progress import Progress
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 PathLike = str | os.PathLike[str]
 Ints = npt.NDArray[np.int64]
 
@@ -120,6 +120,10 @@ def decontaminate(
             than half of an instance's words lie in shared 8-grams).
         against_fields: fields of the evaluation rows, which all of them must have; by default every one that is a
             string or a list of strings, and conversations as a whole.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Which records stay, and of each of the others the instance that it contains and the words that they share.
 
     Raises:
         DataError: a file that cannot be read, a broken row, evaluation files without any text. ValueError: a rule that

@@ -17,8 +17,7 @@ from fastsft import ops
 from fastsft.data.compared import lacking, names_of, text_of
 from fastsft.data.keep import Keep, choose
 from fastsft.data.records import Problems, Record, of_memory, read_records
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
+from fastsft.progress import Progress
 
 MAX_CLUSTER = 1000  # different texts in one cluster
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -89,8 +88,9 @@ def dedup(
     exactly: see :func:`fastsft.ops.near_duplicates`.
 
     Args:
-        records: one path to a JSONL(.gz)/Parquet file or datasets folder; or a list of records, texts (strings), rows
-            (dicts, as files have them) and files (:class:`pathlib.Path`).
+        records: one path to a JSONL(.gz, .zst) or Parquet file, datasets folder or folder of files; or a list of
+            records, texts (strings), rows (dicts, as files have them) and files (:class:`pathlib.Path`).
+        num_perm, unit, seed: as for :func:`fastsft.ops.near_duplicates`.
         mode: "near" and "all_pairs" (which misses no pair) include exact duplicates; "exact" finds nothing else.
         on: what is compared, by default the whole record: names among "text"; "prompt", "completion"; "prefix",
             "suffix", "middle"; and the roles of messages, such as "user" and "assistant".
@@ -101,6 +101,10 @@ def dedup(
             nothing in common: larger ones become stars of texts that are all similar to one of them
             (:func:`fastsft.ops.near_duplicates`). The default keeps at least one in a thousand whatever the data are,
             and real clusters are smaller; None is no limit.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Which records stay, each one's cluster, and the counts.
 
     Raises:
         DataError: a file that cannot be read, or a broken row. ValueError: a parameter out of range, a record that has

@@ -26,12 +26,13 @@ from fastsft.data.keep import check as check_choice
 from fastsft.data.link import LinkOptions, link
 from fastsft.data.lock import hold, remove_held
 from fastsft.data.problems import Problems
-from fastsft.data.scan import Progress, SketchOptions, scan
+from fastsft.data.scan import SketchOptions, scan
 from fastsft.data.shards import Shards
 from fastsft.data.sources import Source, find_sources
 from fastsft.data.texts import reread_texts
 from fastsft.data.writers import Output, check_target
 from fastsft.files import sync
+from fastsft.progress import Progress
 
 Ints = npt.NDArray[np.int64]
 UNLIMITED = 1 << 62

@@ -21,11 +21,12 @@ from fastsft.data.dedup_files import find_all, memory_left, plan_of, report, wri
 from fastsft.data.link import LinkOptions, equal_rows, link
 from fastsft.data.lock import hold
 from fastsft.data.problems import DataError, Problems
-from fastsft.data.scan import Progress, SketchOptions, scan
+from fastsft.data.scan import SketchOptions, scan
 from fastsft.data.shards import Shards, open_shards
 from fastsft.data.sources import Source
 from fastsft.data.writers import check_target
 from fastsft.files import sync
+from fastsft.progress import Progress
 
 _VERSION = 5
 

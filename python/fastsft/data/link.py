@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsft.data.candidates import CandidateTexts, compared_texts
-from fastsft.data.scan import Progress, SketchOptions
+from fastsft.data.scan import SketchOptions
 from fastsft.data.shards import Shards
 from fastsft.data.sources import Source
 from fastsft.ops import link_similar
+from fastsft.progress import Progress
 
 Ints = npt.NDArray[np.int64]
 _ROW_BYTES = 160  # what sorting a row's hash takes at its peak

@@ -32,8 +32,8 @@ from fastsft.data.store import SampleStore
 from fastsft.files import sync, sync_tree
 from fastsft.models.fim import FORMATS
 from fastsft.models.tokenizer import Tokenizer
+from fastsft.progress import Progress
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 _VERSION = 14  # raise when the same inputs would give other samples
 
 
@@ -52,6 +52,10 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Prepared:
 
     Everything is a pure function of the configuration and the bytes of the files, and lies in
     ``<output>/data/<content hash>/``.
+
+    Args:
+        config: of the run; validated again.
+        progress: called with (stage, done, total).
 
     Raises:
         DataError: an unusable row (up to a share of data.max_bad), or no usable row at all; names file and line.

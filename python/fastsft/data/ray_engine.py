@@ -13,9 +13,10 @@ import numpy.typing as npt
 from fastsft.data.candidates import compared_texts
 from fastsft.data.link import LinkOptions, band_buckets, equal_rows, limit_clusters, link_buckets, oversized, roots
 from fastsft.data.problems import Problems
-from fastsft.data.scan import Progress, SketchOptions, scan, scan_source
+from fastsft.data.scan import SketchOptions, scan, scan_source
 from fastsft.data.shards import Shard, Shards, by_source, open_shards
 from fastsft.data.sources import Source
+from fastsft.progress import Progress
 
 Ints = npt.NDArray[np.int64]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,7 @@ from fastsft.data.sources import Source
 from fastsft.data.text_batch import TextBatch
 from fastsft.data.texts import read_texts
 from fastsft.ops.minhash import lsh_shape
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
+from fastsft.progress import Progress
 
 
 @dataclass(frozen=True)

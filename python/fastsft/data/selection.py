@@ -23,8 +23,8 @@ from fastsft.data.records import Record
 from fastsft.data.scan import SketchOptions, scan
 from fastsft.data.sources import find_sources
 from fastsft.data.spool import Spool
+from fastsft.progress import Progress
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 Ints = npt.NDArray[np.int64]
 MEMORY = 1 << 30  # bytes that deduplication may hold besides what it keeps of each row
 

@@ -177,6 +177,9 @@ class LLM:
     def update_weights(self, model: Decoder) -> int:
         """Go on with the weights of another decoder, or with those that this one has now; nothing is loaded.
 
+        Args:
+            model: of the same architecture.
+
         Returns:
             Their version, which each output carries (``weight_versions``). It begins at 0.
 
@@ -197,8 +200,16 @@ class LLM:
         """Answer one conversation, or each of several, written out by the model's chat template.
 
         Args:
-            adapter, progress: as in :meth:`generate`.
+            messages: of one conversation, as ``{"role": ..., "content": ...}``, or a list of conversations.
+            params, adapter, progress: as in :meth:`generate`.
             template: tools and whatever else the template reads.
+
+        Returns:
+            One output per conversation, in order; ``prompt`` is what the template wrote.
+
+        Raises:
+            TemplateError: a conversation that the template refuses. PromptError: one that does not fit.
+            ValueError: no message; otherwise as :meth:`generate`.
         """
         if not messages or not isinstance(messages, list):
             raise ValueError(f"chat: messages: expected a list of at least one message, got {messages!r:.200}")
@@ -227,7 +238,7 @@ class LLM:
             format: "qwen", "starcoder", ... (``fastsft.models.fim.FORMATS``), or "auto": the one whose tokens the
                 vocabulary has.
             markers: instead of a format, the tokens before prefix, suffix and middle.
-            adapter: as in :meth:`generate`.
+            params, adapter: as in :meth:`generate`.
 
         Raises:
             ValueError: no format or several fit, a token of it is not one of this model, the text cannot be encoded, or

@@ -138,9 +138,7 @@ class ProcessorFactory:
                 if not 0 <= i < self._vocab_size:
                     raise ValueError(f"params: {name}: expected token ids in [0, {self._vocab_size}), got {i}")
         guide = None
-        if isinstance(
-            params.structured_outputs, StructuredOutputs
-        ):  # no dictionary any more: SamplingParams sees to it
+        if isinstance(params.structured_outputs, StructuredOutputs):  # SamplingParams leaves no dictionary
             if self._guides is None:
                 self._guides = Guides(self._tokenizer, self._vocab_size, self._end_ids)
             guide = self._guides.guide(params.structured_outputs)

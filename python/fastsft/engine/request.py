@@ -39,6 +39,7 @@ class SamplingParams:
         max_tokens, min_tokens: limits on the number of generated tokens.
         logprobs: None, or the number of most probable tokens to report beside the chosen one; True means 0, False None.
         prompt_logprobs: the same for the tokens of the prompt, all of which are then computed.
+        skip_special_tokens: leave special tokens out of ``text``; ``token_ids`` has them all.
         repetition_penalty: above 1, tokens of the prompt and the text become less probable (CTRL, 1909.05858).
         presence_penalty, frequency_penalty: taken from the logits of tokens of the text, once and per occurrence.
         logit_bias: token id -> added to its logit, from -100 to 100.
@@ -176,6 +177,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
+    """What became of one prompt: ``outputs`` has its ``n`` continuations, ``prompt`` its text if it came as one."""
+
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]

@@ -69,9 +69,7 @@ class Sequence:
     accepted: int = 0
     siblings: list[Sequence] = field(default_factory=list)  # share the prompt once it is computed
     logprobs: list[dict[int, float]] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, float] | None] = field(
-        default_factory=lambda: [None]
-    )  # nothing is before the first
+    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=lambda: [None])  # of the first token: none
     processors: Processors | None = None  # what the request changes in its logits
     cumulative_logprob: float = 0.0  # of the generated tokens, under the unmodified distribution
     finish_reason: str | None = None

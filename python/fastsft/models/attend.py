@@ -1,4 +1,4 @@
-"""How a decoder layer attends: a callable, so that training (packed) and inference (paged cache) share the model."""
+"""How a decoder layer attends: a callable, so that a model also runs on what packed documents are compared with."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ class VarlenAttend:
 
     Args:
         cu_seqlens: int32 [B + 1], where the documents begin, and the number of tokens.
-        deterministic: ask the kernels for gradients that are the same bits on every run.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, *, deterministic: bool = False) -> None:
+    def __init__(self, cu_seqlens: torch.Tensor) -> None:
         self.cu_seqlens = cu_seqlens
-        self.deterministic = deterministic
         self._plans: dict[tuple[int, int] | None, AttentionPlan] = {}  # by window
 
     def __call__(
@@ -37,7 +35,5 @@ class VarlenAttend:
         if plan is None:  # made at the first layer with this window, for all of them
             plan = ops.attention_plan(self.cu_seqlens, total_q=q.shape[0], window=window)
             self._plans[window] = plan
-        out: torch.Tensor = ops.varlen_attention(
-            q, k, v, self.cu_seqlens, causal=True, window=window, deterministic=self.deterministic, plan=plan
-        )
+        out: torch.Tensor = ops.varlen_attention(q, k, v, self.cu_seqlens, causal=True, window=window, plan=plan)
         return out

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +17,13 @@ import torch
 from fastsft.data.lock import hold
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import PromptError, RequestOutput, SamplingParams
+from fastsft.progress import Progress
 from fastsft.synthesis.journal import check_plan, digest_model, digest_tasks, read_whole
 from fastsft.verify.answers import ask, code_of
 from fastsft.verify.judge import failure_kind, judge, last_words
 from fastsft.verify.languages import Language
 from fastsft.verify.sandbox import Limits
 from fastsft.verify.tasks import Task
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 _SAMPLES = "samples.jsonl"
 # Sequences of one call of the engine: what a killed run has to draw again at most.

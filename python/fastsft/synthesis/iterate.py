@@ -12,7 +12,8 @@ import orjson
 
 from fastsft.config import ConfigError
 from fastsft.data.lock import hold
-from fastsft.synthesis.draw import Progress, draw
+from fastsft.progress import Progress
+from fastsft.synthesis.draw import draw
 from fastsft.synthesis.plan import Plan
 from fastsft.synthesis.rejection import sample_tasks
 from fastsft.train.checkpoint import write_file

@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 
 from fastsft.files import sync
-from fastsft.synthesis.draw import DrawOptions, Progress, draw
+from fastsft.progress import Progress
+from fastsft.synthesis.draw import DrawOptions, draw
 from fastsft.synthesis.select import SelectOptions, select
 from fastsft.verify.tasks import Task
 

@@ -45,6 +45,13 @@ def batch_loss(model: Decoder, batch: VarlenBatch, *, normalizer: float) -> torc
     return cast(torch.Tensor, loss)  # a tuple only with return_aux
 
 
+def batch_logprobs(model: Decoder, batch: VarlenBatch) -> torch.Tensor:
+    """float32 [T], the log-probability of each target of a packed batch, 0 where there is none; differentiable."""
+    hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
+    logprobs = ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets)
+    return cast(torch.Tensor, logprobs)  # a tuple only with return_entropy
+
+
 def evaluate_loss(
     model: Decoder,
     store: SampleStore,
@@ -69,8 +76,7 @@ def evaluate_loss(
     with parallel.inference():
         for done, (number, counts) in enumerate(turns, 1):
             batch = store.batch(packs[number])
-            hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
-            logprobs = cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))
+            logprobs = batch_logprobs(model, batch)
             if counts:
                 sums[packs[number]] = document_sums(batch, logprobs)
                 tokens += int((batch.weights > 0).sum())

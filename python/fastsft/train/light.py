@@ -15,8 +15,8 @@ import torch
 from fastsft import ops
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
-from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
+from fastsft.train.evaluate import batch_logprobs
 from fastsft.train.losses import document_sums
 from fastsft.train.parallel import Copies
 
@@ -62,7 +62,5 @@ def unpacked(text: str, count: int) -> npt.NDArray[np.bool_]:
 
 def _mean_losses(model: Decoder, batch: VarlenBatch) -> torch.Tensor:
     """float64, of each document [B]: its weighted mean negative log-likelihood; infinite without a trained token."""
-    hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
-    logprobs = ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets)
-    total, weight = document_sums(batch, logprobs).sum(1).unbind(1)  # type: ignore[arg-type]
+    total, weight = document_sums(batch, batch_logprobs(model, batch)).sum(1).unbind(1)
     return torch.where(weight > 0, total / weight, torch.inf)

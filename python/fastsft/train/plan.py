@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 
 from fastsft.config import Config, ConfigError, load_config
-from fastsft.data.prepare import Prepared, Progress, prepare
+from fastsft.data.prepare import Prepared, prepare
 from fastsft.data.store import SampleStore
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.ops.objectives import OBJECTIVES
+from fastsft.progress import Progress
 from fastsft.train import schedule, start
 from fastsft.train.curriculum import CurriculumStage
 from fastsft.train.objective import check_objective, describe

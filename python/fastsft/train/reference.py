@@ -12,13 +12,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastsft import ops
 from fastsft.config import Config, ConfigError
 from fastsft.data.batch import VarlenBatch
 from fastsft.data.store import SampleStore
@@ -27,6 +26,7 @@ from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.models.weights import load_model
 from fastsft.ops.objectives import OBJECTIVES
+from fastsft.train.evaluate import batch_logprobs
 from fastsft.train.parallel import Copies
 from fastsft.train.start import fingerprint
 
@@ -135,7 +135,7 @@ def _compute(
     with open(partial, "ab") if world.is_main else contextlib.nullcontext() as file:
         for first in range(0, len(left), world.size):
             members, _, _ = left[min(first + world.rank, len(left) - 1)]
-            found = world.gather(_logprobs(store.batch(members), parallel.model).numpy())
+            found = world.gather(batch_logprobs(parallel.model, store.batch(members)).numpy())
             if file is None:
                 continue
             for (_, begin, end), logprobs in zip(left[first : first + world.size], found, strict=False):
@@ -163,8 +163,3 @@ def _consecutive(lengths: npt.NDArray[np.int64], capacity: int) -> Iterator[tupl
         used += length
     if used:
         yield np.arange(first, len(lengths)), begin, begin + used
-
-
-def _logprobs(batch: VarlenBatch, model: Decoder) -> torch.Tensor:
-    hidden_TD = model(batch.ids, batch.position_ids, VarlenAttend(batch.cu_seqlens))
-    return cast(torch.Tensor, ops.linear_logprobs(hidden_TD, model.lm_head_weight, batch.targets))

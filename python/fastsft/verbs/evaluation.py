@@ -13,9 +13,9 @@ from fastsft.verbs.console import UsageError, print_json
 from fastsft.verbs.speculating import read_speculation
 
 if TYPE_CHECKING:
-    from fastsft.data.prepare import Progress
     from fastsft.models.decoder import Decoder
     from fastsft.models.tokenizer import Tokenizer
+    from fastsft.progress import Progress
 
 
 def evaluate(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsft.progress import Progress
 from fastsft.synthesis.draw import DrawOptions, draw
 from fastsft.synthesis.journal import digest_model, digest_tasks
 from fastsft.synthesis.score import Outcome, read_samples, score
@@ -18,8 +19,6 @@ from fastsft.verify.languages import read_languages
 from fastsft.verify.passk import pass_at_k
 from fastsft.verify.sandbox import Limits, run
 from fastsft.verify.tasks import Task, read_tasks
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsft.data.prepare import Progress
 from fastsft.data.store import SampleStore
 from fastsft.engine.llm import LLM
 from fastsft.engine.options import QUANTIZATIONS
+from fastsft.progress import Progress
 
 FORMATS = ("float32", "bfloat16", *QUANTIZATIONS)
 _SAMPLES = 256  # scored by one call

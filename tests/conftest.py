@@ -4,7 +4,9 @@ Tests marked gpu are skipped without a CUDA device."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +14,19 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too: their sums are compared with ours
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_lives_on() -> Iterator[None]:
+    """Imported modules and the like, half a million objects, are passed over by full collections: each training run
+    makes one."""
+    gc.freeze()
+    yield
+    gc.collect()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -77,8 +77,15 @@ def test_train_and_info_stay_callable_after_submodule_imports() -> None:
 
 def test_import_is_light() -> None:
     heavy = ["transformers", "pyarrow", "datasets", "matplotlib", "triton", "pydantic", "tyro", "rich", "jinja2"]
-    code = "import torch, sys; before = set(sys.modules); import fastsft; print(*(set(sys.modules) - before))"
-    assert not set(heavy) & set(run(code).split())
+    code = (
+        "import torch, sys; before = set(sys.modules); import fastsft; print(*(set(sys.modules) - before)); "
+        "from fastsft.models.weights import init_model; init_model({'model_type': 'llama', 'vocab_size': 8, "
+        "'hidden_size': 8, 'intermediate_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 1}, seed=0); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    imported, compiler_in_a_model = run(code).splitlines()
+    assert not set(heavy) & set(imported.split())
+    assert compiler_in_a_model == "False"
 
 
 def test_the_data_side_needs_no_torch() -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 FAULT_EXIT = 77
+# One server serves all that one process starts, with the list of the first to ask: the second and third entry are for
+# processes that shard a model, the last for reading a configuration.
+PRELOAD = ["fastsft.train.trainer", "fastsft.train.shards", "torch._dynamo", "pydantic"]
 WORDS = ["def", "return", "yield", "lambda", "class", "import", "value", "index", "total", "range", "print", "while"]
 
 
@@ -88,8 +91,7 @@ class Runner:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # the last two: what building a model and reading a configuration import
-        self._context.set_forkserver_preload(["fastsft.train.trainer", "torch._dynamo", "pydantic"])
+        self._context.set_forkserver_preload(PRELOAD)
 
     def start(self, config: dict[str, Any], *, fault: tuple[str, int] | None = None) -> Any:
         log = str(config["output"]) + ".log"

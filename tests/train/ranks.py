@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kill_resume import PRELOAD
+
 
 def _rank(environment: dict[str, str], log: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
@@ -28,7 +30,7 @@ class Ranks:
 
     def __init__(self, size: int, log: Path, target: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastsft.train.trainer", "fastsft.train.shards", "torch._dynamo", "pydantic"])
+        context.set_forkserver_preload(PRELOAD)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

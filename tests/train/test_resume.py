@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,14 +35,27 @@ from fastsft.train.update import StepResult, Update
 STEPS = 8
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module")
+def references(
+    runner: Runner, texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, float]]:
+    """Output folder and seconds of the uninterrupted run of a type, which is made once."""
+
+    @cache
+    def reference_of(dtype: str) -> tuple[Path, float]:
+        output = tmp_path_factory.mktemp("reference") / dtype
+        return uninterrupted(runner, run_config(texts, output, dtype=dtype, steps=STEPS))
+
+    return reference_of
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
 def reference(
-    request: pytest.FixtureRequest, runner: Runner, texts: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, references: Callable[[str], tuple[Path, float]]
 ) -> tuple[str, Path, float]:
     """(type, output folder, seconds) of the uninterrupted run."""
     dtype: str = request.param
-    output = tmp_path_factory.mktemp("reference") / dtype
-    return dtype, *uninterrupted(runner, run_config(texts, output, dtype=dtype, steps=STEPS))
+    return dtype, *references(dtype)
 
 
 def check_same(config: dict[str, Any], reference: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastsft.models.decoder import Decoder
 from fastsft.models.layers import Linear
+from fastsft.models.skeleton import skeleton
 from fastsft.ops import linear
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -81,7 +82,7 @@ class LoraLinear(Linear):
     def merged(self) -> Linear:
         """The base layer with the adapter added into its own weight: in float32, rounded once."""
         self.weight.copy_(self.effective_weight())
-        with torch.device("meta"):
+        with skeleton():
             layer = Linear(self.in_features, self.out_features, bias=self.bias is not None)
         layer.weight, layer.bias = self.weight, self.bias
         return layer

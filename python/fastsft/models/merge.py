@@ -22,6 +22,7 @@ import torch
 from fastsft.files import sync, sync_tree
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.skeleton import skeleton
 from fastsft.models.stored import EMBEDDING, HEAD, IGNORED, INDEX, Stored, check_tied, hf_name, match, open_tensors
 from fastsft.models.tokenizer import FILES, Tokenizer
 
@@ -198,7 +199,7 @@ def open_members(models: Sequence[str | os.PathLike[str]]) -> Iterator[Members]:
         difference = _config_difference(configs[0], configs[i]) or _tokenizer_difference(tokenizers[0], tokenizers[i])
         if difference is not None:
             raise ValueError(f"{folder} cannot be combined with {folders[0]}: {difference}")
-    with torch.device("meta"):
+    with skeleton():
         model = Decoder(configs[0])
     with contextlib.ExitStack() as stack:
         stored = [open_tensors(folder, stack) for folder in folders]

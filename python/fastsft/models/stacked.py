@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.lora import lora_layers
+from fastsft.models.skeleton import skeleton
 from fastsft.models.stored import check_tied, match, open_tensors
 from fastsft.ops.decoder import DecoderLayer, Weight
 
@@ -50,7 +51,7 @@ class Tensors:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with config.json and *.safetensors")
         self.config = ModelConfig.from_file(folder / "config.json")
-        with torch.device("meta"):
+        with skeleton():
             empty = Decoder(self.config)
         stored = open_tensors(folder, stack)
         places = {id(parameter): name for name, parameter in match(empty, stored, folder).items()}

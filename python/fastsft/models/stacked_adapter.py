@@ -12,6 +12,7 @@ from fastsft.models.adapter import read_adapter
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.lora import lora_layers
+from fastsft.models.skeleton import skeleton
 from fastsft.models.stacked import check_sizes
 from fastsft.ops.decoder import AdapterLayer, LowRank, Weight
 
@@ -61,7 +62,7 @@ def stack_adapter(
 
 def _of_folder(config: ModelConfig, folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> A and scale B, in float32."""
-    with torch.device("meta"):
+    with skeleton():
         empty = Decoder(config)
     lora, stored = read_adapter(empty, folder)
     return {name: (a.float(), b.float() * lora.scale) for name, (a, b) in stored.items()}

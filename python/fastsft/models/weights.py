@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from fastsft.files import sync
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.skeleton import skeleton
 from fastsft.models.stored import INDEX, SINGLE, check_tied, hf_name, match, open_tensors
 from fastsft.models.tokenizer import FILES
 
@@ -143,7 +144,7 @@ def save_model(
 
 def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
     """A model with uninitialised parameters: torch's default initialisation of large matrices takes minutes."""
-    with torch.device("meta"):
+    with skeleton():
         model = Decoder(config)
     return model.to(dtype).to_empty(device=device)
 

@@ -16,6 +16,7 @@ from fastsft.data.prepare import Prepared, prepare
 from fastsft.data.store import SampleStore
 from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
+from fastsft.models.skeleton import skeleton
 from fastsft.ops.objectives import OBJECTIVES
 from fastsft.progress import Progress
 from fastsft.train import schedule, start
@@ -122,7 +123,7 @@ def _blank(config: Config, vocab_size: int) -> Decoder:
         if options.path is not None
         else ModelConfig.from_hf({"vocab_size": vocab_size, **options.init}, "model.init")
     )
-    with torch.device("meta"):
+    with skeleton():
         model = Decoder(architecture)
     if config.lora.rank:
         start.adapt(model, config)

@@ -11,6 +11,7 @@ import torch
 
 from fastsft.models.decoder import Decoder
 from fastsft.models.merge import Members, open_members
+from fastsft.models.skeleton import skeleton
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def greedy_soup(
         raise ValueError(f"soup: models: expected at least two folders, got {len(models)}")
     with open_members(models) as members:
         members.check_output(output)
-        with torch.device("meta"):
+        with skeleton():
             model = Decoder(members.config)
         trials = _choose(members, model.to(dtype).to_empty(device="cpu"), loss_of, progress)
         chosen = next(t for t in reversed(trials) if t.kept).members

@@ -65,6 +65,29 @@ def test_draws_of_the_reference(vocab: int) -> None:
     assert logprobs.dtype == torch.float32
 
 
+def test_filters_on_a_device_take_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only those with a filter, whatever is beside them."""
+    logits = torch.randn(24, 100, generator=torch.Generator().manual_seed(1)) * 3
+    rows = torch.arange(24)
+    p = parameters(
+        24, temperature=(rows % 4).float(), top_k=rows % 2 * 5, top_p=torch.where(rows % 3 == 0, 0.8, 1.0), seeds=rows
+    )
+    kept_of, taken = sampling.kept_of, list[int]()
+
+    def noting(scores: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        taken.append(len(scores))
+        return kept_of(scores, *others)
+
+    monkeypatch.setitem(sampling._best, "cuda", sampling.best_tokens)
+    monkeypatch.setattr(sampling, "_SORTED", 512)
+    monkeypatch.setattr(sampling, "kept_of", noting)
+    ids, _ = sampling._on_device(logits, *p.values())
+    assert torch.equal(ids, reference.sample(logits, **p)[0])
+    filtered = int(((rows % 4 > 0) & ((rows % 2 > 0) | (rows % 3 == 0))).sum())
+    assert sum(taken) == filtered
+    assert taken == [5] * (filtered // 5) + [filtered % 5] * (filtered % 5 > 0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

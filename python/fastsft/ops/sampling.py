@@ -9,6 +9,8 @@ import torch
 from fastsft import _C
 from fastsft.ops import _library
 
+_SORTED = 1 << 23  # logits whose filters are applied at a time on a GPU: they are sorted, in about 50 bytes each
+
 
 def _native(logits: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = _fake(logits)
@@ -34,8 +36,11 @@ def _on_device(
     z = logits - logits.amax(1, keepdim=True)
     scores = z / torch.where(temperature > 0, temperature, 1)[:, None]
     # Greedy rows keep their best token whatever the filters say.
-    if bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any()):
-        scores = scores.masked_fill(~kept_of(scores, top_k, top_p, min_p), -torch.inf)
+    filtered = ((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).nonzero().flatten()
+    step = max(1, _SORTED // scores.shape[1])
+    for rows in (filtered[begin : begin + step] for begin in range(0, len(filtered), step)):
+        kept = kept_of(scores[rows], top_k[rows], top_p[rows], min_p[rows])
+        scores[rows] = scores[rows].masked_fill(~kept, -torch.inf)
     ids: torch.Tensor = _best["cuda"](scores, temperature, seeds, positions)
     logprobs = z.gather(1, ids[:, None])[:, 0] - z.logsumexp(1)
     wrong = (~logprobs.isfinite()).nonzero().flatten().tolist()

@@ -17,15 +17,7 @@ void register_info(py::module_& m) {
     return names;
   });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
-  m.def(
-      "set_isa",
-      [](const std::string& name) {
-        for (Isa isa : available_isas()) {
-          if (name == isa_name(isa)) return set_isa(isa);
-        }
-        detail::fail("set_isa: name: '", name, "' is not available on this CPU");
-      },
-      py::arg("name"));
+  m.def("set_isa", [](const std::string& name) { set_isa(find_isa("set_isa: name", name.c_str())); }, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("cuda_architectures", &cuda_architectures, "Architectures compiled in, or '' for a CPU-only build.");

@@ -33,6 +33,8 @@ constexpr int64_t kForwardRows = 224;              // rows that share one packin
 constexpr int64_t kDecodeRows = 64;                // of an item, at most: states and scores stay in the L2 cache
 constexpr int64_t kSerialCost = int64_t{1} << 21;  // multiply-adds that take about as long as waking a thread
 constexpr int64_t kDeltaTokens = 32;               // queries per unit of the first backward pass
+constexpr int64_t kBackwardRows = 126;             // of a query tile of the backward pass: whole strips of AVX-512,
+constexpr int64_t kBackwardRowsOfWideHeads = 70;   // fewer where a row is longer than 128 elements
 
 float* scratch_floats(int64_t n) {
   return static_cast<float*>(thread_scratch(n * static_cast<int64_t>(sizeof(float))));
@@ -126,6 +128,17 @@ DecodeWork cut_for_decoding(const ForwardArgs& args, const std::vector<ForwardIt
   return work;
 }
 
+ForwardArgs forward_args(const AttentionShape& shape, int64_t total_q, const AttentionInput& q, void* out) {
+  ForwardArgs args{};
+  args.shape = shape;
+  args.mask = mask_of(shape);
+  args.group = shape.num_q_heads / shape.num_kv_heads;
+  args.total_q = total_q;
+  args.q = q;
+  args.out = out;
+  return args;
+}
+
 void run_forward(const ForwardArgs& args, const std::vector<ForwardItem>& tiles) {
   const int64_t dim = args.shape.head_dim;
   const auto seen = [&](const ForwardItem& item) {
@@ -186,15 +199,9 @@ void varlen_attention_forward(const AttentionShape& shape, const AttentionBatch&
   check_shape(kOp, shape);
   check_offsets(kOp, "cu_seqlens_q", batch.cu_q, batch.batch, batch.total_q);
   check_offsets(kOp, "cu_seqlens_k", batch.cu_k, batch.batch, batch.total_k);
-  ForwardArgs args{};
-  args.shape = shape;
-  args.mask = mask_of(shape);
-  args.group = shape.num_q_heads / shape.num_kv_heads;
-  args.total_q = batch.total_q;
-  args.q = q;
+  ForwardArgs args = forward_args(shape, batch.total_q, q, out);
   args.k = {k.data, {0, k.token_stride, k.head_stride}};
   args.v = {v.data, {0, v.token_stride, v.head_stride}};
-  args.out = out;
   args.lse = lse;
   std::vector<ForwardItem> tiles;
   for (int64_t b = 0; b < batch.batch; ++b) {
@@ -209,16 +216,10 @@ void paged_attention_forward(const AttentionShape& shape, const int32_t* cu_q, i
   constexpr const char* kOp = "paged_attention";
   check_shape(kOp, shape);
   check_offsets(kOp, "cu_seqlens_q", cu_q, batch, total_q);
-  ForwardArgs args{};
-  args.shape = shape;
-  args.mask = mask_of(shape);
-  args.group = shape.num_q_heads / shape.num_kv_heads;
-  args.total_q = total_q;
-  args.q = q;
+  ForwardArgs args = forward_args(shape, total_q, q, out);
   args.k = {cache.k, {cache.k_strides[0], cache.k_strides[1], cache.k_strides[2]}};
   args.v = {cache.v, {cache.v_strides[0], cache.v_strides[1], cache.v_strides[2]}};
   args.block_size = cache.block_size;
-  args.out = out;
   std::vector<ForwardItem> tiles;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t num_q = cu_q[b + 1] - cu_q[b], length = cache.context_lens[b];
@@ -252,7 +253,7 @@ void varlen_attention_backward(const AttentionShape& shape, const AttentionBatch
   args.mask = mask_of(shape);
   args.group = group;
   args.total_q = batch.total_q;
-  args.tile_tokens = std::max<int64_t>((dim <= 128 ? 126 : 70) / group, 1);
+  args.tile_tokens = std::max<int64_t>((dim <= 128 ? kBackwardRows : kBackwardRowsOfWideHeads) / group, 1);
   args.q = q, args.k = k, args.v = v, args.out = out, args.dout = dout;
   args.lse = lse, args.dlse = dlse, args.delta = delta.get();
   args.dq = dq, args.dk = dk, args.dv = dv;

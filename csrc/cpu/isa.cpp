@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "fastsft/common.h"
@@ -33,13 +34,7 @@ std::vector<Isa> detect() {
 
 Isa choose() {
   const char* forced = std::getenv("FASTSFT_ISA");
-  if (forced == nullptr || *forced == '\0') return available_isas().back();
-  for (Isa isa : available_isas()) {
-    if (std::string(forced) == isa_name(isa)) return isa;
-  }
-  std::string names;
-  for (Isa isa : available_isas()) names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
-  detail::fail("FASTSFT_ISA: expected one of {", names, "} on this CPU, got '", forced, "'");
+  return forced == nullptr || *forced == '\0' ? available_isas().back() : find_isa("FASTSFT_ISA", forced);
 }
 
 }  // namespace
@@ -59,6 +54,15 @@ const std::vector<Isa>& available_isas() {
   return isas;
 }
 
+Isa find_isa(const char* argument, const char* name) {
+  std::string names;
+  for (Isa isa : available_isas()) {
+    if (std::strcmp(name, isa_name(isa)) == 0) return isa;
+    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+  }
+  detail::fail(argument, ": expected one of {", names, "} on this CPU, got '", name, "'");
+}
+
 Isa active_isa() {
   int isa = g_active.load(std::memory_order_relaxed);
   if (isa == kUnset) {
@@ -69,13 +73,7 @@ Isa active_isa() {
 }
 
 void set_isa(Isa isa) {
-  for (Isa have : available_isas()) {
-    if (have == isa) {
-      g_active.store(static_cast<int>(isa), std::memory_order_relaxed);
-      return;
-    }
-  }
-  detail::fail("isa: ", isa_name(isa), " cannot run on this CPU");
+  g_active.store(static_cast<int>(find_isa("set_isa: isa", isa_name(isa))), std::memory_order_relaxed);
 }
 
 }  // namespace fastsft

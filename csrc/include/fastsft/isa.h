@@ -21,6 +21,9 @@ const char* isa_name(Isa isa);
 // Instruction sets that were compiled in and that this CPU and operating system can run, ascending.
 const std::vector<Isa>& available_isas();
 
+// The available one of this name. Throws Error, naming `argument`, if there is none.
+Isa find_isa(const char* argument, const char* name);
+
 // The best available one, unless FASTSFT_ISA=base|avx2|avx512|avx512bf16 names another at the first call or set_isa
 // chose one. Throws Error if the name is unknown or the CPU lacks it.
 Isa active_isa();

@@ -10,7 +10,7 @@ namespace fastsft {
 
 // Number of threads a parallel_for may use, the caller included. The first value is FASTSFT_NUM_THREADS, or else the
 // size of the process's affinity mask. In a forked child it is 1 unless FASTSFT_NUM_THREADS is set or the child calls
-// set_num_threads. Throws Error for n < 1.
+// set_num_threads. Throws Error for n outside [1, 1024].
 int num_threads();
 void set_num_threads(int n);
 

@@ -16,7 +16,7 @@ from shapes import LLAMA_8B, QWEN_05B, Heads
 
 from fastsft import ops
 from fastsft.ops import reference
-from fastsft.ops.kv_cache import KVLayout
+from fastsft.ops.kv_cache import KVLayout, empty_blocks
 
 SMALL = Heads("30M", 9, 3, 64)
 SHAPES = [SMALL, QWEN_05B, LLAMA_8B]
@@ -47,7 +47,7 @@ class Case:
         self.table = torch.randperm(blocks, generator=generator).int().view(sequences, -1)
         self.cu = int32(range(0, (sequences + 1) * rows, rows))
         self.lens = int32([context] * sequences)
-        self.cache = torch.zeros(blocks, self.layout.block_bytes, dtype=torch.uint8)
+        self.cache = empty_blocks(1, blocks, self.layout.block_bytes)[0]
         for table in self.table:
             ops.kv_write(self.cache, self.layout, k, v, table[None], int32([0, context]), int32([context]))
 

@@ -12,6 +12,7 @@
 
 #include "kv_cache_kernels.h"
 #include "lane_sums.h"
+#include "prefetch.h"
 #include "register_tile.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
@@ -61,7 +62,7 @@ FASTSFT_INLINE Vec load_line(const char* line, int64_t row_bytes, int step) {
 // sum[r][j] += over `lines` lines of a[r] times the columns from base[j] on; asks for as many bytes of each ahead[j].
 template <typename Format, Stored kStored, int kRows, int kVecs>
 FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* const (&base)[kVecs],
-                                   const char* const (&ahead)[kVecs], int64_t row_bytes, int64_t lines,
+                                   const char* const (&ahead)[kVecs], int64_t row_bytes, int64_t lines, Prefetch fetch,
                                    Vec (&sum)[kRows][kVecs]) {
   constexpr int kSteps = 2 / Format::kSteps;
   const int64_t line_bytes = row_bytes * kLineRows<Format, kStored>;
@@ -72,7 +73,7 @@ FASTSFT_INLINE void multiply_lines(const typename Format::Word* a, const char* c
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
         const int64_t row = kLineRows<Format, kStored> == 2 ? step * row_bytes : 0;
-        if (step == 0 || kLineRows<Format, kStored> == 2) __builtin_prefetch(ahead[j] + at + row);
+        if (step == 0 || kLineRows<Format, kStored> == 2) fetch(ahead[j] + at + row);
         b[j] = load_line<Format, kStored>(base[j] + at, row_bytes, step);
       }
 #pragma GCC unroll 16
@@ -95,6 +96,7 @@ struct Part {
   const float* v_scales[kPartGroups];
   const char* const* k_ahead;  // [kPartGroups] places to ask for meanwhile, each as long as K of a group
   const char* const* v_ahead;
+  Prefetch fetch;
 };
 
 // Rows of a task that are multiplied together.
@@ -113,7 +115,7 @@ FASTSFT_NOINLINE void score_keys(const Part& part, const Strip& strip, const typ
     ahead[j] = part.k_ahead[column / kGroupKeys] + offset;
   }
   Vec sum[kRows][kVecs] = {};
-  multiply_lines<Format, kStored>(queries, base, ahead, kGroupKeys * kColumnBytes<kStored>, dim / 2, sum);
+  multiply_lines<Format, kStored>(queries, base, ahead, kGroupKeys * kColumnBytes<kStored>, dim / 2, part.fetch, sum);
 #pragma GCC unroll 8
   for (int j = 0; j < kVecs; ++j) {
     const int64_t column = (vector + j) * kLanes;
@@ -154,7 +156,7 @@ FASTSFT_NOINLINE void add_columns(const Part& part, const Strip& strip, int64_t 
       ahead[j] = part.v_ahead[g] + offset;
     }
     multiply_lines<Format, kStored>(probabilities + g * kGroupWords, base, ahead, dim * kColumnBytes<kStored>,
-                                    kGroupKeys / 2, sum);
+                                    kGroupKeys / 2, part.fetch, sum);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -405,6 +407,7 @@ class Task {
 
   // K and V of the part's groups in the order of memory.
   void list_ahead(int64_t index) {
+    const Prefetch fetch;
     int64_t count = 0;
     for (int64_t g = 0; g < kPartGroups;) {
       const Place place = place_of(index * kPartGroups + g);
@@ -421,16 +424,17 @@ class Task {
         }
         if (places_.scale == 0) continue;
         const char* const scales = base + 2 * places_.half + place.slot * 4;
-        for (int64_t i = 0; i < run; ++i) __builtin_prefetch(scales + i * kGroupKeys * 4);
-        for (int64_t i = 0; i < run; ++i) __builtin_prefetch(scales + places_.scale + i * kGroupKeys * 4);
+        for (int64_t i = 0; i < run; ++i) fetch(scales + i * kGroupKeys * 4);
+        for (int64_t i = 0; i < run; ++i) fetch(scales + places_.scale + i * kGroupKeys * 4);
       }
       g += run;
     }
   }
 
   void ask_at_once() const {
+    const Prefetch fetch;
     for (int64_t i = 0; i < heads_ * 2 * kPartGroups; ++i) {
-      for (int64_t at = 0; at < places_.group; at += 64) __builtin_prefetch(ahead_[i] + at);
+      for (int64_t at = 0; at < places_.group; at += 64) fetch(ahead_[i] + at);
     }
   }
 

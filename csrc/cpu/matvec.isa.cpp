@@ -8,8 +8,8 @@
 // contraction (CMakeLists.txt): a row's sums must not depend on the pass it is in.
 #include <type_traits>
 
-#include "fastsft/memory.h"
 #include "matvec_line.h"
+#include "prefetch.h"
 
 namespace fastsft::FASTSFT_ISA_NS {
 namespace {
@@ -41,7 +41,7 @@ struct Block {
   int group_shift;      // int4: lines of a group, as a power of two
   bool first;           // of the slab: nothing is in the total yet
   int64_t ahead;        // bytes from a line to the first one to ask for meanwhile
-  bool into_second;     // level of cache
+  Prefetch fetch;
 };
 
 // total[row][panel] += x[row] times kPanels panels, scales of groups included; x holds kWidth rows, of which kRows
@@ -66,14 +66,7 @@ FASTSFT_NOINLINE void multiply(const Block& block, const uint32_t* x, Vec* total
     }
     for (int64_t left = smaller(kFold, block.lines - begin); left > 0; --left) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kAsked; ++p) {
-        const char* const later = line + p * kLineBytes + block.ahead;
-        if (block.into_second) {
-          __builtin_prefetch(later, 0, 2);
-        } else {
-          __builtin_prefetch(later);
-        }
-      }
+      for (int p = 0; p < kAsked; ++p) block.fetch(line + p * kLineBytes + block.ahead);
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 8
@@ -200,9 +193,9 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
               .group_shift = 0,
               .first = true,
               .ahead = 0,
-              .into_second = streams_by_itself()};
+              .fetch = {}};
   // A CPU that streams by itself does so in a block's first part; while the others read it again nothing would come.
-  const int64_t ahead = !block.into_second ? kAhead : kPart < kRows ? kAhead * 3 / 2 : 0;
+  const int64_t ahead = !block.fetch.into_second ? kAhead : kPart < kRows ? kAhead * 3 / 2 : 0;
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);

@@ -14,6 +14,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.rope import RotaryTable
 from fastsft.models.stacked import Replaceable, Stacker, Tensors, Trial, check_sizes
 from fastsft.ops.decoder import DecoderAdapter, DecoderWeights, decoder_step
+from fastsft.ops.kv_cache import empty_blocks
 from fastsft.ops.matvec import FORMATS, PackedWeight, pack_weight
 
 
@@ -47,8 +48,7 @@ class PackedDecoder(Replaceable):
 
     def new_cache(self, num_blocks: int, *, kv_format: str, block_size: int) -> Tensor:
         """A cache of ``num_blocks`` blocks, uninitialised."""
-        shape = (self.config.num_hidden_layers, num_blocks, self.cache_block_bytes(kv_format, block_size))
-        return torch.empty(shape, dtype=torch.uint8)
+        return empty_blocks(self.config.num_hidden_layers, num_blocks, self.cache_block_bytes(kv_format, block_size))
 
     def step(
         self,

@@ -45,6 +45,14 @@ class KVLayout:
         return _C.kv_block_bytes(self.format, self.heads, self.head_dim, self.block_size)
 
 
+def empty_blocks(layers: int, num_blocks: int, block_bytes: int) -> Tensor:
+    """Uninitialised blocks, uint8 ``[layers, num_blocks, block_bytes]``, on huge pages where the system gives them: a
+    step reads blocks from all over the cache, and an address that is looked up anew costs as much as a line."""
+    blocks = torch.empty(layers, num_blocks, block_bytes, dtype=torch.uint8)
+    _C.advise_huge_pages(blocks)
+    return blocks
+
+
 def kv_write(
     blocks: Tensor,
     layout: KVLayout,

@@ -56,6 +56,7 @@ def changes(before: Result, after: Result, threshold: float) -> list[Change]:
 
 
 def verdict(before: Row, after: Row, threshold: float) -> Verdict:
+    """Another time only if the medians are further apart than ``threshold`` and the spreads do not meet."""
     (low, high), (new_low, new_high) = before.spread, after.spread
     if after.median > before.median * (1 + threshold) and new_low > high:
         return "slower"

@@ -145,6 +145,7 @@ def choose(labels: Ints, shards: Shards, keep: Keep, ranks: npt.NDArray[np.float
 
 def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.bool_], output: Path, *, folder: bool,
                base: int = 0, progress: Progress | None = None) -> None:  # fmt: skip
+    """Write the rows kept of each source; ``base`` is the first one's number among those of the shards."""
     target = Output(output, folder=folder)
     for index, source in enumerate(sources):
         span = shards.of_source(base + index)
@@ -157,6 +158,7 @@ def write_kept(sources: Sequence[Source], shards: Shards, kept: npt.NDArray[np.b
 
 def report(sources: Sequence[Source], shards: Shards, first: Ints, labels: Ints, kept: npt.NDArray[np.bool_],
            sketch: SketchOptions) -> DedupReport:  # fmt: skip
+    """The report, whose places and texts are read from the files when they are asked for."""
     exact = int((first != np.arange(len(first))).sum())
     places = shards.loaded("numbers", "starts", "sizes")
     return DedupReport(

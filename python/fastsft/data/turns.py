@@ -51,6 +51,7 @@ def expand(messages: tuple[Message, ...], options: DataOptions) -> list[tuple[Me
 
 
 def without_reasoning(message: Message) -> Message:
+    """The message less its reasoning, be it a field or a block at the beginning of its content."""
     if message["role"] != "assistant":
         return message
     kept = {name: value for name, value in message.items() if name not in REASONING}

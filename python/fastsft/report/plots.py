@@ -31,6 +31,7 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> s
 
 
 def bars(title: str, y_label: str, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> str:
+    """A bar for each name, with its value in ``form`` on top."""
     figure, axes = _axes(title, "", y_label)
     drawn = axes.bar(list(names), list(values), width=0.55, color="#2f6db3")
     labels = [form.format(v) for v in values]

@@ -87,6 +87,7 @@ def digest_model(folder: Path) -> str:
 
 
 def digest_tasks(tasks: Sequence[Task], languages: Mapping[str, Language] | None = None) -> str:
+    """Of all that decides whether a sample of them passes: the tasks, and those of ``languages`` that they are in."""
     # json and not orjson: what a file escapes may be a lone surrogate, which is for the engine to refuse
     used = {task.language for task in tasks} & (languages or {}).keys()
     own = [dataclasses.asdict((languages or {})[name]) for name in sorted(used)]

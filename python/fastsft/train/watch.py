@@ -93,4 +93,5 @@ class Watch:
 
 
 def early_steps(total_steps: int) -> int:
+    """A twentieth of a run, at most ``_EARLY`` of its steps."""
     return min(_EARLY, max(1, math.ceil(0.05 * total_steps)))

@@ -15,6 +15,8 @@ from fastsft.verify.tasks import Task
 
 @dataclass(frozen=True)
 class TaskReport:
+    """One task: how many of its samples passed, and what became of each."""
+
     task_id: str
     passed: int
     results: tuple[SandboxResult, ...]
@@ -77,7 +79,10 @@ def evaluate_tasks(
         ValueError: numbers that do not fit. RuntimeError: the sandbox cannot be set up on this machine.
     """
     if len(samples) != len(tasks) or any(len(s) < max(k) for s in samples):
-        raise ValueError(f"evaluate_tasks: expected at least {max(k)} samples for each of {len(tasks)} tasks")
+        raise ValueError(
+            f"evaluate_tasks: samples: expected at least {max(k)} for each of {len(tasks)} tasks, "
+            f"got {[len(s) for s in samples][:20]}"
+        )
     groups = list(zip(tasks, samples, strict=True))
     pairs = [(task, sample) for task, group in groups for sample in group]
     results = judge(pairs, workers=workers, limits=limits, progress=progress)

@@ -31,7 +31,7 @@ def test_tasks_are_executed() -> None:
     assert report.pass_at[1] == pytest.approx((1 / 3 + 1) / 2)
     assert report.pass_at[2] == pytest.approx((2 / 3 + 1) / 2)
     assert report.statuses == {"ok": 4, "wrong": 1, "compile_error": 1}
-    with pytest.raises(ValueError, match="at least 2 samples"):
+    with pytest.raises(ValueError, match=r"samples: expected at least 2 for each of 2 tasks, got \[1, 1\]"):
         evaluate_tasks(tasks, [["a"], ["b"]], k=(2,))
 
 

@@ -67,14 +67,15 @@ class DeviceRunner:
             return
         for tokens in sorted({min(n, max_batched_tokens) for n in (*_KERNELS, max_batched_tokens)}):
             logits_RV = self._prompts(tokens)
+        rows = len(logits_RV)
         ops.sample(
             logits_RV,
-            temperature=torch.ones(len(logits_RV)),
-            top_k=torch.zeros(len(logits_RV), dtype=torch.int32),
-            top_p=torch.full((len(logits_RV),), 0.9),
-            min_p=torch.zeros(len(logits_RV)),
-            seeds=torch.zeros(len(logits_RV), dtype=torch.int64),
-            positions=torch.zeros(len(logits_RV), dtype=torch.int64),
+            temperature=torch.ones(rows, dtype=torch.float32),
+            top_k=torch.zeros(rows, dtype=torch.int32),
+            top_p=torch.full((rows,), 0.9, dtype=torch.float32),
+            min_p=torch.zeros(rows, dtype=torch.float32),
+            seeds=torch.zeros(rows, dtype=torch.int64),
+            positions=torch.zeros(rows, dtype=torch.int64),
         )
         self._cache.zero_()
         self.check_device()

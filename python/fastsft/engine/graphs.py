@@ -89,7 +89,7 @@ class DecodeSteps:
         self.max_rows, self.replayed = bucket_of(max_rows), 0
         shape_ND, shape_NV = (self.max_rows, model.config.hidden_size), (self.max_rows, model.config.vocab_size)
         self._hidden_ND = torch.zeros(shape_ND, dtype=model.dtype, device=model.device)
-        self._logits_NV = torch.zeros(shape_NV, device=model.device)
+        self._logits_NV = torch.zeros(shape_NV, dtype=torch.float32, device=model.device)
         self._steps: dict[tuple[int, int], _Step] = {}
 
     def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

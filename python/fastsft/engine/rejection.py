@@ -72,10 +72,10 @@ def settle(
 
 
 def _pick(probs_V: torch.Tensor, seed: int, position: int) -> int:
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32)
     ids, _ = ops.sample(
         probs_V.log().float()[None], temperature=one, top_k=torch.zeros(1, dtype=torch.int32), top_p=one,
-        min_p=torch.zeros(1), seeds=torch.tensor([seed]), positions=torch.tensor([position]),
+        min_p=torch.zeros(1, dtype=torch.float32), seeds=torch.tensor([seed]), positions=torch.tensor([position]),
     )  # fmt: skip
     return int(ids[0])
 

@@ -105,7 +105,7 @@ def add_lora(model: Decoder, config: LoraConfig, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for path, base in targets.items():
         layer = LoraLinear(base, config)
-        drawn = torch.empty(layer.lora_A.shape)
+        drawn = torch.empty(layer.lora_A.shape, dtype=torch.float32)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             layer.lora_A.copy_(drawn)

@@ -40,7 +40,7 @@ def stack_adapter(
         if not pairs:
             return None
         a = torch.cat([pair[0] for pair in pairs.values()])
-        b, row, column = torch.zeros(sum(parts.values()), len(a)), 0, 0
+        b, row, column = torch.zeros(sum(parts.values()), len(a), dtype=torch.float32), 0, 0
         for name, width in parts.items():
             if name in pairs:
                 own = pairs[name][1]

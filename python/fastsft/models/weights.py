@@ -45,8 +45,8 @@ def init_model(config: ModelConfig | Mapping[str, Any], *, seed: int, dtype: tor
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                drawn = torch.empty(parameter.shape).normal_(0, parsed.initializer_range, generator=generator)
-                parameter.copy_(drawn)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(0, parsed.initializer_range, generator=generator))
         if parsed.pad_token_id is not None:
             model.embed_tokens.weight[parsed.pad_token_id] = 0
     return model

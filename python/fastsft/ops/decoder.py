@@ -155,7 +155,7 @@ def decoder_step(
     Raises:
         ValueError: shapes, types, ids, blocks or rows out of contract, naming the argument; nothing has been written.
     """
-    logits = torch.empty(wanted.shape[0], weights.embedding.shape[0])
+    logits = torch.empty(wanted.shape[0], weights.embedding.shape[0], dtype=torch.float32)
     longest = int(context_lens.max()) if context_lens.shape[0] else 0
     cos, sin = weights.angles(longest)
     weights.native.step(

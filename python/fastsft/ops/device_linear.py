@@ -100,13 +100,15 @@ def hold_weight(
 
 
 def _empty(format: str, n: int, k: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
     if format == "int8":
-        return torch.empty(n, k, dtype=torch.int8, device=device), torch.empty(n, device=device)
+        return new(n, k, dtype=torch.int8), new(n, dtype=torch.float32)
     if format == "int4":
         groups = -(-k // group)
-        data = torch.empty(n, groups * group // 2, dtype=torch.uint8, device=device)
-        return data, torch.empty(n, groups, dtype=torch.bfloat16, device=device)
-    return torch.empty(n, k, dtype=getattr(torch, format), device=device), torch.empty(0, device=device)
+        return new(n, groups * group // 2, dtype=torch.uint8), new(n, groups, dtype=torch.bfloat16)
+    return new(n, k, dtype=getattr(torch, format)), new(0, dtype=torch.float32)
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:

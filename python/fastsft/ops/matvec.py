@@ -91,9 +91,9 @@ def pack_weight(
     mine = (format, (n, k), group if format == "int4" else 0)
     if out is None:
         slabs = -(-n // _SLAB)
-        scales = torch.empty(0)
+        scales = torch.empty(0, dtype=torch.float32)
         if format in _PER_CHANNEL:
-            scales = torch.empty(slabs, _SLAB)
+            scales = torch.empty(slabs, _SLAB, dtype=torch.float32)
         elif format == "int4":
             scales = torch.empty(slabs, -(-k // group), _SLAB, dtype=torch.bfloat16)
         out = PackedWeight(*mine, torch.empty(_C.packed_bytes(format, n, k), dtype=torch.uint8), scales)

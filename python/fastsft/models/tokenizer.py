@@ -130,6 +130,9 @@ class Tokenizer:
         Normaliser, pre-tokeniser and decoder are those of the Qwen models: transformers builds them anew for a folder
         of model type qwen2, whatever tokenizer.json says, and reads the file for the other types.
         ``special_tokens`` are added to ``<|endoftext|>`` (the end of a document) and the ChatML markers.
+
+        Raises:
+            ValueError: a ``vocab_size`` below the number of bytes and special tokens.
         """
         backend = _untrained()
         names = list(dict.fromkeys([END_OF_TEXT, *CHATML_TOKENS, *special_tokens]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsft import _C
 from fastsft.ops._registry import Implementation
+from fastsft.ops._require import require
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +22,6 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 SCHEMA_OPTIONS = "bool causal, float scale, int window_left, int window_right, float softcap"
 HAS_CUDA = bool(_C.cuda_architectures())
 NO_CUDA = Implementation("torch", "one sequence at a time: this build has no CUDA kernels")
-
-
-def require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, k_dims: int) -> None:

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from fastsft.ops import objectives
 from fastsft.ops._loss_inputs import Options
-
-
-def require(condition: bool, op: str, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {name}: expected {expected}, got {got}")
+from fastsft.ops._require import require
 
 
 def check_per_token(op: str, name: str, tensor: Tensor, targets: Tensor) -> None:

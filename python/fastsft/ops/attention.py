@@ -20,11 +20,11 @@ from fastsft.ops._attention_inputs import (
     check_int32,
     checked_options,
     checked_window,
-    require,
 )
 from fastsft.ops._attention_torch import torch_backward, torch_forward
 from fastsft.ops._library import define
 from fastsft.ops._registry import Implementation
+from fastsft.ops._require import require
 
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
 _PLAN_TILE = 128  # rows of a tile of the plan; kPlanTile in attention.h

@@ -15,10 +15,10 @@ from fastsft.ops._loss_checks import (
     check_per_token,
     check_reduction,
     checked_options,
-    require,
 )
 from fastsft.ops._loss_inputs import BIAS, HIDDEN, WEIGHT, Inputs, Options
 from fastsft.ops._loss_tiles import linear_cross_entropy as _op
+from fastsft.ops._require import require
 
 
 class LossAux(NamedTuple):

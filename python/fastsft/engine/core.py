@@ -10,6 +10,7 @@ import torch
 from fastsft.engine.admission import Admission
 from fastsft.engine.blocks import BlockAllocator
 from fastsft.engine.handover import Handover, Prefill
+from fastsft.engine.host import on_host
 from fastsft.engine.live import LiveWeights
 from fastsft.engine.request import QueueFull, Request, Update
 from fastsft.engine.runner import Inputs, Runner
@@ -78,6 +79,7 @@ class EngineCore:
         """Tokens that a prompt and its continuation can have together."""
         return self._admission.max_model_len
 
+    @on_host
     def add(self, *requests: Request) -> None:
         """Queue requests, all or none of them.
 
@@ -119,6 +121,7 @@ class EngineCore:
         """Let the next :meth:`step` return these, which came to who did not ask for them."""
         self._updates += updates
 
+    @on_host
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Run one step: what it added to each continuation that advanced. Nothing if there is nothing to do.
@@ -264,6 +267,7 @@ class EngineCore:
         if self._drafter:
             self._drafter.forget(sequence)
 
+    @on_host
     def update_weights(self, model: Decoder) -> int:
         """Go on with other weights of the same architecture; returns their version, which travels with each output.
 
@@ -283,6 +287,7 @@ class EngineCore:
         """Names that a request may give."""
         return self._weights.names
 
+    @on_host
     def add_adapter(self, name: str, adapter: str | os.PathLike[str] | Decoder) -> None:
         """Let requests name an adapter (LoRA): their rows of a step go through it, whatever the others' go through.
 

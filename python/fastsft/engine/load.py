@@ -9,6 +9,7 @@ import torch
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.draft.speculation import speculation_from
+from fastsft.engine.host import on_host
 from fastsft.engine.options import EngineOptions
 from fastsft.engine.packed_runner import PackedRunner
 from fastsft.engine.place import check_device, make_runner
@@ -18,6 +19,7 @@ from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
 
 
+@on_host
 def load_core(
     model: str | os.PathLike[str] | Decoder,
     tokenizer: Tokenizer | None = None,

@@ -1,4 +1,4 @@
-"""Scripts that set torch's default type, as many for large models do: an engine's texts do not depend on it."""
+"""Scripts that set torch's default type or device, as many for large models do: an engine's texts do not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_device_engine import device_engine
 
 from fastsft.engine.request import SamplingParams
 from fastsft.models.lora import LoraConfig, add_lora
-from fastsft.models.weights import init_model
+from fastsft.models.weights import init_model, load_model
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def default() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("make", [engine, device_engine], ids=["packed", "device"])
@@ -48,6 +49,23 @@ def test_the_default_type_changes_nothing(
         outputs = llm.generate(as_prompts(prompts_of([20, 33])), params, adapter=["a", None])
         found.append([(o.outputs, o.prompt_logprobs) for o in outputs])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("make", [engine, device_engine], ids=["packed", "device"])
+def test_the_default_device_changes_nothing(make: Any, folder: Path, tmp_path: Path, default: None) -> None:
+    """A script's "cuda"; here a device on which nothing can be computed."""
+    adapters, found = write_adapters(folder, tmp_path, "a"), []
+    new, prompts = load_model(folder), as_prompts(prompts_of([20, 33]))
+    params = SamplingParams(temperature=0.8, seed=1, prompt_logprobs=0, logit_bias={40: 1.0}, max_tokens=12)
+    for device in (None, "meta"):
+        torch.set_default_device(device)
+        llm = make(folder, adapters=adapters, speculative_config={"method": "draft_model", "model": folder})
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, adapter=["a", None])
+            found.append([([c.token_ids for c in o.outputs], o.prompt_logprobs) for o in outputs])
+            llm.core.add_adapter("b", adapters["a"])
+            llm.update_weights(new)
+    assert found[:2] == found[2:]
 
 
 def test_fresh_weights_are_the_same(default: None) -> None:

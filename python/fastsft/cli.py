@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         # A contract of ours that the input broke has its raise in our code; anything deeper keeps its traceback.
         import traceback
 
-        if "fastsft" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(os.path.dirname(__file__) + os.sep):
             raise
         _fail(str(error))
 

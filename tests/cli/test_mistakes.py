@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_cases import refusal, write
+
+from fastsft import cli
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,3 +139,12 @@ def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) 
     assert "data.train" in refusal(capsys, "prepare")
     assert "--show" in refusal(capsys, "prepare", trained / "run.toml", "--show")
     assert "--show" in refusal(capsys, "prepare", trained / "run.toml", "--show", "many")
+
+
+def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are installed in a folder that is named like ours."""
+    found: dict[str, Any] = {}
+    exec(compile("def info(): raise ValueError('deep')", "/home/fastsft/lib/other.py", "exec"), found)
+    monkeypatch.setitem(cli.VERBS, "info", (found["info"], False))
+    with pytest.raises(ValueError, match="deep"):
+        cli.main(["info"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from docs_pages import DOCS, PAGE, PAGES, blocks
+from docs_pages import DOCS, PAGE, PAGES, Block, blocks
 
 from fastsft import cli
 from fastsft.config import load_config
@@ -62,7 +66,9 @@ def _names(page: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "quickstart.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in ("quickstart.md", "walkthrough.md")], ids=lambda p: p.name
+)
 def test_blocks_run(page: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's Python in order and in one namespace, beside a tiny model; training itself is replaced."""
     import fastsft
@@ -77,21 +83,49 @@ def test_blocks_run(page: Path, model_folder: Path, monkeypatch: pytest.MonkeyPa
             compile(block.content, block.place, "exec")
 
 
-def test_the_quickstart_runs_from_its_first_line_to_its_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a reader would: files are written, Python runs, and commands marked ``run`` are given to the command line."""
-    monkeypatch.chdir(tmp_path)
+def _run_in_order(page: Path, heard: Callable[[], str]) -> Iterator[tuple[Block, str]]:
+    """As a reader would: files are written, Python runs, and commands marked ``run`` are given to the command line,
+    whose words (``heard``) come back with their block."""
     names: dict[str, Any] = {}
-    for block in blocks(DOCS / "quickstart.md"):
+    for block in blocks(page):
+        said: list[str] = []
         if block.language in ("toml", "json") and block.options:
             Path(block.options).write_text(block.content)
-        elif block.language == "python":
+        elif block.language == "python" and block.runs:
             exec(compile(block.content, block.place, "exec"), names)
         elif block.language == "sh" and block.options == "run":
             for line in block.content.splitlines():
-                cli.main(shlex.split(line, comments=True)[1:])
-    said = capsys.readouterr().out
+                with contextlib.suppress(SystemExit):  # a mistake shown on purpose
+                    cli.main(shlex.split(line, comments=True)[1:])
+                said.append(heard())
+        yield block, "".join([*said, heard()])
+
+
+def test_the_quickstart_runs_from_its_first_line_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = "".join(words for _, words in _run_in_order(DOCS / "quickstart.md", lambda: capsys.readouterr().out))
     assert "«True<|endoftext|>»" in said
     assert "\nTrue\n" in said
     assert "\nFalse\nTrue\n1500 records: 1500 kept" in said
+
+
+@pytest.mark.slow
+def test_the_walkthrough_says_what_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below commands that are run stands what they print, in order: some of its lines, ``...`` for what may differ."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    steps = list(_run_in_order(DOCS / "walkthrough.md", lambda: "".join(reversed(capsys.readouterr()))))
+    shown = [
+        (b, words) for (a, words), (b, _) in itertools.pairwise(steps) if a.options == "run" and b.language == "text"
+    ]
+    assert len(shown) >= 8
+    for block, words in shown:
+        lines = iter(line.strip() for line in words.splitlines())
+        for expected in block.content.splitlines():
+            pattern = ".*".join(map(re.escape, expected.strip().split("...")))
+            assert any(re.fullmatch(pattern, line) for line in lines), f"{block.place}: {expected}\n{words}"

@@ -110,7 +110,7 @@ def evaluate(
     if json:
         print_json(results)
     else:
-        _show(results)
+        _show(results, asked=samples is None and not completion)
 
 
 def _held_out_loss(
@@ -138,7 +138,8 @@ def _held_out_loss(
     return found
 
 
-def _show(results: dict[str, Any]) -> None:
+def _show(results: dict[str, Any], *, asked: bool) -> None:
+    """``asked``: the tasks' prompts were users' messages."""
     from fastsft.data.notices import notices
 
     if loss := results.get("loss"):
@@ -148,8 +149,9 @@ def _show(results: dict[str, Any]) -> None:
         for line in notices(loss):
             print(line)
     if tasks := results.get("tasks"):
+        how = ", asked as messages (--completion continues prompts)" if asked else ""
         for size, value in tasks["pass_at"].items():
-            print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks")
+            print(f"pass@{size} {value:.3f} over {len(tasks['tasks'])} tasks{how}")
         if tasks["failures"]:
             print(f"failures: {', '.join(f'{kind}: {count}' for kind, count in tasks['failures'].items())}")
         if failed := next((t for t in tasks["tasks"] if t["failure"]), None):

@@ -59,8 +59,10 @@ def test_graphs_change_no_text(quantization: str | None, folder: Path) -> None:
         expected = texts(plain, prompts, **params)
         assert texts(llm, prompts, **params) == expected
         assert texts(llm, prompts, **params) == texts(plain, prompts, **params)
-    assert llm.core.stats().graph_steps > 20
-    assert plain.core.stats().graph_steps == 0
+    stats = llm.core.stats()
+    assert stats.graph_steps > 20
+    assert stats.warm_up_seconds > 0
+    assert plain.core.stats().graph_steps == plain.core.stats().warm_up_seconds == 0
 
 
 def test_new_weights_under_captured_graphs(folder: Path) -> None:
@@ -82,3 +84,13 @@ def test_scores_in_bfloat16_are_near_the_cpu_s(folder: Path) -> None:
         for options in ({"device": DEVICE, "dtype": torch.bfloat16}, {"dtype": torch.bfloat16}, {})
     )
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_engines_on_two_devices(folder: Path) -> None:
+    """Each captures on its own, whichever captured first."""
+    prompts = prompts_of([5, 40, 16])
+    llms = [engine(folder, device=f"cuda:{i}", dtype=torch.bfloat16) for i in range(2)]
+    first, second, again = (texts(llms[i], prompts, **SAMPLED) for i in (0, 1, 0))
+    assert first == second == again
+    assert all(llm.core.stats().graph_steps for llm in llms)

@@ -70,7 +70,7 @@ inline Result reference(const Problem& p) {
         const auto dot = [&](const Floats& x, const Floats& y, int64_t j) {
           return std::inner_product(x.begin() + row, x.begin() + row + dim, y.begin() + key_row(j), 0.0);
         };
-        Doubles probs(len_k, -INFINITY), slopes(len_k, 1.0);
+        Doubles probs(len_k, -INFINITY), slopes(len_k, 1.0), gains(len_k);  // gains: dout times v
         double top = -INFINITY, total = 0, delta = 0;
         for (int64_t j = 0; j < len_k; ++j) {
           if (s.causal && j > position) continue;
@@ -89,12 +89,14 @@ inline Result reference(const Problem& p) {
         for (double& x : probs) total += x = std::exp(x - top);
         r.lse[stat] = top + std::log(total);
         for (int64_t j = 0; j < len_k; ++j) {
+          if (probs[j] == 0) continue;
           probs[j] /= total;
-          delta += probs[j] * dot(p.dout, p.v, j);
+          gains[j] = dot(p.dout, p.v, j);
+          delta += probs[j] * gains[j];
         }
         for (int64_t j = 0; j < len_k; ++j) {
-          const double dscore =
-              probs[j] * (dot(p.dout, p.v, j) - delta + p.dlse[stat]) * slopes[j] * static_cast<double>(s.scale);
+          if (probs[j] == 0) continue;
+          const double dscore = probs[j] * (gains[j] - delta + p.dlse[stat]) * slopes[j] * static_cast<double>(s.scale);
           for (int64_t d = 0; d < dim; ++d) {
             r.out[row + d] += probs[j] * p.v[key_row(j) + d];
             r.dv[key_row(j) + d] += probs[j] * p.dout[row + d];

@@ -17,11 +17,19 @@ using namespace fastsft;
 
 namespace {
 
+template <typename Run>
+void on_every_isa(Run run) {
+  set_num_threads(3);
+  for (Isa isa : available_isas()) {
+    set_isa(isa);
+    run();
+  }
+}
+
 // Runs forward and backward with outputs full of NaN, so that what is not written shows.
-void check_problem(const Problem& p) {
+void check_results(const Problem& p, const Result& exact) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   const int64_t heads_q = p.shape.num_q_heads, heads_k = p.shape.num_kv_heads;
-  const Result exact = reference(p);
   Floats out(p.q.size(), kNan), lse(p.dlse.size(), kNan), dq = out, dk(p.k.size(), kNan), dv = dk;
   varlen_attention_forward(p.shape, p.batch(), p.rows(p.q, heads_q), p.rows(p.k, heads_k), p.rows(p.v, heads_k),
                            out.data(), lse.data());
@@ -35,45 +43,36 @@ void check_problem(const Problem& p) {
   CHECK(close(dv, exact.dv));
 }
 
-void on_every_isa(void (*run)()) {
-  set_num_threads(3);
-  for (Isa isa : available_isas()) {
-    set_isa(isa);
-    run();
-  }
+void check_problem(const Problem& p) {
+  const Result exact = reference(p);
+  on_every_isa([&] { check_results(p, exact); });
 }
 
 }  // namespace
 
 TEST(packed_sequences_of_odd_lengths) {
-  on_every_isa([] {
-    check_problem(make_problem({1, 0, 67, 31, 3, 130}, {1, 0, 67, 31, 3, 130}, 4, 2, 32));
-    check_problem(make_problem({70, 9}, {70, 9}, 7, 1, 80));
-    check_problem(make_problem({65}, {65}, 1, 1, 256));
-    check_problem(make_problem({300, 2, 256}, {300, 2, 256}, 3, 1, 64));  // several key blocks of the backward pass
-    check_problem(make_problem({3, 1}, {1100, 600}, 4, 2, 32));           // several key segments of the forward
-    check_problem(make_problem({}, {}, 2, 1, 64));
-  });
+  check_problem(make_problem({1, 0, 67, 31, 3, 130}, {1, 0, 67, 31, 3, 130}, 4, 2, 32));
+  check_problem(make_problem({70, 9}, {70, 9}, 7, 1, 80));
+  check_problem(make_problem({65}, {65}, 1, 1, 256));
+  check_problem(make_problem({300, 2, 256}, {300, 2, 256}, 3, 1, 64));  // several key blocks of the backward pass
+  check_problem(make_problem({3, 1}, {1100, 600}, 4, 2, 32));           // several key segments of the forward
+  check_problem(make_problem({}, {}, 2, 1, 64));
 }
 
 TEST(unequal_lengths_masks_and_softcap) {
-  on_every_isa([] {
-    Problem p = make_problem({5, 90, 0, 40, 1}, {70, 33, 9, 0, 129}, 4, 2, 32);
-    check_problem(p);
-    p.shape.causal = false;
-    check_problem(p);
-    p.shape.window_left = 3, p.shape.window_right = 20;
-    check_problem(p);
-    p.shape.softcap = 1.5f;
-    check_problem(p);
-    p.shape.causal = true;
-    check_problem(p);
-  });
+  Problem p = make_problem({5, 90, 0, 40, 1}, {70, 33, 9, 0, 129}, 4, 2, 32);
+  check_problem(p);
+  p.shape.causal = false;
+  check_problem(p);
+  p.shape.window_left = 3, p.shape.window_right = 20;
+  check_problem(p);
+  p.shape.softcap = 1.5f;
+  check_problem(p);
+  p.shape.causal = true;
+  check_problem(p);
 }
 
-TEST(more_query_heads_than_a_tile_has_rows) {
-  on_every_isa([] { check_problem(make_problem({9, 70}, {9, 70}, 201, 1, 32)); });
-}
+TEST(more_query_heads_than_a_tile_has_rows) { check_problem(make_problem({9, 70}, {9, 70}, 201, 1, 32)); }
 
 TEST(half_precision_inputs_round_once) {
   on_every_isa([] {
@@ -126,29 +125,29 @@ TEST(half_precision_inputs_round_once) {
 }
 
 TEST(bfloat16_forward_and_backward) {
-  on_every_isa([] {
-    for (int64_t dim : {32, 80, 128}) {
-      Problem p = make_problem({67, 1, 300, 0, 8}, {67, 1, 300, 4, 3}, 3, 1, dim);
-      for (Floats* x : {&p.q, &p.k, &p.v, &p.dout}) {
-        for (float& value : *x) value = std::round(value * 4) / 4;  // exact in bfloat16
+  for (int64_t dim : {32, 80, 128}) {
+    Problem p = make_problem({67, 1, 300, 0, 8}, {67, 1, 300, 4, 3}, 3, 1, dim);
+    for (Floats* x : {&p.q, &p.k, &p.v, &p.dout}) {
+      for (float& value : *x) value = std::round(value * 4) / 4;  // exact in bfloat16
+    }
+    const Result exact = reference(p);
+    const auto narrow = [](const Floats& x) {
+      std::vector<uint16_t> words(x.size());
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        std::memcpy(&words[i], reinterpret_cast<const char*>(&x[i]) + 2, 2);
       }
-      const Result exact = reference(p);
-      const auto narrow = [](const Floats& x) {
-        std::vector<uint16_t> words(x.size());
-        for (std::size_t i = 0; i < x.size(); ++i) {
-          std::memcpy(&words[i], reinterpret_cast<const char*>(&x[i]) + 2, 2);
-        }
-        return words;
-      };
-      const auto widen = [](const std::vector<uint16_t>& words) {
-        Floats x(words.size(), 0.0f);
-        for (std::size_t i = 0; i < x.size(); ++i) std::memcpy(reinterpret_cast<char*>(&x[i]) + 2, &words[i], 2);
-        return x;
-      };
-      const auto q = narrow(p.q), k = narrow(p.k), v = narrow(p.v), dout = narrow(p.dout);
+      return words;
+    };
+    const auto widen = [](const std::vector<uint16_t>& words) {
+      Floats x(words.size(), 0.0f);
+      for (std::size_t i = 0; i < x.size(); ++i) std::memcpy(reinterpret_cast<char*>(&x[i]) + 2, &words[i], 2);
+      return x;
+    };
+    p.shape.dtype = DType::kBFloat16;
+    const auto q = narrow(p.q), k = narrow(p.k), v = narrow(p.v), dout = narrow(p.dout);
+    on_every_isa([&] {
       std::vector<uint16_t> out(q.size(), 0x7fc0), dq = out, dk(k.size(), 0x7fc0), dv = dk;
       Floats lse(p.dlse.size());
-      p.shape.dtype = DType::kBFloat16;
       const auto rows = [dim](const std::vector<uint16_t>& x, int64_t heads) {
         return AttentionInput{x.data(), heads * dim, dim};
       };
@@ -160,8 +159,8 @@ TEST(bfloat16_forward_and_backward) {
       CHECK(close(widen(dq), exact.dq, 0.05));
       CHECK(close(widen(dk), exact.dk, 0.1));
       CHECK(close(widen(dv), exact.dv, 0.1));
-    }
-  });
+    });
+  }
 }
 
 TEST(paged_equals_packed_bit_for_bit) {

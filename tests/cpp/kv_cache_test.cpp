@@ -77,7 +77,7 @@ TEST(bits_do_not_depend_on_the_division_into_tasks) {
       on_every_isa([&] {
         world.place(1);
         world.write(0, 0, 4999);
-        for (int64_t begin : {4999, 4980, 4900}) {
+        for (int64_t begin : {4999, 4962}) {  // one row; two full tiles of 18 and one of two rows
           const auto expected = world.step({{0, begin, 5000}}, 1);
           for (int threads : {2, 3, 16}) CHECK(world.step({{0, begin, 5000}}, threads) == expected);
           set_num_threads(3);

@@ -32,11 +32,7 @@ void mma(void* const* lanes) {
     }
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = m.d[i];
   }
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 8 * kPair; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
-  }
+  multiply(a, b, d, 8);
   for (int l = 0; l < kWarp; ++l) {
     for (int i = 0; i < 4; ++i) lane<Mma>(lanes, l).d[i] = d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
   }

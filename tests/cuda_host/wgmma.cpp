@@ -60,11 +60,7 @@ void perform(Product& p) {
     const int t = i / registers, r = i % registers;
     d[row_of(t, r)][column_of(t, r)] = p.saved.empty() ? p.d[t][r] : p.saved[i];
   }
-  for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < columns; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
-  }
+  multiply(a, b, d, columns);
   for (int i = 0; i < kThreads * registers; ++i) {
     const int t = i / registers, r = i % registers;
     p.d[t][r] = d[row_of(t, r)][column_of(t, r)];

@@ -225,17 +225,17 @@ from fastsft.data.scan import SketchOptions
 print("begun", flush=True)
 paths = [Path(p) for p in sys.argv[3:]]
 dedup_files(paths, Path(sys.argv[1]), Problems("skip"), sketch=SketchOptions(), how=LinkOptions(),
-            memory=1 << 20, work=Path(sys.argv[2]))
+            memory=1 << 19, work=Path(sys.argv[2]))
 """
 
 
 @pytest.mark.slow
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """Killed again and again after a random time, each time later, until it gets through."""
-    all_texts = texts(20_000)
+    all_texts = texts(8_000)
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
-    paths[0].write_bytes(lines_of(rows_of(all_texts[:12_000])) + b"{broken\n")
-    paths[1].write_bytes(gzip.compress(lines_of(rows_of(all_texts[12_000:]))))
+    paths[0].write_bytes(lines_of(rows_of(all_texts[:5_000])) + b"{broken\n")
+    paths[1].write_bytes(gzip.compress(lines_of(rows_of(all_texts[5_000:]))))
     output, work = tmp_path / "out", tmp_path / "work"
     command = [sys.executable, "-c", VICTIM, str(output), str(work), *map(str, paths)]
     rng = random.Random(0)

@@ -36,7 +36,8 @@ def test_join() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    # without a size Ray reserves 30 % of the memory, and /dev/shm may hold less
+    ray.init(num_cpus=3, object_store_memory=1 << 28, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 

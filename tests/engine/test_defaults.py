@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import SHAPE, as_prompts, engine, prompts_of, write_adapters, write_model
 from test_device_engine import device_engine
 
+from fastsft.data.batch import Sample, collate
 from fastsft.engine.request import SamplingParams
 from fastsft.models.lora import LoraConfig, add_lora
 from fastsft.models.weights import init_model, load_model
@@ -66,6 +68,21 @@ def test_the_default_device_changes_nothing(make: Any, folder: Path, tmp_path: P
             llm.core.add_adapter("b", adapters["a"])
             llm.update_weights(new)
     assert found[:2] == found[2:]
+
+
+@pytest.mark.parametrize("make", [engine, device_engine], ids=["packed", "device"])
+def test_log_probs_are_the_same(make: Any, folder: Path, default: None) -> None:
+    model, found = load_model(folder), []
+    llm = make(folder)
+    batch = collate([Sample(np.array(ids, np.int32), np.ones(len(ids), np.float32)) for ids in prompts_of([20, 33])])
+    for dtype, device in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, "meta")):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        with torch.no_grad():
+            found.append(llm.log_probs(model, batch))
+    assert found[0].any()
+    for values in found[1:]:
+        assert torch.equal(values, found[0])
 
 
 def test_fresh_weights_are_the_same(default: None) -> None:

@@ -278,6 +278,7 @@ class EngineCore:
         """
         return self._weights.update(model)
 
+    @on_host
     def check_weights(self, what: str, model: Decoder) -> None:
         """Raise a ValueError, in the name of ``what``, unless the weights are those that the model has now."""
         self._runner.check_has(what, model)

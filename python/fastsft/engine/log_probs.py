@@ -56,10 +56,10 @@ def _values(score: Callable[[list[Any]], list[list[float]]], batch: PackedBatch)
     for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
         if len(rows := kept_T[begin:end].nonzero()):
             spans.append((begin, begin + int(rows[-1]) + 1))
-    values_T = torch.zeros(len(kept_T), dtype=torch.float32)
+    values_T = torch.zeros(len(kept_T), dtype=torch.float32, device="cpu")
     scores = score([{"prompt_token_ids": ids[begin : end + 1]} for begin, end in spans])
     for (begin, end), found in zip(spans, scores, strict=True):
-        values_T[begin:end] = torch.tensor(found)
+        values_T[begin:end] = torch.tensor(found, dtype=torch.float32, device="cpu")
     return torch.where(kept_T, values_T, 0.0).to(batch.targets.device)
 
 

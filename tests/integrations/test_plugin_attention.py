@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -228,6 +229,11 @@ def test_a_mask_says_nothing_but_where_it_lies_and_may_be_moved() -> None:
     mask = layout_mask(2, 5, 5)
     assert len(mask.shape) == mask.ndim == mask.dim() == 4
     assert mask.device.type == "cpu"
+    # what checkpointing on a GPU and FSDP's mixed precision ask of their arguments
+    assert mask.get_device() == -1
+    assert (torch.is_floating_point(mask), mask.is_floating_point(), torch.is_complex(mask)) == (False, False, False)
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(lambda x, _: 2 * x, x, mask, use_reentrant=True).sum().backward()
     for copied in (mask.to("cpu"), mask.clone(), mask.detach()):
         assert type(copied) is type(mask)
         assert layout_in(copied).equal(layout_in(mask))

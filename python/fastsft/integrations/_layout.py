@@ -40,10 +40,14 @@ class Layout(Tensor):
         return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
-_FACTS = (Tensor.device, Tensor.dtype, Tensor.grad_fn, Tensor.is_cuda, Tensor.layout, Tensor.ndim, Tensor.requires_grad)
+_FACTS = (
+    Tensor.device, Tensor.dtype, Tensor.grad, Tensor.grad_fn, Tensor.is_cuda, Tensor.layout, Tensor.ndim,
+    Tensor.requires_grad,
+)  # fmt: skip
 _HANDED_ON = (
-    Tensor.as_subclass, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.dim, Tensor.to,
-    Tensor.__repr__,
+    Tensor.as_subclass, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.dim,
+    Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point, Tensor.to, Tensor.__repr__, torch.is_complex,
+    torch.is_floating_point,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ A block's language says what the tests do with it:
     toml     loaded as the configuration of a run; ``languages`` or ``plan`` behind it name another kind of file
     json     parsed
     sample   in data-format.md, what the ``json`` block before it becomes
-    text     nothing: synopses, trees of files
+    text     nothing: synopses, trees of files; but in walkthrough.md, behind ``sh run``, lines that the commands print
 
 ``toml`` and ``json`` followed by a file's name are written to the folder in which the page's other blocks run. A block
 that cannot run has the first line ``# not run: REASON``, which readers see.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
@@ -87,17 +86,23 @@ def _run_in_order(page: Path, heard: Callable[[], str]) -> Iterator[tuple[Block,
     """As a reader would: files are written, Python runs, and commands marked ``run`` are given to the command line,
     whose words (``heard``) come back with their block."""
     names: dict[str, Any] = {}
-    for block in blocks(page):
+    found = list(blocks(page))
+    for block, after in itertools.zip_longest(found, found[1:]):
         said: list[str] = []
         if block.language in ("toml", "json") and block.options:
             Path(block.options).write_text(block.content)
         elif block.language == "python" and block.runs:
             exec(compile(block.content, block.place, "exec"), names)
         elif block.language == "sh" and block.options == "run":
+            refused = 0
             for line in block.content.splitlines():
-                with contextlib.suppress(SystemExit):  # a mistake shown on purpose
+                try:
                     cli.main(shlex.split(line, comments=True)[1:])
+                except SystemExit as stop:
+                    refused += bool(stop.code)
                 said.append(heard())
+            shown = re.findall("^fastsft: ", after.content, re.M) if after and after.language == "text" else []
+            assert refused == len(shown), f"{block.place}: {''.join(said)}"
         yield block, "".join([*said, heard()])
 
 

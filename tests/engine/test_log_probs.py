@@ -20,6 +20,7 @@ from fastsft.engine.request import PromptError, RequestOutput, SamplingParams
 from fastsft.models.attend import VarlenAttend
 from fastsft.models.decoder import Decoder
 from fastsft.models.lora import LoraConfig, add_lora
+from fastsft.models.stacked import _equal
 from fastsft.models.weights import init_model, load_model
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -200,6 +201,16 @@ def test_any_other_weight_is_an_error(options: dict[str, Any], folder: Path) -> 
     small = init_model(SHAPE | {"model_type": "qwen2", "num_hidden_layers": 2}, seed=5)
     with pytest.raises(ValueError, match="log_probs: model: expected num_hidden_layers=3, got 2"):
         llm.log_probs(small, batch)
+
+
+def test_weights_are_compared_bit_by_bit_wherever_they_lie(folder: Path) -> None:
+    model = load_model(folder)
+    llm, batch = engine_of(model), packed(rollouts(engine_of(model), 2))[0]
+    embedding = model.embed_tokens.weight
+    embedding.data = torch.cat([torch.zeros(1), embedding.detach().flatten()])[1:].view_as(embedding)
+    assert llm.log_probs(model, batch).any()
+    for one, other, same in ((0.0, -0.0, False), (torch.nan, torch.nan, True)):
+        assert _equal(torch.tensor([one] * 3), torch.tensor([other] * 3)) is same
 
 
 def test_a_tied_head_that_was_quantised_before_the_embedding_was_rounded(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from fastsft.models.skeleton import skeleton
 from fastsft.models.stored import check_tied, match, open_tensors
 from fastsft.ops.decoder import DecoderLayer, Weight
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size, in bytes
+
 
 def check_sizes(what: str, mine: ModelConfig, its: ModelConfig) -> None:
     """Raise a ValueError for the first thing that another state of a model has to share with it and does not."""
@@ -175,8 +177,10 @@ class Trial(Stacker[None]):
 def _equal(a: Any, b: Any) -> bool:
     """Of tensors, weights and layers, to the bit."""
     if isinstance(a, Tensor):
-        # many numbers at a time: torch compares bytes one by one
-        return torch.equal(*(t.flatten().view(torch.int64) if t.nbytes % 8 == 0 else t for t in (a, b)))
+        # eight bytes at a time, where these are whole: torch compares bytes one by one
+        whole = all(t.nbytes % 8 == t.storage_offset() * t.element_size() % 8 == 0 for t in (a, b))
+        integers = torch.int64 if whole else _INTEGERS[a.element_size()]
+        return torch.equal(*(t.flatten().view(integers) for t in (a, b)))
     if hasattr(a, "__dataclass_fields__"):
         return all(_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
     return bool(a == b)

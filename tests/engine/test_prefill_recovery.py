@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -165,6 +166,19 @@ def test_a_worker_that_takes_no_job(
     assert done == [b"job" * 1_000_000]
     assert "the prefill worker took no job for 0 seconds and was killed" in caplog.text
     assert not runs(hung)
+
+
+def test_a_default_timeout_of_sockets_changes_nothing(folder: Path) -> None:
+    """A job that is larger than what the kernel keeps waits until the worker has read its beginning."""
+    socket.setdefaulttimeout(5.0)
+    try:
+        llm = engine(folder, prefill_threads=1)
+        llm.generate(as_prompts(prompts_of([40])), SamplingParams(max_tokens=2, ignore_eos=True))
+    finally:
+        socket.setdefaulttimeout(None)
+    process = worker_of(llm.core)._process
+    assert process is not None
+    assert os.get_blocking(process[1].fileno())
 
 
 def test_a_process_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,7 @@ class PrefillWorker:
         theirs.close()
         patience = struct.pack("@ll", int(_PATIENCE), int(_PATIENCE % 1 * 1e6))  # a timeval
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
+            end.setblocking(True)  # whatever socket.setdefaulttimeout said
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         # Not __del__: that may come when the interpreter has taken the modules apart.
         self._at_exit = weakref.finalize(self, _end, os.getpid(), pid, ours)

@@ -18,7 +18,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # What is not installed with the package, and the extra that brings it.
 EXTRAS = {
     "datasets": "data", "fastapi": "serve", "prometheus_client": "serve", "pyarrow": "data", "ray": "ray",
-    "uvicorn": "serve",
+    "tree_sitter": "data", "tree_sitter_python": "data", "uvicorn": "serve",
 }  # fmt: skip
 VERBS: dict[str, tuple[Callable[..., None], bool]] = {
     "info": (verbs.info, False),

@@ -12,6 +12,11 @@ from cli_cases import refusal, write
 
 from fastsft import cli
 
+SYNTAX = (
+    "prepare", "run.toml", "--data", "rows.jsonl", "--data.fim.rate", "1", "--data.fim.spans", "tree_sitter",
+    "--data.fim.markers", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+)  # fmt: skip
+
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "trian") == "unknown verb 'trian'; did you mean 'train'?"
@@ -70,6 +75,8 @@ def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("pyarrow", "data", ("dedup", "rows.parquet")),
         ("pyarrow", "data", ("dedup", "rows.jsonl.zst")),
         ("datasets", "data", ("prepare", "run.toml", "--data", "saved")),
+        ("tree_sitter", "data", SYNTAX),
+        ("tree_sitter_python", "data", SYNTAX),
         ("ray", "ray", ("dedup", "rows.jsonl", "--engine", "ray", "--work", "work")),
         ("uvicorn", "serve", ("serve", "model")),
         ("fastapi", "serve", ("serve", "model")),

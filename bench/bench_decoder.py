@@ -1,6 +1,6 @@
 """A step of the packed decoder, against the machine's read bandwidth and against a step of one row.
 
-Decoders of 39 M and 100 M parameters, a context of 256 tokens, one thread. ``share_of_read``: bytes of weights, keys
+Decoders of 39 M and 100 M parameters, a context of 256 tokens, one thread. ``share_of_stream``: bytes of weights, keys
 and values per second by the rate at which torch sums a large array; ``times_one_row``: the time of
 a step of 4, 8 or 16 rows of one sequence by that of one; prompts of 512 tokens in tokens per second; ``update_ms``: new
 weights into the same memory.
@@ -84,7 +84,7 @@ def test_step(benchmark, limits, size, format):
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT * model.dtype.itemsize
     info = benchmark.extra_info
     info["tokens_per_s"] = 1 / median[1]
-    info["share_of_read"] = (model.nbytes + kv) / median[1] / limits.read()
+    info["share_of_stream"] = (model.nbytes + kv) / median[1] / limits.stream()
     info["times_one_row"] = {rows: round(median[rows] / median[1], 2) for rows in steps}
     info["prompt_tokens_per_s"] = PROMPT / median["prompt"]
     source = init_model(config, seed=1)

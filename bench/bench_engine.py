@@ -11,7 +11,7 @@ llama.cpp's cache is float16 and OpenVINO's int8, as by default.
 The gate: in float32, contestants agree on the leading tokens up to a near tie, which they may break otherwise; in other
 formats on the first tokens of most prompts. ``leading_tokens``: the share of tokens before the first that differs
 from transformers' in float32, or from ours where it is not installed; 1 is equality.
-``share_of_read``: bytes of weights, keys and values that a step reads by the rate of summing a large array; a model
+``share_of_stream``: bytes of weights, keys and values that a step reads by the rate of summing a large array; a model
 that fits the cache may exceed 1.
 """
 

@@ -1,6 +1,6 @@
 """cached_attention against paged_attention (decoding) and varlen_attention (prefill), on the same values.
 
-Decoding goes through 160 MB of cache in one call, so that every block comes from memory; ``share_of_read`` is the
+Decoding goes through 160 MB of cache in one call, so that every block comes from memory; ``share_of_stream`` is the
 bytes of keys and values per second by the rate at which torch sums a large array. A prefill's keys
 are in the cache already; ``GFLOP/s`` counts the visible half.
 """

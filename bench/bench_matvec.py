@@ -1,8 +1,8 @@
 """packed_linear on the rows of a decoding step, against what torch has and against memory.
 
 A round goes through several weights of 8192 x 8192 in turn, as a step goes through its layers: 256 MB or more, so that
-every weight comes from memory. ``share_of_read`` is the packed weights' bytes per second by the rate of summing a large
-array; ``times_one_row`` is the time by that of one row.
+every weight comes from memory. ``share_of_stream`` is the packed weights' bytes per second by the rate of summing a
+large array; ``times_one_row`` is the time by that of one row.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ SIZE = 2048  # of the product's matrices
 
 
 class Limits:
-    """``read``: bytes per second of a sum; ``copy``: of a copy, read and written; ``product <dtype>``: floating-point
-    operations per second of a large matrix product, torch's or fastsft's, whichever is faster. All at torch's number of
-    threads, which has to be fastsft's too.
+    """``stream``: bytes per second of a sum of an array on huge pages, as weights and caches are here; ``copy``: of a
+    copy, read and written; ``product <dtype>``: floating-point operations per second of a large matrix product, torch's
+    or fastsft's, whichever is faster. All at torch's number of threads, which has to be fastsft's too.
 
     ``measured``: threads -> limit -> rate, of those that were asked for.
     """
@@ -25,14 +25,17 @@ class Limits:
     def __init__(self) -> None:
         self.measured: dict[str, dict[str, float]] = {}
 
-    def read(self) -> float:
+    def stream(self) -> float:
         import torch
 
-        def rate() -> float:
-            source = torch.ones(ARRAY)
-            return source.nbytes / _seconds(source.sum)
+        from fastsft import _C
 
-        return self._once("read", rate)
+        def rate() -> float:
+            source = torch.empty(ARRAY)
+            _C.advise_huge_pages(source)
+            return source.nbytes / _seconds(source.fill_(1).sum)
+
+        return self._once("stream", rate)
 
     def copy(self) -> float:
         import torch
@@ -59,7 +62,7 @@ class Limits:
         """Note what of the limits a round came to that had to read so many bytes, or to read and write so many in sum.
         Nothing is noted where nothing was timed (--benchmark-disable)."""
         if benchmark.stats and read:
-            benchmark.extra_info["share_of_read"] = read / benchmark.stats["median"] / self.read()
+            benchmark.extra_info["share_of_stream"] = read / benchmark.stats["median"] / self.stream()
         if benchmark.stats and copied:
             benchmark.extra_info["share_of_copy"] = copied / benchmark.stats["median"] / self.copy()
 

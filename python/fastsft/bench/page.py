@@ -23,8 +23,9 @@ what is not installed is left out. text-dedup, datatrove and the other engines n
   rounds stayed below, or ± half the interquartile range where a row is older.
 - **x ours** is the time relative to fastsft's, in the same process or in turn, on the same inputs (for as much work,
   where a slow rival got fewer of them). Below 1 a rival is faster: such rows are **bold**, and listed first.
-- **limit** is the share of what the machine can do at most: `read` of the rate at which torch sums a large array,
-  `copy` of a copy's, read and written, `product` of a large matrix product in the same type, by torch or fastsft.
+- **limit** is the share of what the machine can do at most: `stream` of the rate at which torch sums a large array on
+  huge pages (`read`, of older rows: on ordinary pages, which can be slower by a third), `copy` of a copy's, read and
+  written, `product` of a large matrix product in the same type, by torch or fastsft.
 - Single rows vary by tens of percent on a shared machine: read ratios.
 """
 

@@ -11,7 +11,7 @@ from fastsft.bench.results import OURS, Result, Row, seconds
 from fastsft.bench.topics import TOPICS
 
 INTRODUCTION = """\
-{name}: {machine}, at most {threads} threads, torch {torch}, {date}.{others}
+{name}: {machine}, threads: at most {threads}, torch {torch}, {date}.{others}
 Written by `python bench/record.py`, which CI holds against [the results](../{source}); no figure is typed by hand.
 
 `fastsft bench TOPIC` measures the same on your machine, `fastsft bench list` shows the topics and
@@ -166,7 +166,7 @@ def headlines(result: Result) -> str:
     m = result.machine
     lines += [
         "",
-        f"{m['cpu']} ({m['isa']}), at most {m['threads']} threads, {result.date}. Bold: the rival is faster, "
+        f"{m['cpu']} ({m['isa']}), threads: at most {m['threads']}, {result.date}. Bold: the rival is faster, "
         f"as in {len(result.lost())} of {len(result.contested())} groups, "
         "[which are listed](docs/benchmarks.md#where-a-rival-is-faster).",
     ]

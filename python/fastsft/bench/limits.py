@@ -28,12 +28,11 @@ class Limits:
     def stream(self) -> float:
         import torch
 
-        from fastsft import _C
+        from fastsft.ops._memory import large_empty
 
         def rate() -> float:
-            source = torch.empty(ARRAY)
-            _C.advise_huge_pages(source)
-            return source.nbytes / _seconds(source.fill_(1).sum)
+            source = large_empty(ARRAY, torch.empty(0)).fill_(1)
+            return source.nbytes / _seconds(source.sum)
 
         return self._once("stream", rate)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsft.ops import _loss_products
 from fastsft.ops._loss_inputs import BIAS, HIDDEN, WEIGHT, Inputs, gradient_dtype
 from fastsft.ops._loss_plan import Plan
-from fastsft.ops._loss_products import large_empty
+from fastsft.ops._memory import large_empty
 
 
 class Gradients:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsft import _C
+from fastsft.ops._memory import large_empty
 from fastsft.ops.gemm import product
 
 # torch >= 2.8 has 16-bit products with a float32 result on CUDA. addmm would be the plain choice, but in some releases
@@ -35,14 +34,6 @@ def multiply_cuda(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False
         out += torch.mm(a, b)  # rounded to 16 bits before it is added
     else:
         out.copy_(torch.mm(a, b))
-
-
-def large_empty(shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor that will be written at once."""
-    tensor = like.new_empty(shape, dtype=dtype)
-    if tensor.device.type == "cpu":
-        _C.advise_huge_pages(tensor)
-    return tensor
 
 
 _kept = threading.local()  # the scratch of the last call on the CPU, bytes

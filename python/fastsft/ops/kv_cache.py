@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsft import _C
 from fastsft.ops._library import define
+from fastsft.ops._memory import large_empty
 from fastsft.ops._registry import Implementation
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -48,9 +49,7 @@ class KVLayout:
 def empty_blocks(layers: int, num_blocks: int, block_bytes: int) -> Tensor:
     """Uninitialised blocks, uint8 ``[layers, num_blocks, block_bytes]``, on huge pages where the system gives them: a
     step reads blocks from all over the cache, and an address that is looked up anew costs as much as a line."""
-    blocks = torch.empty(layers, num_blocks, block_bytes, dtype=torch.uint8)
-    _C.advise_huge_pages(blocks)
-    return blocks
+    return large_empty((layers, num_blocks, block_bytes), torch.empty(0, dtype=torch.uint8, device="cpu"))
 
 
 def kv_write(

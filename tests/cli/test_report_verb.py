@@ -40,6 +40,7 @@ def page_of(run: Path) -> str:
 
 
 def test_one_run(run: Path) -> None:
+    pytest.importorskip("matplotlib", reason="part of the report extra")
     with open(run / "metrics.jsonl", "ab") as stream:
         for row in (
             {"kind": "sample", "step": 2, "prompt": "<script>", "text": "an & answer", "seconds": 2.0},
@@ -71,6 +72,7 @@ def test_one_run(run: Path) -> None:
 
 
 def test_several_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="part of the report extra")
     other = Path(shutil.copytree(run, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     config["optim"]["lr"] = 0.25

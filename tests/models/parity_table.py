@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -93,12 +94,12 @@ CASES: dict[str, dict[str, Any]] = (
 
 def reference(keys: dict[str, Any], seed: int = 0) -> Any:
     """A random transformers model in float32, eager attention; biases and norms are random too, so that they count."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
     keys = dict(keys)
-    config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    config = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -33,14 +33,14 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("stabilised", [False, True])
 @pytest.mark.parametrize("keys", [LLAMA, QWEN2], ids=["llama", "qwen2 tied"])
 def test_peft_reads_ours(keys: dict[str, Any], stabilised: bool, peft: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
     model = adapted(LoraConfig(rank=5, alpha=7.0, rank_stabilised=stabilised), keys)
     save_adapter(model, tmp_path / "adapter", base="some/base")
     expected = logits(model, [IDS]).detach()
     merge_lora(model)
     save_model(init_model(keys, seed=0), tmp_path / "base")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
     with torch.no_grad():

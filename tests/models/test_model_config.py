@@ -92,17 +92,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def theirs_of(keys: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+    transformers = pytest.importorskip("transformers")
 
     keys = copy.deepcopy(keys)
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)
+    return transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
 def rotary_of(config: Any) -> Any:
-    from transformers import AutoModel
+    transformers = pytest.importorskip("transformers")
 
     with torch.device("meta"):
-        kind = type(AutoModel.from_config(config).rotary_emb)
+        kind = type(transformers.AutoModel.from_config(config).rotary_emb)
     return kind(config)
 
 

@@ -67,11 +67,11 @@ def test_the_shard_limit_is_inclusive(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shard", [10**9, 100_000])
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_transformers_reads_what_we_save(name: str, shard: int, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
     model = init_model(CASES[name], seed=1)
     save_model(model, tmp_path / "m", max_shard_bytes=shard)
-    theirs, report = AutoModelForCausalLM.from_pretrained(
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
@@ -84,13 +84,13 @@ def test_transformers_reads_what_we_save(name: str, shard: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
 def test_transformers_fills_absent_keys_as_we_do(model_type: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     keys = {k: TINY[k] for k in [*sizes, "num_key_value_heads"]} | {"model_type": model_type}
     model = init_model(keys, seed=1)
     save_model(model, tmp_path / "m")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
     assert type(theirs).__name__ == model.config.architecture == theirs.config.architectures[0]
     ids = torch.arange(50)
     with torch.no_grad():

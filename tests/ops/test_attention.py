@@ -89,6 +89,10 @@ def sdpa(q, k, v):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_bfloat16_is_as_exact_as_sdpa(isa, dim, tokens):
     inputs = qkv([tokens], [tokens], (6, 2), dim, torch.bfloat16)
+    if torch._fused_sdp_choice(*(x.transpose(0, 1)[None] for x in inputs), None, 0.0, True, enable_gqa=True) == 0:
+        pytest.skip(
+            "this torch has no fused attention for groups of heads on a CPU, and its plain one works in float32"
+        )
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
 
     def results(function, tensors):

@@ -153,7 +153,8 @@ def test_opcheck_and_compile() -> None:
         return ops.fim_permute(tokens, cu, sentinels=SENTINELS, seed=5, rate=1.0).tokens * 2
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(tokens, cu), doubled(tokens, cu))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=torch.__version__ < (2, 10)):
+        assert torch.equal(compiled(tokens, cu), doubled(tokens, cu))
 
 
 @pytest.mark.parametrize(

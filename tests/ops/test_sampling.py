@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation import logits_process
 
 from fastsft import _C, ops
 from fastsft.ops import reference, sampling
@@ -126,6 +125,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
 
 
 def test_filters_keep_what_transformers_keeps() -> None:
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(20, 200, generator=torch.Generator().manual_seed(0)) * 2
     for row in logits:
         for k, p, m in [(7, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.05), (30, 0.9, 0.02)]:

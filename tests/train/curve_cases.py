@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2ForCausalLM
 
 from fastsft.data.batch import Sample, VarlenBatch
 from fastsft.data.loader import PackedLoader
@@ -60,6 +59,8 @@ def ours(store: SampleStore, model: Path, output: Path, steps: int) -> list[floa
 
 def theirs(store: SampleStore, model: Path, steps: int) -> list[float]:
     """The losses of the same batches, padded, under transformers' own loss."""
+    from transformers import Qwen2ForCausalLM
+
     decoder = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32)
     adamw = torch.optim.AdamW(decoder.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0)
     loader = PackedLoader(store, capacity=CAPACITY, seed=0)

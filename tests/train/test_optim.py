@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train_cases import collated, model_of, torch_adamw
+from train_cases import NEEDS_MUON, collated, model_of, torch_adamw
 
 from fastsft.config import ConfigError, OptimOptions
 from fastsft.models.lora import LoraConfig, add_lora
 from fastsft.train.evaluate import batch_loss
 from fastsft.train.optim import MasterAdamW, MasterAdamW8bit, MasterMuon, MasterOptimizer
 
-KINDS: list[Any] = [MasterAdamW, MasterMuon, MasterAdamW8bit]
+KINDS: list[Any] = [MasterAdamW, pytest.param(MasterMuon, marks=NEEDS_MUON), MasterAdamW8bit]
 OPTIONS = OptimOptions(weight_decay=0.1, clip_norm=0.5)
 
 
@@ -86,6 +86,7 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@NEEDS_MUON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_equals_its_formula(dtype: torch.dtype) -> None:
     """Nesterov momentum, orthogonalised, times lr * 0.2 * sqrt(max(rows, columns)); decay by lr alone."""
@@ -117,6 +118,7 @@ def test_muon_equals_its_formula(dtype: torch.dtype) -> None:
         assert torch.equal(getattr(model, name), mine.masters[name].to(dtype))
 
 
+@NEEDS_MUON
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(tied: bool) -> None:
     ours, theirs = model_of(tie_word_embeddings=tied), model_of(tie_word_embeddings=tied)
@@ -134,7 +136,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(tied: bool) ->
 
 
 def test_muon_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ConfigError, match=r"optim: Muon needs torch 2.9 or newer, got "):
         MasterMuon(model_of(), OPTIONS)
 
@@ -275,6 +277,7 @@ def test_no_gradient_at_all() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.masters.values(), strict=True))
 
 
+@NEEDS_MUON
 def test_a_state_of_another_optimizer_is_refused() -> None:
     model = model_of(dtype=torch.bfloat16)
     state = MasterAdamW(model, OPTIONS).state()

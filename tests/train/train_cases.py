@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +32,7 @@ MODEL = {
     "tie_word_embeddings": True,
     "initializer_range": 0.1,
 }
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
 
 def random_samples(count: int, seed: int, *, longest: int = 24) -> list[Sample]:

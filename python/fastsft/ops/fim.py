@@ -115,6 +115,8 @@ def fim_permute(
     becomes ``PRE P SUF S MID M`` (PSM) or ``PRE SUF S MID P M`` (SPM, the paper's second variant). Draws come from
     Philox keyed by (seed, document id): the result depends neither on the order of the documents nor on threads, and is
     the same on CUDA. There the number of output tokens has to be read back: the call waits for the device once.
+    ``torch.compile(fullgraph=True)`` of a torch before 2.10 needs
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
 
     Args:
         tokens: [T] int32 or int64, documents one after the other; torch or numpy.

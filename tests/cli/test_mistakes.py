@@ -154,7 +154,7 @@ def test_impossible_requests(trained: Path, capsys: pytest.CaptureFixture[str]) 
 def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they are installed in a folder that is named like ours."""
     found: dict[str, Any] = {}
-    exec(compile("def info(): raise ValueError('deep')", "/home/fastsft/lib/other.py", "exec"), found)
+    exec(compile("def info(): raise ValueError('deep')", "elsewhere/fastsft/lib/other.py", "exec"), found)
     monkeypatch.setitem(cli.VERBS, "info", (found["info"], False))
     with pytest.raises(ValueError, match="deep"):
         cli.main(["info"])

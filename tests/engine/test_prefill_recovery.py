@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_adapters, write_model
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
 from prefill_cases import pid_of, requests, runs, worker_of
 
 from fastsft.engine import prefill
@@ -23,11 +23,6 @@ from fastsft.engine.runner import Inputs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_adapters(folder, tmp_path_factory.mktemp("adapters"), "a", "b")
 
 
 @pytest.mark.parametrize("moment", ["idle", "before the job comes", "at the job"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_adapters, write_model
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
 from prefill_cases import requests, worker_of
 
 from fastsft.engine.request import Request, SamplingParams
@@ -18,11 +18,6 @@ from fastsft.models.weights import load_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_adapters(folder, tmp_path_factory.mktemp("adapters"), "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,14 @@
+"""Fixtures of the engine's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_cases import write_adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two random adapters for the model of the module's own ``folder``."""
+    return write_adapters(folder, tmp_path_factory.mktemp("adapters"), "a", "b")

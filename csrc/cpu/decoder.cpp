@@ -2,13 +2,14 @@
 // rows see, 2 flops per weight and row. With few rows it is bound by memory: about a dozen loops per layer follow each
 // other on one team of threads, and the small ones between the products work on rows that stay in L1. With hundreds of
 // rows it is bound by the products; rows then go through a layer 128 at a time, whose activations stay in a
-// second-level cache.
+// second-level cache. Of the last layer rows that are not wanted give their keys and values alone.
 #include "fastsft/decoder.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "arena.h"
 #include "fastsft/memory.h"
 #include "fastsft/parallel.h"
 #include "row_kernels.h"
@@ -20,19 +21,6 @@ constexpr int64_t kChunkRows = 128;
 constexpr int64_t kTaskElements = 16384;  // of a loop over rows: tens of microseconds
 
 int64_t rows_of_task(int64_t width) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width)); }
-
-// Hands out parts of the workspace, each aligned to 64. Without memory it only adds up.
-struct Arena {
-  char* memory = nullptr;
-  int64_t used = 0;
-
-  template <typename T = void>
-  T* take(int64_t bytes) {
-    char* const part = memory == nullptr ? nullptr : memory + used;
-    used += (bytes + 63) / 64 * 64;
-    return reinterpret_cast<T*>(part);
-  }
-};
 
 void check(const Decoder& d, const DecoderStep& step) {
   const CacheRows& rows = step.rows;
@@ -66,13 +54,19 @@ struct Adapted {
 class Run {
  public:
   Run(const Decoder& decoder, const DecoderStep& step, DecoderWorkspace& workspace)
-      : d_(decoder), step_(step), workspace_(workspace), size_(static_cast<int64_t>(dtype_size(decoder.dtype))) {
+      : d_(decoder),
+        step_(step),
+        workspace_(workspace),
+        size_(static_cast<int64_t>(dtype_size(decoder.dtype))),
+        narrows_(!decoder.layers.empty() && step.num_wanted < step.rows.rows),
+        rows_(step.rows) {
     const CacheRows& rows = step.rows;
     workspace.positions.resize(static_cast<std::size_t>(rows.rows));
     for (int64_t b = 0; b < rows.sequences; ++b) {
       const int64_t end = rows.cu_seqlens[b + 1];
       for (int64_t i = rows.cu_seqlens[b]; i < end; ++i) workspace.positions[i] = rows.context_lens[b] - end + i;
     }
+    if (narrows_) workspace.wanted.choose(rows, step.wanted, step.num_wanted);
     find_adapted();
     plan_attention();
     Arena arena;
@@ -86,10 +80,11 @@ class Run {
     for (std::size_t i = 0; i < d_.layers.size(); ++i) {
       const DecoderLayer& layer = d_.layers[i];
       char* const blocks = step_.cache + static_cast<int64_t>(i) * step_.num_blocks * kv_block_bytes(step_.layout);
-      for (int64_t row = 0; row < step_.rows.rows; row += kChunkRows) project(i, blocks, row);
+      for (int64_t row = 0; row < rows_.rows; row += kChunkRows) project(i, blocks, row);
+      if (narrows_ && i + 1 == d_.layers.size()) narrow();
       attend(plans_[i], blocks, layer.window_left);
-      for (int64_t row = 0; row < step_.rows.rows; row += kChunkRows) {
-        const int64_t count = std::min(kChunkRows, step_.rows.rows - row);
+      for (int64_t row = 0; row < rows_.rows; row += kChunkRows) {
+        const int64_t count = std::min(kChunkRows, rows_.rows - row);
         const char* const attended = at(attended_, row, attended_width());
         linear(layer.o, layer.o_bias, attended, count, at(x_, row, d_.hidden), true);
         adapt(i, &AdapterLayer::o, attended, row, count, at(x_, row, d_.hidden));
@@ -106,10 +101,11 @@ class Run {
 
   // Sequences beside each other that share an adapter go through it together.
   void find_adapted() {
-    for (int64_t b = 0; step_.adapters != nullptr && b < step_.rows.sequences; ++b) {
-      const Adapter* const adapter = step_.adapters[b];
+    adapted_.clear();
+    for (int64_t b = 0; step_.adapters != nullptr && b < rows_.sequences; ++b) {
+      const Adapter* const adapter = step_.adapters[origins_ == nullptr ? b : origins_[b]];
       if (adapter == nullptr) continue;
-      const int64_t begin = step_.rows.cu_seqlens[b], end = step_.rows.cu_seqlens[b + 1];
+      const int64_t begin = rows_.cu_seqlens[b], end = rows_.cu_seqlens[b + 1];
       if (!adapted_.empty() && adapted_.back().adapter == adapter && adapted_.back().end == begin) {
         adapted_.back().end = end;
         continue;
@@ -121,7 +117,7 @@ class Run {
     }
   }
 
-  // A plan per window of the layers.
+  // A plan per window of the layers, and one of the rows wanted.
   void plan_attention() {
     std::vector<int64_t> windows;
     for (const DecoderLayer& layer : d_.layers) {
@@ -129,16 +125,20 @@ class Run {
       plans_.push_back(static_cast<std::size_t>(found - windows.begin()));
       if (found == windows.end()) windows.push_back(layer.window_left);
     }
-    if (workspace_.plans.size() < windows.size()) workspace_.plans.resize(windows.size());
-    for (std::size_t i = 0; i < windows.size(); ++i) {
-      CachedAttentionPlan& plan = workspace_.plans[i];
-      plan_cached_attention(step_.layout, step_.rows, d_.heads, windows[i], num_threads(), plan);
-      partial_bytes_ = std::max(partial_bytes_, plan.scratch_bytes);
-    }
+    if (workspace_.plans.size() < windows.size() + 1) workspace_.plans.resize(windows.size() + 1);
+    const auto plan = [&](std::size_t i, const CacheRows& rows, int64_t window_left) {
+      plan_cached_attention(step_.layout, rows, d_.heads, window_left, num_threads(), workspace_.plans[i]);
+      partial_bytes_ = std::max(partial_bytes_, workspace_.plans[i].scratch_bytes);
+    };
+    for (std::size_t i = 0; i < windows.size(); ++i) plan(i, step_.rows, windows[i]);
+    if (!narrows_) return;
+    plans_.back() = windows.size();
+    plan(windows.size(), workspace_.wanted.rows, d_.layers.back().window_left);
   }
 
   void lay_out(Arena& arena) {
     const int64_t rows = step_.rows.rows, chunk = std::max(std::min(rows, kChunkRows), step_.num_wanted);
+    const int64_t kept = narrows_ ? step_.num_wanted : 0;
     x_ = arena.take(rows * d_.hidden * size_);
     qkv_ = arena.take(rows * qkv_width() * size_);
     attended_ = arena.take(rows * attended_width() * size_);
@@ -148,6 +148,8 @@ class Run {
     low_ = arena.take(std::min(rows, kChunkRows) * rank_ * size_);
     scales_ = arena.take<float>(std::max({chunk, rows * d_.heads}) * 4);
     partials_ = arena.take<float>(partial_bytes_);
+    kept_x_ = arena.take(kept * d_.hidden * size_);
+    kept_qkv_ = arena.take(kept * qkv_width() * size_);
   }
 
   void embed() {
@@ -230,7 +232,7 @@ class Run {
     const CachedAttentionPlan& plan = workspace_.plans[plan_index];
     const CachedAttention call{.layout = step_.layout,
                                .layer_blocks = blocks,
-                               .rows = step_.rows,
+                               .rows = rows_,
                                .dtype = d_.dtype,
                                .q = qkv_,
                                .q_stride = qkv_width(),
@@ -265,10 +267,25 @@ class Run {
     adapt(index, &AdapterLayer::down, hidden_, first, rows, x);
   }
 
+  // From here on the step is that of the rows wanted.
+  void narrow() {
+    const auto keep = [&](void*& from, void* to, int64_t width) {
+      const auto bytes = static_cast<std::size_t>(width * size_);
+      for (int64_t i = 0; i < step_.num_wanted; ++i)
+        std::memcpy(at(to, i, width), at(from, step_.wanted[i], width), bytes);
+      from = to;
+    };
+    keep(x_, kept_x_, d_.hidden);
+    keep(qkv_, kept_qkv_, qkv_width());
+    rows_ = workspace_.wanted.rows;
+    origins_ = workspace_.wanted.origins.data();
+    find_adapted();
+  }
+
   void head() {
     for (int64_t i = 0; i < step_.num_wanted; ++i) {
       const RmsNorm call{.dtype = d_.dtype,
-                         .x = at(x_, step_.wanted[i], d_.hidden),
+                         .x = at(x_, narrows_ ? i : step_.wanted[i], d_.hidden),
                          .weight = d_.norm,
                          .rows = 1,
                          .size = d_.hidden,
@@ -291,14 +308,18 @@ class Run {
   const Decoder& d_;
   const DecoderStep& step_;
   DecoderWorkspace& workspace_;
-  const int64_t size_;              // bytes of an activation
-  std::vector<std::size_t> plans_;  // of each layer
-  std::vector<Adapted> adapted_;    // in the order of their rows
-  int64_t rank_ = 0;                // the largest of theirs
+  const int64_t size_;                // bytes of an activation
+  const bool narrows_;                // in the last layer, to the rows wanted
+  CacheRows rows_;                    // under way
+  const int64_t* origins_ = nullptr;  // of their sequences, where those are not the step's
+  std::vector<std::size_t> plans_;    // of each layer
+  std::vector<Adapted> adapted_;      // in the order of their rows
+  int64_t rank_ = 0;                  // the largest of theirs
   int64_t partial_bytes_ = 0;
   void *x_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr;         // [rows, ...]
   void *normal_ = nullptr, *gate_up_ = nullptr, *hidden_ = nullptr;  // [chunk, ...]
   void* low_ = nullptr;                                              // [chunk, rank]
+  void *kept_x_ = nullptr, *kept_qkv_ = nullptr;                     // [wanted, ...], where rows are fewer at last
   float *scales_ = nullptr, *partials_ = nullptr;
 };
 

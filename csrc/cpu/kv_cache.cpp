@@ -75,6 +75,34 @@ void check_cache_rows(const KVLayout& layout, const CacheRows& rows, int64_t num
   }
 }
 
+void ChosenRows::choose(const CacheRows& step, const int64_t* which, int64_t count) {
+  cu_seqlens.assign(1, 0);
+  context_lens.clear();
+  block_table.clear();
+  origins.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = which[i];
+    const int32_t* const ends = step.cu_seqlens + 1;
+    const int64_t b = std::upper_bound(ends, ends + step.sequences, row) - ends;
+    if (i > 0 && row == which[i - 1] + 1 && b == origins.back()) {
+      ++cu_seqlens.back();
+      ++context_lens.back();
+      continue;
+    }
+    const int32_t* const table = step.block_table + b * step.table_stride;
+    cu_seqlens.push_back(static_cast<int32_t>(i + 1));
+    context_lens.push_back(step.context_lens[b] - ends[b] + static_cast<int32_t>(row) + 1);
+    block_table.insert(block_table.end(), table, table + step.table_stride);
+    origins.push_back(b);
+  }
+  rows = {.rows = count,
+          .sequences = static_cast<int64_t>(origins.size()),
+          .cu_seqlens = cu_seqlens.data(),
+          .context_lens = context_lens.data(),
+          .block_table = block_table.data(),
+          .table_stride = step.table_stride};
+}
+
 void plan_cached_attention(const KVLayout& layout, const CacheRows& rows, int64_t q_heads, int64_t window_left,
                            int threads, CachedAttentionPlan& plan) {
   const int64_t group = q_heads / layout.heads, tile_tokens = std::max<int64_t>(1, kTileRows / group);

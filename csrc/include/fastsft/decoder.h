@@ -78,6 +78,7 @@ class DecoderWorkspace {
   char* reserve(int64_t bytes);  // aligned to 64; the contents are lost
   std::vector<CachedAttentionPlan> plans;
   std::vector<int64_t> positions;
+  ChosenRows wanted;
 
  private:
   std::unique_ptr<char[]> memory_;

@@ -49,6 +49,16 @@ struct CacheRows {
 // contexts lie in [0, num_blocks). Reads the table; neither function below checks again.
 void check_cache_rows(const KVLayout& layout, const CacheRows& rows, int64_t num_blocks);
 
+// Some rows of a step as a step of their own, whose keys and values are in the cache. Rows of a sequence that follow
+// each other stay together. Choosing again reuses the memory.
+struct ChosenRows {
+  CacheRows rows;
+  std::vector<int32_t> cu_seqlens, context_lens, block_table;  // behind `rows`
+  std::vector<int64_t> origins;                                // of each sequence, that of the step
+
+  void choose(const CacheRows& step, const int64_t* which, int64_t count);
+};
+
 // Writes K and V of rows [row_begin, row_end) of the step to one layer's blocks. k and v are [rows, heads, D] of
 // `dtype`, rows k_stride and v_stride elements apart: kFloat32 for a float32 cache, kBFloat16 for a bfloat16 one,
 // either for int8. Ranges of a step may be written by several threads at once: no two rows write the same byte. A

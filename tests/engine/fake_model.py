@@ -87,8 +87,12 @@ class FakeRunner:
 class FakeTokenizer:
     """One letter per token."""
 
+    prefix_ids = ()
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join("abcdefg"[i] for i in ids)
+
+    decode_inside = decode
 
 
 class FakeDrafter:

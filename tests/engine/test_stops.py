@@ -94,6 +94,8 @@ class HalfToken:
         pieces = {1: b"END\xc3", 2: b"\xbcx", 3: b"", 4: b"a"}
         return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
 
+    decode_inside = decode
+
 
 @pytest.mark.parametrize(
     ("tokens", "limit"), [([4, 1], 3), ([4, 1, 3], 9), ([4, 1, 2], 9)], ids=["length", "end token", "completed"]

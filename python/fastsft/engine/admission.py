@@ -41,10 +41,12 @@ class Admission:
         adapter = self._weights.adapter(request.adapter)
         seed = int.from_bytes(os.urandom(7), "little") if params.seed is None else params.seed
         arrival = next(self._arrivals)
+        continues = ids != self._tokenizer.prefix_ids
         group = [
             Sequence(
                 request.request_id, i, list(ids), len(ids), limit, params,
-                Detokenizer(self._tokenizer, params.skip_special_tokens), seed + i, request.priority, arrival, adapter,
+                Detokenizer(self._tokenizer, params.skip_special_tokens, continues=continues), seed + i,
+                request.priority, arrival, adapter,
             )
             for i in range(params.n if params.best_of is None else params.best_of)
         ]  # fmt: skip

@@ -11,10 +11,16 @@ _MOST_HELD = 2 * _BYTES
 
 
 class Detokenizer:
-    """Turns tokens into text one by one; a character whose bytes are spread over tokens appears when it is complete."""
+    """Turns tokens into text one by one; a character whose bytes are spread over tokens appears when it is complete.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    Args:
+        continues: there is text before the tokens, so that none of them begins one: SentencePiece's vocabularies leave
+            out a text's first space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, continues: bool = False) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._continues = continues
         self.restart()
 
     def restart(self, tokens: Iterable[int] = ()) -> None:
@@ -51,4 +57,5 @@ class Detokenizer:
         self._start, self._read = self._read, end
 
     def _decode(self, begin: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[begin:end], self._skip)
+        decode = self._tokenizer.decode_inside if begin or self._continues else self._tokenizer.decode
+        return decode(self._ids[begin:end], self._skip)

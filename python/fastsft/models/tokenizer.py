@@ -278,6 +278,17 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_inside(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """What they add to a text before them: SentencePiece's decoders leave out a space where a text begins."""
+        before, length = self._letter
+        return self.decode([*before, *ids], skip_special_tokens)[length:]
+
+    @functools.cached_property
+    def _letter(self) -> tuple[list[int], int]:
+        """Ids of a text, and its length."""
+        ids = self.encode("a")
+        return ids, len(self.decode(ids))
+
     def render_chat(self, messages: Sequence[dict[str, Any]], **extra: Any) -> str:
         """The conversation as the model's template writes it; for ``extra`` see :meth:`render`."""
         return self.render(messages, **extra)[0].replace(CONTROL, "")

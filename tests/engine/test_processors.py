@@ -49,6 +49,13 @@ def test_bad_words(llm: LLM) -> None:
     assert all("a" in t and "b" in t for t in barred)
 
 
+def test_words_are_encoded_once_for_all_continuations(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = [], llm.tokenizer.encode_text
+    monkeypatch.setattr(llm.tokenizer, "encode_text", lambda texts, **k: encoded.append(texts) or encode(texts, **k))
+    llm.generate("the cat", SamplingParams(n=16, max_tokens=1, bad_words=["only here"]))
+    assert len(encoded) == 2  # with and without a space
+
+
 def test_penalties(llm: LLM) -> None:
     ever = {"temperature": 0.0, "allowed_token_ids": list(range(40, 60)), "max_tokens": 20}
     assert all(len(set(text)) < 20 for text in ids(llm, **ever))

@@ -9,14 +9,16 @@ from typing import Any
 
 import openai
 import pytest
-from engine_cases import Reference, adapted, tokenizer, write_model
+from engine_cases import FAMILIES, SHAPE, Reference, adapted, tokenizer, write_model
 from serve_cases import MODEL, Running, serving
+from tokenizer_cases import family
 
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.infill import Middle
 from fastsft.engine.server.pieces import Pieces
 from fastsft.engine.server.protocol import InfillBody
+from fastsft.models.weights import init_model, save_model
 
 TEXTS = ["the cat sat on", "on the mat the cat", "x = 1\n"]
 DRAW: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
@@ -99,6 +101,25 @@ def test_echo_repeats_the_prompt(server: Running) -> None:
     assert [c["text"] for c in echoed["choices"]] == expected
     alone = server.complete(prompt=TEXTS[0], echo=True, max_tokens=0)
     assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == (TEXTS[0], 0)
+
+
+def test_an_echo_is_the_prompt_as_it_came(tmp_path: Path) -> None:
+    """Of a vocabulary that puts BOS and a space before a text, neither of which is in it."""
+    words = family("prepend")
+    save_model(init_model(SHAPE | FAMILIES["llama"] | {"vocab_size": words.vocab_size}, seed=5), tmp_path)
+    words.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    with serving(tmp_path) as server:
+        text = "def sub(x, y):"
+        choice = server.complete(prompt=text, echo=True, logprobs=1, max_tokens=0)["choices"][0]
+        assert choice["text"] == text
+        places = list(zip(choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"], strict=True))
+        assert places[0] == (0, "<s>")
+        assert places[1][0] == 0
+        assert "".join(token for _, token in places[1:]) == " " + text
+        assert all(text[at : at + len(token)] == token for at, token in places[2:])
+        plain = server.complete(prompt="def add", **DRAW)["choices"][0]["text"]
+        assert server.complete(prompt="def add", echo=True, **DRAW)["choices"][0]["text"] == "def add" + plain
 
 
 def test_best_of_returns_the_most_probable(server: Running, llm: LLM) -> None:
@@ -240,6 +261,32 @@ def test_bytes_of_tokens_make_the_text(server: Running) -> None:
     assert [Pieces(tokenizer()).piece(i)[1] for i in ids] == [b"a", b"\xc3", b"\xa9"]
 
 
+def test_the_chosen_token_is_among_the_top_ones(server: Running) -> None:
+    """As OpenAI's reference has it of completions: up to one more than was asked for."""
+    found = server.complete(prompt=TEXTS[0], logprobs=2, **DRAW)["choices"][0]["logprobs"]
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert top[token] == logprob
+        assert len(top) in (2, 3)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_offsets_are_places_in_the_text(skip: bool, server: Running) -> None:
+    """Also after a character of several tokens, with tokens that the text leaves out, and where text is held back."""
+    ids = [tokenizer().token_id("<|im_start|>"), *tokenizer().encode("aé€ cat")]
+    body = {"prompt": "aé cat", "echo": True, "logprobs": 1, "max_tokens": 40, "seed": 3, "temperature": 9.0}
+    body |= {"allowed_token_ids": ids, "stop": ["cat cat cat cat", "aaaaa"], "skip_special_tokens": skip}
+    choice = server.complete(**body)["choices"][0]
+    text, shown = choice["text"], choice["logprobs"]
+    assert "\ufffd" in text
+    hidden = "<|im_start|>" if skip else None
+    for at, token in zip(shown["text_offset"], shown["tokens"], strict=True):
+        assert token == hidden or token.startswith("bytes:") or text[at : at + len(token)] == token
+    assert {"a", " cat", "<|im_start|>"} <= set(shown["tokens"])
+    events = server.post("/v1/completions", **body, stream=True).text.split("\n\n")[:-2]
+    parts = [json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"] for event in events]
+    assert [at for part in parts for at in part["text_offset"]] == shown["text_offset"]
+
+
 def test_suffix_and_infill_fill_the_middle(server: Running, llm: LLM) -> None:
     expected = llm.infill("the cat ", " the mat", SamplingParams(max_tokens=12)).outputs[0]
     given = server.openai.completions.create(
@@ -256,6 +303,16 @@ def test_suffix_and_infill_fill_the_middle(server: Running, llm: LLM) -> None:
         events = [json.loads(e.removeprefix("data: ")) for e in response.read().decode().split("\n\n") if e]
     assert "".join(e["content"] for e in events) == expected.text
     assert [e["stop"] for e in events] == [False] * (len(events) - 1) + [True]
+
+
+def test_an_editor_may_have_its_files_read_ahead(folder: Path) -> None:
+    body = {"input_prefix": "the cat sat on " * 4, "input_suffix": "a"}
+    with serving(folder) as server:
+        read = server.post("/infill", **body, n_predict=0).json()
+        assert (read["content"], read["tokens"], read["stop_type"]) == ("", [], "limit")
+        assert server.core.stats().found_tokens == 0
+        assert len(server.post("/infill", **body, n_predict=3, ignore_eos=True).json()["tokens"]) == 3
+        assert server.core.stats().found_tokens > 0
 
 
 def test_infill_begins_the_middle_and_names_other_files(server: Running, llm: LLM) -> None:

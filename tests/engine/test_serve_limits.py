@@ -51,17 +51,20 @@ def server(folder: Path) -> Iterator[Running]:
         ({"prompt": "a", "top_p": True}, "top_p", "got True"),
         ({"prompt": "a", "seed": -1}, "seed", "got -1"),
         ({"prompt": "a", "stop": ""}, "stop", "non-empty"),
-        ({"prompt": "a", "stop_token_ids": [999]}, "prompt", "got 999"),
+        ({"prompt": "a", "stop_token_ids": [999]}, "stop_token_ids", "^stop_token_ids: .*got 999"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
         ({"prompt": "a", "n": 9}, "n", "at most 8"),
         ({"prompt": ["a"] * 3, "n": 3}, "n", "at most 8 .* got 9"),
-        ({"prompt": "a", "stream_options": {"include_usage": True}}, "the body", "only with stream"),
+        ({"prompt": ["a"] * 8 + ["\ufdd0"]}, "n", "at most 8 .* got 9"),  # before any is read
+        ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs", "does not know"),
+        ({"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs", "^structured_outputs: regex:"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
         ({"prompt": [1], "suffix": "b"}, "suffix", "prompt of text"),
         ({"prompt": "a", "best_of": 2, "n": 1, "stream": True}, "best_of", "not with stream"),
         ({"prompt": "a", "best_of": 1, "n": 2}, "best_of", ">= n"),
         ({"prompt": "a", "best_of": 9}, "n", "at most 8"),
         ({"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
-        ({"prompt": "a", "logit_bias": {"999": 1}}, "prompt", "999"),
+        ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias", "999"),
         ({"prompt": "a", "structured_outputs": {"regexp": "a"}}, "structured_outputs", "keys among .*, regex"),
         ({"prompt": "a", "structured_outputs": {"regex": 5}}, "structured_outputs", "regex: expected a string, got 5"),
         ({"prompt": "a", "structured_outputs": 5}, "structured_outputs", "got 5"),
@@ -84,6 +87,8 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, says: s
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts of type text"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "only with logprobs"),
+        ({"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 21}, "^top_logprobs.* 20"),
+        ({"messages": [{"role": "user", "content": "a"}], "prompt_logprobs": 2}, "prompt_logprobs: .* does not know"),
         ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "max_completion_tokens": 2}, "got both"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": []}}, "set already"),
         (
@@ -97,6 +102,17 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, says: s
 def test_wrong_conversations_are_named(body: dict[str, Any], says: str, server: Running) -> None:
     message = server.refused(400, "/v1/chat/completions", **body)["message"]
     assert re.search(says, message), message
+
+
+@pytest.mark.parametrize("name", ["n", "best_of", "max_tokens", "logprobs", "prompt_logprobs"])
+def test_infills_refuse_what_they_do_not_do(name: str, server: Running) -> None:
+    assert server.refused(400, "/infill", input_prefix="a", n_predict=2, **{name: 2})["param"] == name
+
+
+def test_a_guide_has_a_size(folder: Path) -> None:
+    with serving(folder) as roomy:
+        says = roomy.refused(400, prompt="a", structured_outputs={"regex": "a" * 70_000})["message"]
+    assert "structured_outputs: expected at most 65536 characters, got 70000" in says
 
 
 def test_fields_without_effect_are_taken(server: Running) -> None:

@@ -75,7 +75,7 @@ class Guides:
         except ImportError as error:
             raise ImportError("structured_outputs: needs llguidance: pip install 'fastsft[guided]'") from error
         if not end_ids:
-            raise ValueError("structured_outputs: needs a model with an end token")
+            raise ValueError("params: structured_outputs: needs a model with an end token")
         self._library = llguidance
         self._vocab_size = vocab_size
         self._vocabulary = llguidance.LLTokenizer(
@@ -94,10 +94,10 @@ class Guides:
             try:
                 grammar = self._library.grammar_from(*key)
             except ValueError as error:
-                raise ValueError(f"structured_outputs: {key[0]}: {error}") from None
+                raise ValueError(_wrong(key[0], str(error))) from None
             matcher = self._library.LLMatcher(self._vocabulary, grammar, log_level=0)
             if matcher.is_error():
-                raise ValueError(f"structured_outputs: {key[0]}: {matcher.get_error()}")
+                raise ValueError(_wrong(key[0], matcher.get_error()))
             if len(self._grammars) >= 64:  # a server sees schemas without end
                 self._grammars.pop(next(iter(self._grammars)))
             self._grammars[key] = matcher
@@ -129,3 +129,8 @@ class Guide:
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
         return bits.flatten()[: self._vocab_size].bool()
+
+
+def _wrong(kind: str, message: str) -> str:
+    """Without the addresses that stand behind some of the library's messages."""
+    return f"params: structured_outputs: {kind}: {message.partition('<backtrace>')[0].strip()}"

@@ -5,6 +5,7 @@ Shape suffixes: K rows of one sequence, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -125,6 +126,7 @@ class ProcessorFactory:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, tuple(end_ids)
         self._guides: Guides | None = None
+        self._tokens_of_words = functools.lru_cache(maxsize=64)(self._words)  # continuations of a request have the same
 
     def make(self, params: SamplingParams, prompt: Sequence[int]) -> Processors | None:
         """None where the request asks for nothing.
@@ -142,7 +144,7 @@ class ProcessorFactory:
             if self._guides is None:
                 self._guides = Guides(self._tokenizer, self._vocab_size, self._end_ids)
             guide = self._guides.guide(params.structured_outputs)
-        words = self._words(params.bad_words)
+        words = self._tokens_of_words(tuple(params.bad_words))
         found = Processors(params, prompt, self._vocab_size, self._end_ids, words, guide)
         return None if found.idle else found
 

@@ -61,11 +61,11 @@ def _plain(message: dict[str, Any], name: str) -> dict[str, Any]:
 def _params(context: Context, body: ChatBody, prompt: int) -> SamplingParams:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ApiError(400, "max_tokens: max_completion_tokens says the same, got both", param="max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = max(1, context.max_model_len - prompt) if asked is None else asked
-    return body.sampling(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    return body.sampling(max_tokens=limit, logprobs=body.top_logprobs if body.logprobs else None)
 
 
 class _Answer:

@@ -18,6 +18,7 @@ from fastsft.engine.request import SamplingParams, Update
 from fastsft.engine.server.async_engine import EngineFailed, Stream, TimedOut
 from fastsft.engine.server.context import Context, api_error
 from fastsft.engine.server.errors import ApiError, json_response
+from fastsft.engine.server.pieces import Offsets
 from fastsft.engine.server.protocol import CompletionBody
 from fastsft.engine.server.sse import EventStream, unless_gone
 from fastsft.engine.server.usage import Usage
@@ -31,8 +32,9 @@ class _Choice:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # of the tokens, in all of the text
+    places: Offsets = field(default_factory=Offsets)
     finish_reason: str | None = None
-    characters: int = 0  # of what was sent before ``text``
     cumulative_logprob: float = 0.0
     begun: bool = False
 
@@ -54,6 +56,7 @@ async def _prompts_and_params(context: Context, body: CompletionBody) -> tuple[l
         several = [several]
     if not several:
         raise ApiError(400, "prompt: expected at least one, got an empty list", param="prompt")
+    context.check_choices(len(several))
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens: expected at least 1, or echo beside it, got 0", param="max_tokens")
     # The text alone was asked for; the engine has no way to generate nothing, so one token is left out.
@@ -71,13 +74,23 @@ async def _prompts_and_params(context: Context, body: CompletionBody) -> tuple[l
     return prompts, ending_with(params, ends)
 
 
+def _texts(context: Context, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
+    """The prompts as they came, or as their ids say."""
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if isinstance(given[0], str):
+        return given
+    return [context.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+
+
 class _Completion:
     """One request's answer, whole or piece by piece."""
 
     def __init__(
         self, context: Context, body: CompletionBody, params: SamplingParams, prompts: list[list[int]], stream: Stream
     ) -> None:
-        self._context, self._body, self._prompts, self._stream = context, body, prompts, stream
+        self._context, self._body, self._params, self._stream = context, body, params, stream
+        self._prompts = prompts
+        self._echoed = _texts(context, body, prompts) if body.echo else []
         self._identity = {
             **context.identity("cmpl", body.model), "object": "text_completion", "created": int(time.time()),
         }  # fmt: skip
@@ -121,8 +134,7 @@ class _Completion:
         choice = self._take(update)
         shown = choice.text or choice.finish_reason or self._body.logprobs is not None
         piece = self._shown(choice) if shown else None
-        choice.characters += len(choice.text)
-        choice.text, choice.tokens, choice.logprobs = "", [], []
+        choice.text, choice.tokens, choice.logprobs, choice.offsets = "", [], [], []
         return piece
 
     def _take(self, update: Update) -> _Choice:
@@ -131,23 +143,35 @@ class _Completion:
         if update.prompt_logprobs is not None:
             self._of_prompt[update.request_id] = update.prompt_logprobs
         if body.echo and not choice.begun:
-            choice.text = self._context.tokenizer.decode(self._prompts[place], skip_special_tokens=False)
+            choice.text = self._echoed[place]
             choice.tokens += self._prompts[place]
             choice.logprobs += self._of_prompt.get(update.request_id, ())
+            if body.logprobs is not None:
+                choice.offsets = self._offsets_of_prompt(place)
+                choice.places = Offsets(len(choice.text))
         choice.begun = True
         if body.max_tokens:
             choice.text += update.text
             choice.tokens += update.token_ids
             choice.logprobs += update.logprobs or ()
+            skip = self._params.skip_special_tokens
+            if body.logprobs is not None:
+                choice.offsets += [choice.places.next(self._context.pieces.in_text(t, skip)) for t in update.token_ids]
             self._usage.take(update)
         choice.finish_reason = update.finish_reason if body.max_tokens else "length"
         choice.cumulative_logprob = update.cumulative_logprob
         return choice
 
+    def _offsets_of_prompt(self, place: int) -> list[int]:
+        """Its last token ends where the text does: what stands before a text (BOS, a space) has no place in it."""
+        places = Offsets()
+        offsets = [places.next(self._context.pieces.in_text(t, False)) for t in self._prompts[place]]
+        return [max(0, offset + len(self._echoed[place]) - places.end) for offset in offsets]
+
     def _shown(self, choice: _Choice) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None:
             logprobs = self._context.pieces.completion_logprobs(
-                choice.tokens, choice.logprobs, self._body.logprobs, choice.characters
+                choice.tokens, choice.logprobs, self._body.logprobs, choice.offsets
             )
         return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}

@@ -68,6 +68,12 @@ class Context:
         except ValueError as error:  # TemplateError among them
             raise invalid(error, name) from None
 
+    def check_choices(self, count: int) -> None:
+        """Raise an ApiError for too many continuations."""
+        if count > (most := self.settings.max_choices):
+            message = f"n: expected at most {most} continuations of all prompts together, got {count}"
+            raise ApiError(400, message, param="n")
+
     async def submit(
         self,
         prompts: Sequence[Sequence[int]],
@@ -80,10 +86,7 @@ class Context:
         Raises:
             ApiError: what the engine says of them.
         """
-        count, most = len(prompts) * (params.best_of or params.n), self.settings.max_choices
-        if count > most:
-            message = f"n: expected at most {most} continuations of all prompts together, got {count}"
-            raise ApiError(400, message, param="n")
+        self.check_choices(len(prompts) * (params.best_of or params.n))
         requests = [Request(uuid.uuid4().hex, tuple(ids), params, adapter=adapter) for ids in prompts]
         try:
             return await self.engine.submit(
@@ -104,6 +107,8 @@ class Context:
 def api_error(error: Exception, name: str = "prompt") -> ApiError:
     """Of what the engine raised."""
     if isinstance(error, RequestError):
+        if str(error).startswith("params: "):
+            return invalid(error)
         return ApiError(400, f"{name}: {error}", param=name, code="invalid_prompt")
     if isinstance(error, QueueFull):
         retry = {"Retry-After": str(_SECONDS_TO_RETRY)}

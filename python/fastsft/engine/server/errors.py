@@ -38,7 +38,7 @@ class ApiError(Exception):
 def invalid(error: ValueError, param: str | None = None) -> ApiError:
     """Of a value that the engine refused: its message begins with the name of a field, where one is to blame."""
     message = re.sub(r"^StructuredOutputs:", "structured_outputs:", str(error))
-    message = re.sub(r"^(SamplingParams|infill): ", "", message)
+    message = re.sub(r"^(SamplingParams|params|infill): ", "", message)
     named = re.match(r"(\w+):", message) if message != str(error) else None
     return ApiError(400, message, param=named[1] if named else param)
 

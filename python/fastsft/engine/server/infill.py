@@ -14,7 +14,7 @@ from fastsft.engine.prompts import encode_infill, ending_with
 from fastsft.engine.request import Update
 from fastsft.engine.server.async_engine import EngineFailed, TimedOut
 from fastsft.engine.server.context import Context, api_error
-from fastsft.engine.server.errors import ApiError, json_response
+from fastsft.engine.server.errors import json_response
 from fastsft.engine.server.protocol import ExtraFile, InfillBody
 from fastsft.engine.server.sse import EventStream, unless_gone
 from fastsft.models.fim import Fim
@@ -24,11 +24,9 @@ from fastsft.models.tokenizer import Tokenizer
 async def infill(context: Context, body: InfillBody, receive: Receive) -> Response:
     adapter = context.adapter(body.model)
     ids, ends = await context.tokenize(lambda: _encode(context.tokenizer, body), "input_prefix")
-    limit = max(1, context.max_model_len - len(ids)) if body.n_predict < 0 else body.n_predict
+    limit = max(1, context.max_model_len - len(ids) if body.n_predict < 0 else body.n_predict)
     given = {"temperature": 0.0} if "temperature" not in (body.model_extra or {}) else {}
     params = ending_with(body.sampling(max_tokens=limit, **given), ends)
-    if params.n != 1:
-        raise ApiError(400, f"n: expected 1, got {params.n}", param="n")
     stream = await context.submit([ids], params, adapter, "input_prefix")
     middle = Middle(body)
 
@@ -101,6 +99,9 @@ class Middle:
     def take(self, update: Update) -> str:
         """What there is to show."""
         self._first = self._first or time.perf_counter()
+        if self._body.n_predict == 0:  # an editor has its files read while nobody waits
+            self.stop_type = "limit"
+            return ""
         self.tokens += update.token_ids
         begin = len(self.text)
         self.text += update.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import re
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
         self.piece = functools.lru_cache(maxsize=1 << 16)(self._piece)
 
     def _piece(self, token: int) -> tuple[str, bytes]:
         """Text and bytes; the text of a part of a character is ``bytes:\\xe2\\x82``, as OpenAI writes it."""
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        text = self._tokenizer.decode_inside([token], skip_special_tokens=False)
         if "\ufffd" not in text:
             return text, text.encode()
         name = self._tokenizer.backend.id_to_token(token) or ""
@@ -38,27 +41,26 @@ class Pieces:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{b:02x}" for b in raw), raw
 
+    def in_text(self, token: int, skip_special_tokens: bool) -> bytes:
+        """What a token adds to a text."""
+        return b"" if skip_special_tokens and token in self._special else self.piece(token)[1]
+
     def completion_logprobs(
-        self, tokens: Sequence[int], each: Sequence[dict[int, float] | None], count: int, offset: int
+        self, tokens: Sequence[int], each: Sequence[dict[int, float] | None], count: int, offsets: Sequence[int]
     ) -> dict[str, Any]:
         """Of the older API: four lists of one length.
 
         Args:
             each: per token, id -> log-probability, its own among them; None for a text's first token.
-            count: how many of the most probable ones were asked for.
-            offset: characters of the text before these tokens.
+            count: how many of the most probable ones were asked for. The token's own stands beside them.
+            offsets: where each token begins in the text, see :class:`Offsets`.
         """
-        texts = [self.piece(t)[0] for t in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text) if not text.startswith("bytes:") else 0
-        top = [shown and self._by_text(_most_probable(shown, count)) for shown in each]
+        top = [shown and self._by_text(_most_probable(shown, len(shown))) for shown in each]
         return {
-            "tokens": texts,
+            "tokens": [self.piece(t)[0] for t in tokens],
             "token_logprobs": [None if shown is None else shown[t] for t, shown in zip(tokens, each, strict=True)],
             "top_logprobs": top if count else None,
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _by_text(self, shown: list[tuple[int, float]]) -> dict[str, float]:
@@ -80,6 +82,22 @@ class Pieces:
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self.piece(token)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+class Offsets:
+    """Where tokens begin in the text that they make, in characters. A part of a character begins where that does."""
+
+    def __init__(self, begin: int = 0) -> None:
+        self.end = begin
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, raw: bytes) -> int:
+        """Of a token that adds these bytes."""
+        if raw and raw[0] & 0xC0 != 0x80:  # whatever was begun stays as it is
+            self.end += len(self._decoder.decode(b"", True))
+        begin = self.end
+        self.end += len(self._decoder.decode(raw))
+        return begin
 
 
 def _most_probable(shown: dict[int, float], count: int) -> list[tuple[int, float]]:

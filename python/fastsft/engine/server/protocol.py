@@ -13,10 +13,12 @@ from typing import Any, Literal, TypeVar
 
 import pydantic
 
+from fastsft.engine.guide import StructuredOutputs
 from fastsft.engine.request import SamplingParams
 from fastsft.engine.server.errors import ApiError, invalid
 
-_SAMPLING = {f.name for f in dataclasses.fields(SamplingParams)}
+# Of prompts, the endpoints have none to report but those of `echo`.
+_SAMPLING = {f.name for f in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
@@ -25,6 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],),
 }  # fmt: skip
+_MAX_GUIDE = 1 << 16  # characters: others wait while a schema is compiled
 # llama.cpp's: how it goes about its work, and its order of samplers.
 _OF_LLAMA_CPP = {"id_slot", "cache_prompt", "t_max_prompt_ms", "samplers", "timings_per_token"}
 
@@ -64,14 +67,20 @@ class Body(pydantic.BaseModel):
         Raises:
             ApiError: a field that is unknown, or that has no such value.
         """
-        given = {name: value for name, value in (self.model_extra or {}).items() if name in _SAMPLING}
-        self.no_more_fields(_SAMPLING)
+        known = self.sampled()
+        given = {name: value for name, value in (self.model_extra or {}).items() if name in known}
+        self.no_more_fields(known)
         if isinstance(bias := given.get("logit_bias"), dict):
             given["logit_bias"] = {_id(name): value for name, value in bias.items()}
         try:
-            return SamplingParams(**{"temperature": 1.0, **given, **own})
+            params = SamplingParams(**{"temperature": 1.0, **given, **own})
         except ValueError as error:
             raise invalid(error) from None
+        guided = params.structured_outputs
+        if isinstance(guided, StructuredOutputs) and (size := len(guided.format_and_text()[1])) > _MAX_GUIDE:
+            message = f"structured_outputs: expected at most {_MAX_GUIDE} characters, got {size}"
+            raise ApiError(400, message, param="structured_outputs")
+        return params
 
     def no_more_fields(self, known: Collection[str] = ()) -> None:
         """
@@ -84,6 +93,11 @@ class Body(pydantic.BaseModel):
             if name in _NEUTRAL:
                 raise ApiError(400, f"{name}: not supported, got {value!r:.200}", param=name)
             raise ApiError(400, f"{name}: this server does not know the field", param=name)
+
+    @classmethod
+    def sampled(cls) -> set[str]:
+        """Fields of SamplingParams that may be there."""
+        return _SAMPLING
 
     @classmethod
     def accepted(cls) -> set[str]:
@@ -103,13 +117,9 @@ class OpenAIBody(Body):
     stream_options: StreamOptions = StreamOptions()
     response_format: dict[str, Any] = {"type": "text"}
 
-    @pydantic.model_validator(mode="after")
-    def _options_of_a_stream(self) -> OpenAIBody:
-        if "stream_options" in self.model_fields_set and not self.stream:
-            raise ValueError("stream_options: only with stream")
-        return self
-
     def sampling(self, **own: Any) -> SamplingParams:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ApiError(400, "stream_options: only with stream", param="stream_options")
         if (schema := self._schema()) is not None:
             if "structured_outputs" in (self.model_extra or {}):
                 message = "response_format: structured_outputs says the same, got both"
@@ -147,7 +157,7 @@ class ChatBody(OpenAIBody):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int = pydantic.Field(0, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] = {}
 
 
@@ -165,11 +175,15 @@ class InfillBody(Body):
     input_suffix: str = ""
     input_extra: list[ExtraFile] = []
     prompt: str = ""
-    n_predict: int = -1
+    n_predict: int = -1  # below 0: as many as there is room for; 0: none, the prompt is read into the cache
     n_indent: int = 0
     t_max_predict_ms: float = 0
     response_fields: list[str] = []
     order: Literal["psm", "spm"] = "psm"
+
+    @classmethod
+    def sampled(cls) -> set[str]:
+        return _SAMPLING - {"n", "best_of", "max_tokens", "logprobs"}
 
     @classmethod
     def accepted(cls) -> set[str]:

@@ -156,6 +156,33 @@ def test_a_signal_lets_requests_finish(number: signal.Signals, options: list[str
         process.communicate()
 
 
+def test_who_leaves_is_counted(folder: Path) -> None:
+    with serving(folder) as server:
+        slow_down(server.core, 0.02)
+        connection = send(server, "/v1/completions", {**LONG, "n": 3})
+        wait_for(lambda: server.core.stats().generated_tokens > 0)
+        connection.close()
+        wait_for(server.settled)
+        server.complete(prompt="a", max_tokens=1, ignore_eos=True)
+        lines = server.http.get("/metrics").text.splitlines()
+        ended = [line for line in lines if line.startswith("fastsft:request_success_total{")]
+        assert [re.findall('reason="([a-z]+)".* ([0-9.]+)', line) for line in ended] == [
+            [("abort", "3.0")], [("length", "1.0")],
+        ]  # fmt: skip
+
+
+def test_who_waits_when_the_server_stops_is_told_to_come_again(folder: Path) -> None:
+    with serving(folder, settings={"drain_seconds": 0.2}) as server:
+        slow_down(server.core, 0.05)
+        with ThreadPoolExecutor() as pool:
+            waits = pool.submit(server.post, "/v1/completions", **LONG)
+            wait_for(lambda: server.core.stats().running == 1)
+            server.stop()
+            response = waits.result()
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+
+
 def test_what_outlasts_the_drain_is_told(folder: Path) -> None:
     with serving(folder, settings={"drain_seconds": 0.2}) as server:
         slow_down(server.core, 0.05)

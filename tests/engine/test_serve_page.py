@@ -105,6 +105,20 @@ def test_errors_are_shown(page: Page) -> None:
 
 
 @needs_browser
+def test_a_message_that_was_refused_can_be_changed(page: Page) -> None:
+    long = "the cat " * 300
+    page.fill("#message", long)
+    page.click("#send")
+    shows(page, "leave no room")
+    assert page.input_value("#message") == long
+    assert page.locator(".turn").count() == 0
+    page.fill("#message", "the cat")
+    page.click("#send")
+    shows(page, r"\d+ events in")
+    assert page.locator(".turn").count() == 2
+
+
+@needs_browser
 def test_stop(folder: Path) -> None:
     from playwright.sync_api import sync_playwright
 

@@ -36,7 +36,7 @@ class Stream:
     are asked for. A context manager that closes it."""
 
     def __init__(
-        self, engine: AsyncEngine, requests: Sequence[Request], observe: Callable[[Update], None] | None = None
+        self, engine: AsyncEngine, requests: Sequence[Request], observe: Callable[[Update | None], None] | None = None
     ) -> None:
         self.requests = tuple(requests)
         self._engine, self._observe = engine, observe
@@ -65,6 +65,9 @@ class Stream:
     def close(self) -> None:
         """No more is wanted: what has not ended is aborted."""
         self._engine.release(self)
+        while self._observe and self._left:
+            self._left -= 1
+            self._observe(None)
 
     def __enter__(self) -> Stream:
         return self
@@ -153,13 +156,14 @@ class AsyncEngine:
         requests: Sequence[Request],
         *,
         seconds: float | None = None,
-        observe: Callable[[Update], None] | None = None,
+        observe: Callable[[Update | None], None] | None = None,
     ) -> Stream:
         """Queue requests, all or none of them. Whoever gets the stream must close it.
 
         Args:
             seconds: in which they must end.
-            observe: is told each update when it comes, whoever reads the stream and when.
+            observe: is told each update when it comes, whoever reads the stream and when, and None for each
+                continuation that is given up.
 
         Raises:
             RequestError, QueueFull: as :meth:`EngineCore.add` does. EngineFailed: the engine has stopped.

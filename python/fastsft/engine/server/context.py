@@ -118,5 +118,5 @@ def api_error(error: Exception, name: str = "prompt") -> ApiError:
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, EngineFailed):
-        return ApiError(503, str(error), code="engine_failed")
+        return ApiError(503, str(error), code="engine_failed", headers={"Retry-After": str(_SECONDS_TO_RETRY)})
     raise error

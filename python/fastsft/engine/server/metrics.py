@@ -13,9 +13,10 @@ from prometheus_client.registry import Collector
 from fastsft.engine.request import Request, Update
 from fastsft.engine.server.async_engine import AsyncEngine
 
-_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-_BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-_WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10,
+            20, 40, 80)  # fmt: skip
+_WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 
 
@@ -49,14 +50,17 @@ class Metrics:
     def answered(self, status: int) -> None:
         self._answers.labels(str(status)).inc()
 
-    def observer(self, requests: Sequence[Request]) -> Callable[[Update], None]:
-        """What to tell the updates of these requests, which have just arrived."""
+    def observer(self, requests: Sequence[Request]) -> Callable[[Update | None], None]:
+        """What to tell the updates of these requests, which have just arrived, and None of one that was given up."""
         arrival = time.perf_counter()
         last: dict[tuple[str, int], float] = {}
         tokens: dict[tuple[str, int], int] = {}
         prompts = {r.request_id: len(r.prompt_token_ids) for r in requests}
 
-        def observe(update: Update) -> None:
+        def observe(update: Update | None) -> None:
+            if update is None:
+                self._ended.labels(self._model, "abort").inc()
+                return
             now, key, count = time.perf_counter(), (update.request_id, update.index), len(update.token_ids)
             if key in last:
                 for _ in range(count):

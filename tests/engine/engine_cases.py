@@ -11,6 +11,7 @@ import torch
 from fastsft.engine.llm import LLM
 from fastsft.models.adapter import save_adapter
 from fastsft.models.decoder import Decoder
+from fastsft.models.heads import DraftHeads, save_heads
 from fastsft.models.lora import LoraConfig, add_lora, lora_layers
 from fastsft.models.tokenizer import Tokenizer
 from fastsft.models.weights import init_model, load_model, save_model
@@ -48,6 +49,16 @@ def write_model(folder: Path, family: str) -> Path:
     save_model(init_model(SHAPE | FAMILIES[family], seed=5), folder)
     tokenizer().save(folder)
     return folder
+
+
+def write_heads(folder: Path, std: float, seed: int = 0, count: int = 3) -> DraftHeads:
+    """Not trained: some guesses hold by chance."""
+    heads = DraftHeads(count, SHAPE["hidden_size"])
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in heads.parameters():
+        parameter.data.normal_(0, std, generator=generator)
+    save_heads(heads, folder, vocab_size=VOCAB)
+    return heads
 
 
 def adapted(folder: Path, seed: int) -> Decoder:

@@ -100,13 +100,19 @@ class FakeDrafter:
 
     def __init__(self, runner: FakeRunner, seed: int) -> None:
         self._runner, self._random = runner, random.Random(seed)
-        self._open: dict[Sequence, tuple[list[int], list[int]]] = {}
+        self._open: dict[Sequence, tuple[list[int], list[list[int]]]] = {}
+        self.forked = 0  # times that another path than the first held the longest
 
     def begin(self, sequences: int) -> bool:
         return True
 
-    def propose(self, sequence: Sequence, limit: int) -> list[int]:
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
         assert limit >= 1
+        paths = [self._path(sequence) for _ in range(self._random.choice([0, 1, 1, 2, 3]))]
+        self._open[sequence] = (list(sequence.tokens), [path[:limit] for path in paths])
+        return paths  # longer than the limit at times, and empty at times
+
+    def _path(self, sequence: Sequence) -> list[int]:
         guess: list[int] = []
         right = self._random.randint(0, 3)
         for j in range(self._random.randint(0, 6)):
@@ -115,14 +121,19 @@ class FakeDrafter:
                 sequence.generated + j,
             )  # fmt: skip
             guess.append(token if j < right else (token + self._random.randint(0, 1)) % VOCAB)
-        self._open[sequence] = (list(sequence.tokens), guess[:limit])
-        return guess  # longer than the limit at times
+        return guess
 
-    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        before, guess = self._open.pop(sequence)
-        assert proposed == len(guess) >= 1
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
+        before, proposed = self._open.pop(sequence)
+        assert paths[0] == proposed[0]
+        assert all(path in proposed for path in paths), "some may have found no blocks"
         new = sequence.tokens[len(before) :]
+        guess = paths[best]
+        self.forked += best > 0
         assert guess[:accepted] == new[:accepted]
+        longest = [next((j for j, (a, b) in enumerate(zip(p, new, strict=False)) if a != b), len(p)) for p in paths]
+        if sequence.finish_reason is None:
+            assert best == longest.index(max(longest))
         if sequence.finish_reason is None:
             assert len(new) == accepted + 1
             assert accepted == len(guess) or guess[accepted] != new[accepted]

@@ -11,7 +11,7 @@ import torch
 from engine_cases import assert_nothing_held, engine, prompts_of, write_model
 
 from fastsft.engine.assemble import Assembly
-from fastsft.engine.request import Request, SamplingParams
+from fastsft.engine.request import CompletionOutput, Request, SamplingParams
 from fastsft.engine.sequence import Sequence
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -28,20 +28,30 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 class RandomDrafts:
-    """What stood before somewhere in the text: right at times."""
+    """What follows in truth, or what stood before somewhere in the text, on up to three paths.
 
-    def __init__(self) -> None:
-        self._random = random.Random(3)
+    Args:
+        truth: the continuations of each request.
+    """
+
+    def __init__(self, truth: dict[str, tuple[CompletionOutput, ...]]) -> None:
+        self._truth, self._random = truth, random.Random(3)
+        self.forked = 0
 
     def begin(self, sequences: int) -> bool:
         return True
 
-    def propose(self, sequence: Sequence, limit: int) -> list[int]:
-        at = self._random.randrange(len(sequence.tokens))
-        return sequence.tokens[at : at + min(limit, self._random.randint(0, 5))]
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
+        return [self._path(sequence, limit) for _ in range(self._random.randint(0, 3))]
 
-    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        pass
+    def _path(self, sequence: Sequence, limit: int) -> list[int]:
+        at, text = self._random.randrange(len(sequence.tokens)), sequence.tokens
+        if self._random.random() < 0.3:
+            at, text = sequence.generated, list(self._truth[sequence.request_id][sequence.index].token_ids)
+        return text[at : at + min(limit, self._random.randint(0, 5))]
+
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
+        self.forked += best > 0
 
     def forget(self, sequence: Sequence) -> None:
         pass
@@ -81,7 +91,7 @@ def test_a_request_has_the_bits_that_it_has_alone(weights: str, folder: Path) ->
     for name, schedule in SCHEDULES.items():
         llm = engine(folder, **FORMATS[weights], **schedule)
         if name == "drafts":
-            llm.core._drafter = RandomDrafts()
+            llm.core._drafter = drafter = RandomDrafts(alone)
         together = {one.request_id: Assembly(one) for one in asked}
         arrivals = random.Random(7)
         left = list(asked)
@@ -97,4 +107,5 @@ def test_a_request_has_the_bits_that_it_has_alone(weights: str, folder: Path) ->
         assert stats.found_tokens > 400, name
         assert (stats.preemptions > 0) == (name in ("preemption", "chunks")), name
         assert (stats.accepted_tokens > 0) == (name == "drafts")
+        assert name != "drafts" or drafter.forked > 20
         assert_nothing_held(llm)

@@ -52,14 +52,20 @@ class CoreStates(RuleBasedStateMachine):
             assert sum(chunks) <= self.max_batched_tokens
             assert len({w.sequence for w in step.work}) == len(step.work)
             held = Counter(b for s in scheduler.running for b in s.blocks)
+            held.update(b for s in scheduler.running for fork in s.forks for b in fork.blocks[fork.shared :])
             for w in step.work:
                 s = w.sequence
-                assert w.count >= 1
-                assert s.computed + w.count <= len(s.blocks) * scheduler.block_size
+                own = w.count - sum(1 + len(fork.draft) for fork in s.forks)
+                assert own >= 1
+                assert s.computed + own <= len(s.blocks) * scheduler.block_size
+                for fork in s.forks:
+                    assert fork.shared == s.computed // scheduler.block_size
+                    assert fork.blocks[: fork.shared] == s.blocks[: fork.shared]
+                    assert all(held[b] == 1 for b in fork.blocks[fork.shared :])
+                    assert len(s.tokens) + len(fork.draft) <= len(fork.blocks) * scheduler.block_size
+                    assert len(s.tokens) + len(fork.draft) < s.limit
                 assert len(s.tokens) + len(s.draft) < s.limit or not s.draft
-                touched = range(
-                    s.computed // scheduler.block_size, (s.computed + w.count - 1) // scheduler.block_size + 1
-                )
+                touched = range(s.computed // scheduler.block_size, (s.computed + own - 1) // scheduler.block_size + 1)
                 for i in touched:
                     readers = [o for o in scheduler.running if s.blocks[i] in o.blocks and o is not s]
                     # others may hold a block that is being filled only if they wait for nothing in it but this step
@@ -142,6 +148,7 @@ class CoreStates(RuleBasedStateMachine):
         assert set(allocator._cached) <= set(allocator._keys)
         assert not set(allocator._free) & set(allocator._keys)
         assert not any(s.blocks or s.computed for s in scheduler.waiting)
+        assert not any(s.forks for s in [*scheduler.waiting, *scheduler.running])
         assert all(s.computed <= len(s.blocks) * scheduler.block_size for s in scheduler.running)
         assert set(self.core._live) == set(self.live)
 

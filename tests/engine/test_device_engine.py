@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import SHAPE, VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_model
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_heads, write_model
 
 from fastsft.data.batch import Sample, collate
 from fastsft.engine import place
@@ -17,7 +17,6 @@ from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
 from fastsft.models import device, packed
 from fastsft.models.adapter import save_adapter
-from fastsft.models.heads import DraftHeads, save_heads
 from fastsft.models.lora import LoraConfig, add_lora, lora_layers
 from fastsft.models.weights import init_model, load_model
 
@@ -114,12 +113,8 @@ def test_quantised_weights(quantization: str, one_folder: Path) -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_heads_draft_what_packed_ones_do(params: dict[str, Any], one_folder: Path, tmp_path: Path) -> None:
-    heads = DraftHeads(3, SHAPE["hidden_size"])  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(4))
-    save_heads(heads, tmp_path, vocab_size=VOCAB)
-    config = {"method": "heads", "model": tmp_path, "adaptive": False}
+    write_heads(tmp_path, 0.2, seed=4)
+    config = {"method": "heads", "model": tmp_path, "adaptive": False, "num_speculative_paths": 2}
     prompts, found = prompts_of([8, 40, 12]), []
     for make in (device_engine, engine):
         llm = make(one_folder, speculative_config=config)

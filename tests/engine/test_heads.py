@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, write_model
+from engine_cases import VOCAB, as_prompts, assert_nothing_held, engine, prompts_of, write_heads, write_model
 from torch.nn import functional as F
 
 from fastsft.engine.draft.heads import HeadsGuess, PackedHeads
@@ -36,22 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not trained: some guesses hold by chance."""
     target = tmp_path_factory.mktemp("heads")
-    made = DraftHeads(3, 64)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    save_heads(made, target, vocab_size=VOCAB)
+    write_heads(target, 0.3)
     return target
 
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 8}, {"max_num_seqs": 2}, {"dtype": torch.bfloat16}])
-@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize(("adaptive", "paths"), [(True, 1), (True, 3), (False, 1), (False, 2), (False, 4)])
 def test_results_are_those_of_plain_decoding(
-    adaptive: bool, options: dict[str, Any], folder: Path, heads: Path
+    adaptive: bool, paths: int, options: dict[str, Any], folder: Path, heads: Path
 ) -> None:
-    config = {"method": "heads", "model": heads, "adaptive": adaptive}
+    config = {"method": "heads", "model": heads, "adaptive": adaptive, "num_speculative_paths": paths}
     llm: LLM = engine(folder, speculative_config=config, **options)
     found = llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
     assert found == engine(folder, **options).generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
@@ -68,12 +63,14 @@ def hidden_of(model: Decoder, tokens: list[int]) -> torch.Tensor:
     return states
 
 
-def test_each_sequence_has_the_state_that_its_last_token_was_drawn_from(folder: Path, heads: Path) -> None:
+@pytest.mark.parametrize("paths", [1, 3])
+def test_each_sequence_has_the_state_that_its_last_token_was_drawn_from(paths: int, folder: Path, heads: Path) -> None:
     """Beside drafts that hold and that do not, prompts that are scored, forks and preemptions."""
     model = load_model(folder, dtype=torch.float32)
-    config = {"method": "heads", "model": heads, "adaptive": False}
+    config = {"method": "heads", "model": heads, "adaptive": False, "num_speculative_paths": paths}
     core = engine(folder, speculative_config=config, num_blocks=10).core
-    for i, (prompt, params) in enumerate(zip(prompts_of(LENGTHS), PARAMS, strict=True)):
+    hot = SamplingParams(max_tokens=60, temperature=2.0, seed=3)  # where noise decides, guesses hold more often
+    for i, (prompt, params) in enumerate(zip(prompts_of([*LENGTHS, 9]), [*PARAMS, hot], strict=True)):
         core.add(Request(str(i), tuple(prompt), params))
     checked = 0
     while core.busy:
@@ -90,18 +87,12 @@ def test_each_sequence_has_the_state_that_its_last_token_was_drawn_from(folder: 
     assert stats.preemptions > 0
 
 
-def test_guesses_are_those_of_the_heads(folder: Path) -> None:
+def test_guesses_are_those_of_the_heads(folder: Path, tmp_path: Path) -> None:
     packed = pack_decoder(folder, "float32")
     model = load_model(folder, dtype=torch.float32)
-    made = DraftHeads(3, 64)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in made.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    target = folder.parent / "guessing"
-    target.mkdir(exist_ok=True)
-    save_heads(made, target, vocab_size=VOCAB)
-    guess_of = PackedHeads(target, packed)
-    hidden = torch.randn(64, generator=generator)
+    made = write_heads(tmp_path, 0.3, seed=1)
+    guess_of = PackedHeads(tmp_path, packed)
+    hidden = torch.randn(64, generator=torch.Generator().manual_seed(2))
     expected = []
     for linear in made.heads:
         state = hidden + F.silu(hidden @ linear.weight.T + linear.bias)
@@ -115,7 +106,10 @@ def test_guesses_are_those_of_the_heads(folder: Path) -> None:
     assert guess.propose([5, 6], 3) == []
     sequence.hidden_D = hidden
     assert guess.propose([5, 6], 9) == expected
+    second = [int(row.topk(2).indices[1]) for row in guess_of.logits(hidden, 3)]
+    assert guess.others(2) == second[:2]
     assert guess.propose([5, 6], 2) == expected[:2]
+    assert guess.others(2) == second[:2]
     assert len(set(expected)) > 1
 
 

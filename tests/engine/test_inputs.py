@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.request import SamplingParams
 from fastsft.engine.runner import Inputs
 from fastsft.engine.sequence import Sequence
+from fastsft.engine.tree import Fork
 
 
 def sequence_of(blocks: int, tokens: int, computed: int) -> Sequence:
@@ -33,6 +35,17 @@ def test_what_they_hold() -> None:
     assert inputs.block_table.tolist() == [[7, 8, 9], [7, 0, 0]]
     assert inputs.block_table.dtype == torch.int32
     assert not inputs.adapters
+
+
+def test_forks_are_sequences_of_their_own() -> None:
+    forked = sequence_of(3, 40, 39)
+    forked.draft = [5, 6]
+    forked.forks = [Fork([4], array("i", [7, 8, 21]), 2), Fork([5, 3, 2], array("i", [7, 8, 22, 23]), 2)]
+    inputs = Inputs.build([(sequence_of(1, 9, 0), 9), (forked, 9), (sequence_of(2, 20, 19), 1)])
+    assert inputs.ids_T.tolist() == [*range(9), 39, 5, 6, 39, 4, 39, 5, 3, 2, 19]
+    assert inputs.cu_seqlens.tolist() == [0, 9, 12, 14, 18, 19]
+    assert inputs.context_lens_B.tolist() == [9, 42, 41, 43, 20]
+    assert inputs.block_table.tolist() == [[7, 0, 0, 0], [7, 8, 9, 0], [7, 8, 21, 0], [7, 8, 22, 23], [7, 8, 0, 0]]
 
 
 def test_a_long_context_costs_hardly_more() -> None:

@@ -29,8 +29,8 @@ def logits_after(text: list[int]) -> torch.Tensor:
     return row
 
 
-def run(params: SamplingParams, guess: Guess, seed: int = 7) -> tuple[Sequence, int, int]:
-    """The sequence, and how many drafts were made and were right."""
+def run(params: SamplingParams, guess: Guess, seed: int = 7, other: Guess | None = None) -> tuple[Sequence, int, int]:
+    """The sequence, and how many drafts were made and were right; ``other`` guesses too."""
     factory = ProcessorFactory(tokenizer(), VOCAB, ENDS)
     sequence = Sequence(
         "0", 0, list(PROMPT), len(PROMPT), len(PROMPT) + params.max_tokens, params,
@@ -38,13 +38,17 @@ def run(params: SamplingParams, guess: Guess, seed: int = 7) -> tuple[Sequence, 
     )  # fmt: skip
     drafted = accepted = 0
     while sequence.finish_reason is None:
-        draft = guess(sequence.tokens, sequence.limit - len(sequence.tokens) - 1)
-        rows = torch.stack([logits_after(sequence.tokens + draft[:j]) for j in range(len(draft) + 1)])
+        limit = sequence.limit - len(sequence.tokens) - 1
+        paths = [each(sequence.tokens, limit) for each in (guess, other) if each]
+        rows = torch.stack([logits_after(sequence.tokens + p[:j]) for p in paths for j in range(len(p) + 1)])
         before = sequence.generated
-        (right,) = draw([sequence], rows, ENDS, [draft])
-        assert sequence.generated - before == min(right + 1, sequence.generated - before)
-        assert right <= len(draft)
-        drafted += len(draft)
+        ((best, right),) = draw([sequence], rows, ENDS, [paths])
+        new = sequence.tokens[len(PROMPT) + before :]
+        lengths = [next((j for j, (a, b) in enumerate(zip(p, new, strict=False)) if a != b), len(p)) for p in paths]
+        if sequence.finish_reason is None:
+            assert (best, right) == (lengths.index(max(lengths)), max(lengths))
+            assert len(new) == right + 1
+        drafted += len(paths[0])
         accepted += right
     return sequence, drafted, accepted
 
@@ -108,6 +112,25 @@ def test_text_and_logprobs_are_those_of_plain_decoding(case: str, temperature: f
             assert accepted == 0 < drafted or len(truth) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("case", PARAMS)
+def test_the_path_that_holds_the_longest_is_taken(case: str, temperature: float) -> None:
+    if case == "guide":
+        pytest.importorskip("llguidance")
+    params = SamplingParams(temperature=temperature, max_tokens=40, **PARAMS[case])
+    plain, _, _ = run(params, lambda text, limit: [])
+    guesses = drafters(plain.tokens[len(PROMPT) :], 5)
+    for first, second in (("all wrong", "all right"), ("right at first", "by chance"), ("by chance", "all wrong")):
+        found, drafted, accepted = run(params, guesses[first], other=guesses[second])
+        assert found.tokens == plain.tokens, first
+        assert found.detokenizer.text == plain.detokenizer.text, first
+        assert (found.finish_reason, found.stop_reason) == (plain.finish_reason, plain.stop_reason), first
+        assert found.logprobs == plain.logprobs, first
+        assert found.cumulative_logprob == plain.cumulative_logprob, first
+        if second == "all right":
+            assert accepted == drafted or found.finish_reason == "stop"
+
+
 def test_acceptance_is_counted_exactly() -> None:
     params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
     truth = run(params, lambda text, limit: [])[0].tokens[len(PROMPT) :]
@@ -137,6 +160,6 @@ def test_rows_of_several_sequences_do_not_mix() -> None:
             truth = alone[s.index].tokens[len(s.tokens) :]
             drafts.append(truth[: min(rng.randrange(4), s.limit - len(s.tokens) - 1)])
         rows = [logits_after(s.tokens + d[:j]) for s, d in zip(live, drafts, strict=True) for j in range(len(d) + 1)]
-        draw(live, torch.stack(rows), ENDS, drafts)
+        draw(live, torch.stack(rows), ENDS, [[d] for d in drafts])
     assert [s.tokens for s in together] == [s.tokens for s in alone]
     assert [s.logprobs for s in together] == [s.logprobs for s in alone]

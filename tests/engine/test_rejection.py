@@ -137,7 +137,7 @@ def test_two_tokens_by_chi_square(k: int) -> None:
             drafts.append(draft)
             rows += [s.tokens[-1], *draft]
         before = [s.cumulative_logprob for s in left]
-        draw(left, P_VV[rows].clone(), (), drafts)
+        draw(left, P_VV[rows].clone(), (), [[d] for d in drafts])
         steps += 1
         if steps == 1:  # of all tokens that came
             for s, was in zip(left, before, strict=True):

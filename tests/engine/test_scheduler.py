@@ -167,10 +167,10 @@ class Eager:
     def begin(self, sequences: int) -> bool:
         return True
 
-    def propose(self, sequence: Sequence, limit: int) -> list[int]:
-        return [0] * limit
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
+        return [[0] * limit]
 
-    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
         pass
 
     def forget(self, sequence: Sequence) -> None:

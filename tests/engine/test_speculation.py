@@ -61,50 +61,86 @@ def simulate(
     most: int = 8,
     proposal: Callable[[int], float] = lambda count: 0.0,
     choosing: float = 0.0,
-) -> tuple[float, float]:
-    """(time for each token over that of plain steps, mean drafts of a step)."""
+    paths: int = 1,
+    other: Callable[[int], float] = lambda step: 0.0,
+) -> tuple[float, float, float]:
+    """(time for each token over that of plain steps, mean drafts of a step, mean further paths of a step with drafts);
+    ``other``: the share of other guesses that hold where the draft does not."""
     rng = random.Random(1)
     length = DraftLength(most)
-    shares = Shares(most, length.shares)
+    shares, others = Shares(most, length.shares), Shares(most, length.others)
     time = plain = 0.0
-    tokens = drafts = 0
+    tokens = drafts = forks = speculating = 0
     for step in range(steps):
         drafting = length.begin(1)
         count = length.choose(shares, most) if drafting else 0
         deciding = choosing if drafting else 0.0
         length.chose(deciding)
         making = proposal(count) if count else 0.0
-        seconds = cost(1 + count) * rng.lognormvariate(0, 0.03) + making + deciding
-        accepted = 0
+        accepted = branches = 0
         while accepted < count and rng.random() < share(step):
             accepted += 1
+        rows = 1 + count
         if count:
             length.proposed(shares, count, making)
+            branches = length.branches(shares, others, min(paths - 1, count))
+            length.branched(shares, others, branches, 0.0)
+            rows += sum(2 + place for place in range(branches))
             length.observe(shares, count, accepted)
-        length.measured(1 + count, seconds)
+            if accepted < branches:
+                held = rng.random() < other(step)
+                length.observe_other(others, accepted, held)
+                accepted += held
+        seconds = cost(rows) * rng.lognormvariate(0, 0.03) + making + deciding
+        length.measured(rows, seconds)
         time += seconds
         tokens += 1 + accepted
         drafts += count
+        forks += branches
+        speculating += count > 0
         plain = tokens * cost(1)
-    return time / plain, drafts / steps
+    return time / plain, drafts / steps, forks / max(speculating, 1)
 
 
+@pytest.mark.parametrize("paths", [1, 4])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6])
-@pytest.mark.parametrize("slope", [0.02, 0.3, 1.0])
-def test_never_slower_than_plain_steps_by_two_percent(slope: float, share: float) -> None:
-    ratio, _ = simulate(lambda rows: 1 + slope * (rows - 1), lambda step: share)
+@pytest.mark.parametrize("slope", [0.0, 0.02, 0.3, 1.0])
+def test_never_slower_than_plain_steps_by_two_percent(slope: float, share: float, paths: int) -> None:
+    ratio, _, _ = simulate(lambda rows: 1 + slope * (rows - 1), lambda step: share, paths=paths)
     assert ratio <= 1.02
 
 
+def test_other_guesses_are_made_where_they_pay() -> None:
+    shares: dict[str, Any] = {
+        "share": lambda step: 0.6,
+        "most": 4,
+        "proposal": lambda count: 0.2,
+        "other": lambda step: 0.4,
+    }
+    single, _, _ = simulate(lambda rows: 1 + 0.002 * rows, **shares)
+    tree, _, forks = simulate(lambda rows: 1 + 0.002 * rows, paths=4, **shares)
+    assert tree < 0.95 * single
+    assert forks > 2
+    single, _, _ = simulate(lambda rows: 1 + 0.15 * rows, **shares)
+    tree, _, forks = simulate(lambda rows: 1 + 0.15 * rows, paths=4, **shares)
+    assert tree < 1.01 * single
+    assert forks < 0.1
+    _, _, forks = simulate(lambda rows: 1 + 0.03 * rows, **(shares | {"paths": 4, "other": lambda step: 0.02}))
+    assert forks < 0.3
+    late: dict[str, Any] = shares | {"paths": 4, "other": lambda step: 0.0 if step < 1000 else 0.9}
+    _, _, forks = simulate(lambda rows: 1 + 0.02 * rows, **late)
+    assert forks > 0.5
+
+
 def test_never_slower_where_a_second_row_costs_a_jump() -> None:
-    ratio, _ = simulate(lambda rows: 1.0 if rows == 1 else 2.5, lambda step: 0.5)
+    ratio, _, _ = simulate(lambda rows: 1.0 if rows == 1 else 2.5, lambda step: 0.5)
     assert ratio <= 1.02
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("choosing", [0.02, 0.08, 0.5])
 def test_never_slower_where_choosing_to_draft_nothing_takes_time(choosing: float, share: float) -> None:
-    ratio, _ = simulate(lambda rows: rows, lambda step: share, choosing=choosing)
+    ratio, _, _ = simulate(lambda rows: rows, lambda step: share, choosing=choosing)
     assert ratio <= 1.02
 
 
@@ -139,29 +175,29 @@ def test_the_choice_has_the_greatest_rate(seconds: list[float], held: list[bool]
 
 
 def test_drafts_that_hold_are_used() -> None:
-    ratio, drafts = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.95)
+    ratio, drafts, _ = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.95)
     assert ratio < 0.2
     assert drafts > 6
-    ratio, drafts = simulate(lambda rows: 1 + 0.3 * (rows - 1), lambda step: 0.7)  # the best: 1 to 2 drafts
+    ratio, drafts, _ = simulate(lambda rows: 1 + 0.3 * (rows - 1), lambda step: 0.7)  # the best: 1 to 2 drafts
     assert ratio < 0.9
     assert 0.8 < drafts < 3.5
 
 
 def test_what_guesses_cost_counts() -> None:
-    ratio, drafts = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.5, most=3, proposal=lambda count: 0.35)
+    ratio, drafts, _ = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.5, most=3, proposal=lambda count: 0.35)
     assert ratio < 0.8  # as with heads: three cost what one does, and only three pay well
     assert drafts > 2.5
-    ratio, drafts = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.8, proposal=lambda count: 0.3 * count)
+    ratio, drafts, _ = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.8, proposal=lambda count: 0.3 * count)
     assert ratio < 0.85  # as with a draft model: few pay, eight do not
     assert 0.8 < drafts < 4.5
-    ratio, _ = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.3, proposal=lambda count: 0.6 * count)
+    ratio, _, _ = simulate(lambda rows: 1 + 0.02 * rows, lambda step: 0.3, proposal=lambda count: 0.6 * count)
     assert ratio <= 1.02
 
 
 def test_a_change_is_noticed() -> None:
-    ratio, _ = simulate(lambda rows: 1 + 0.1 * (rows - 1), lambda step: 0.9 if step < 200 else 0.0)
+    ratio, _, _ = simulate(lambda rows: 1 + 0.1 * (rows - 1), lambda step: 0.9 if step < 200 else 0.0)
     assert ratio <= 1.02
-    ratio, _ = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.0 if step < 1000 else 0.9)
+    ratio, _, _ = simulate(lambda rows: 1 + 0.02 * (rows - 1), lambda step: 0.0 if step < 1000 else 0.9)
     assert ratio < 0.5
 
 
@@ -223,14 +259,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_model(tmp_path_factory.mktemp("small"), "qwen3")
 
 
+@pytest.mark.parametrize("paths", [1, 3])
 @pytest.mark.parametrize("which", ["small", "same"])
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_a_draft_model(which: str, adaptive: bool, small: Any, folder: Any, plain: list[RequestOutput]) -> None:
+def test_a_draft_model(
+    which: str, adaptive: bool, paths: int, small: Any, folder: Any, plain: list[RequestOutput]
+) -> None:
     config = {"method": "draft_model", "model": small if which == "small" else folder, "adaptive": adaptive}
+    config["num_speculative_paths"] = paths
     llm: LLM = engine(folder, speculative_config=config | {"num_speculative_tokens": 4})
     found = llm.generate(as_prompts(prompts_of(LENGTHS)), PARAMS)
     assert found == plain
-    if which == "same" and not adaptive:  # the same weights in bfloat16; bias and penalties do not reach its draws
+    if which == "same" and not adaptive and paths == 1:  # in bfloat16; bias and penalties do not reach its draws
         each = [o for request in found[:2] for o in request.outputs]
         assert sum(o.accepted_tokens for o in each) > 0.7 * sum(o.drafted_tokens for o in each)
     draft = llm.core._drafter._make.__closure__[0].cell_contents  # type: ignore[union-attr]
@@ -264,6 +304,12 @@ def test_a_draft_model_with_another_tokenizer(folder: Any, tmp_path: Any) -> Non
         ({"method": "draft_model"}, "model"),
         ({"method": "heads", "model": "no such folder"}, "model"),
         ({"method": "draft_model", "model": ".", "kv_cache_bytes": 0}, "kv_cache_bytes"),
+        ({"method": "heads", "model": ".", "num_speculative_paths": 0}, "num_speculative_paths: expected an integer"),
+        ({"method": "ngram", "num_speculative_paths": 2}, "num_speculative_paths: unknown to ngram"),
+        (
+            {"method": "draft_model", "model": ".", "num_speculative_paths": 2, "acceptance": "rejection"},
+            "num_speculative_paths: expected 1 with rejection, got 2",
+        ),
         (["ngram"], "expected a mapping"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import accumulate
 
 import torch
 
@@ -18,6 +19,7 @@ from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Drafter, Scheduler, Work
 from fastsft.engine.sequence import Sequence
 from fastsft.engine.stats import Stats
+from fastsft.engine.tree import guesses_of, rows_of
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer
 
@@ -160,7 +162,7 @@ class EngineCore:
         # Those of an adapter beside each other go through it together.
         step.work.sort(key=lambda w: w.sequence.adapter.number if w.sequence.adapter else 0)
         inputs = Inputs.build([(w.sequence, w.count) for w in step.work])
-        ends = inputs.cu_seqlens.tolist()[1:]
+        ends = accumulate(w.count for w in step.work)
         wanted = [range(end - (w.count if w.scores else w.rows), end) for end, w in zip(ends, step.work, strict=True)]
         rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)
         hidden_RD = None
@@ -182,17 +184,18 @@ class EngineCore:
         if drawn != list(range(len(rows_R))):
             logits_RV = logits_RV[drawn]
             hidden_RD = None if hidden_RD is None else hidden_RD[drawn]
-        drafts = [s.draft for s in complete]
-        accepted = draw(complete, logits_RV, self._end_ids, drafts)
+        paths = [s.paths for s in complete]
+        held = draw(complete, logits_RV, self._end_ids, paths)
         if hidden_RD is not None:
-            self._keep(complete, accepted, hidden_RD)
-        for sequence, draft, right in zip(complete, drafts, accepted, strict=True):
-            self._scheduler.advanced(sequence)
-            if draft and self._drafter:
-                self._drafter.observe(sequence, len(draft), right)
-            sequence.drafted += len(draft)
+            self._keep(complete, held, hidden_RD)
+        for sequence, mine, (best, right) in zip(complete, paths, held, strict=True):
+            self._scheduler.advanced(sequence, best)
+            if mine != [[]] and self._drafter:
+                self._drafter.observe(sequence, mine, best, right)
+            drafted = guesses_of(mine)
+            sequence.drafted += drafted
             sequence.accepted += right
-            self._drafted += len(draft)
+            self._drafted += drafted
             self._accepted += right
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
@@ -215,7 +218,7 @@ class EngineCore:
         rows = list(rows)
         children, last = [], -1
         for parent in complete:
-            last += 1 + len(parent.draft)
+            last += rows_of(parent.paths)
             for child in parent.siblings:
                 if self._scheduler.fork(parent, child):
                     children.append(child)
@@ -223,12 +226,12 @@ class EngineCore:
             parent.siblings = []
         return complete + children, rows
 
-    def _keep(self, complete: list[Sequence], accepted: list[int], hidden_RD: torch.Tensor) -> None:
-        """The last draw of a sequence with k drafts of which i held is from the i-th of its k + 1 rows."""
+    def _keep(self, complete: list[Sequence], held: list[tuple[int, int]], hidden_RD: torch.Tensor) -> None:
+        """The last draw of a sequence, i drafts of whose path held, is from the i-th of the path's rows."""
         begin = 0
-        for sequence, right in zip(complete, accepted, strict=True):
-            sequence.hidden_D = hidden_RD[begin + right]
-            begin += 1 + len(sequence.draft)
+        for sequence, (best, right) in zip(complete, held, strict=True):
+            sequence.hidden_D = hidden_RD[begin + rows_of(sequence.paths[:best]) + right]
+            begin += rows_of(sequence.paths)
 
     def _tell(self, sequence: Sequence) -> None:
         update = sequence.update(self._weights.version)

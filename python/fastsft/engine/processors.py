@@ -35,7 +35,7 @@ class Processors:
         guide: Guide | None = None,
     ) -> None:
         self._params, self._prompt_len = params, len(tokens)
-        self._guide, self._guided = guide, len(tokens)
+        self._guide, self._guided, self._stuck = guide, len(tokens), False
         self._text = np.array([*tokens, *[0] * 64], dtype=np.int32)
         self._known = len(tokens)
         bias = params.logit_bias or {}
@@ -86,9 +86,9 @@ class Processors:
             self._follow_guide(self._guide, logits_KV, tokens, draft)
 
     def _follow_guide(self, guide: Guide, logits_KV: torch.Tensor, tokens: Sequence[int], draft: Sequence[int]) -> None:
-        goes_on = all(guide.follow(token) for token in tokens[self._guided :])
+        self._stuck = self._stuck or not all(guide.follow(token) for token in tokens[self._guided :])
         self._guided = len(tokens)
-        if not goes_on:  # no token is left: this text ends in an error, and no other
+        if self._stuck:  # no token is left: this text ends in an error, and no other
             logits_KV.fill_(-torch.inf)
             return
         for row, allowed_V in enumerate(guide.allowed(draft)):

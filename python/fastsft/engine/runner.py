@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the step, B sequences, R rows wanted, D hidden size,
 from __future__ import annotations
 
 import os
+from array import array
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 
 from fastsft.engine.sequence import Sequence
+from fastsft.engine.tree import rows_of
 from fastsft.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A step as tensors: each sequence's next tokens, how far they reach, and its blocks."""
+    """A step as tensors: each sequence's next tokens, how far they reach, and its blocks. Its forks follow it as
+    sequences of their own."""
 
     ids_T: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -29,22 +32,31 @@ class Inputs:
 
     @classmethod
     def build(cls, work: list[tuple[Sequence, int]]) -> Inputs:
+        """``work``: sequences, and how many tokens of each to compute, those of its forks included."""
         ids: list[int] = []
-        bounds, contexts = [0], []
+        bounds, contexts = [0], list[int]()
+        held: list[array[int]] = []
+        adapters: list[Any] = []
         for sequence, count in work:
-            end = sequence.computed + count
-            ids += sequence.upcoming(count)
-            bounds.append(bounds[-1] + count)
-            contexts.append(end)
-        table = np.zeros((len(work), max(len(s.blocks) for s, _ in work)), dtype=np.int32)
-        for row, (sequence, _) in zip(table, work, strict=True):
-            row[: len(sequence.blocks)] = np.frombuffer(sequence.blocks, dtype=np.int32)
+            own = count - rows_of([fork.draft for fork in sequence.forks])
+            pieces = [(sequence.upcoming(own), sequence.computed + own, sequence.blocks)]
+            for fork in sequence.forks:
+                pieces.append(([sequence.tokens[-1], *fork.draft], len(sequence.tokens) + len(fork.draft), fork.blocks))
+            for tokens, end, blocks in pieces:
+                ids += tokens
+                bounds.append(len(ids))
+                contexts.append(end)
+                held.append(blocks)
+                adapters.append(sequence.adapter.weights if sequence.adapter else None)
+        table = np.zeros((len(held), max(map(len, held))), dtype=np.int32)
+        for row, blocks in zip(table, held, strict=True):
+            row[: len(blocks)] = np.frombuffer(blocks, dtype=np.int32)
         return cls(
             torch.tensor(ids, dtype=torch.int64),
             torch.tensor(bounds, dtype=torch.int32),
             torch.tensor(contexts, dtype=torch.int32),
             torch.from_numpy(table),
-            [s.adapter.weights if s.adapter else None for s, _ in work] if any(s.adapter for s, _ in work) else [],
+            adapters if any(s.adapter for s, _ in work) else [],
         )
 
 

@@ -6,6 +6,7 @@ Shape suffixes: R rows of the step, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -18,53 +19,55 @@ def draw(
     sequences: Ordered[Sequence],
     logits_RV: torch.Tensor,
     end_ids: tuple[int, ...],
-    drafts: Ordered[Ordered[int]],
-) -> list[int]:
+    paths: Ordered[Ordered[Ordered[int]]],
+) -> list[tuple[int, int]]:
     """Draw tokens for each sequence and append those that hold.
 
-    A sequence with k drafts has k + 1 consecutive rows: the logits after its tokens, and after each draft. Each row is
-    drawn as if its draft were part of the text; the draws hold up to the first that differs from the draft in its
-    place, that one included. So the text is what plain decoding draws, whatever the drafts. Where the distributions
-    that the drafts were drawn from came with them, rejection sampling takes the place of the draws beside them: then
-    the text follows the distribution of plain decoding.
+    A sequence has one or more paths of drafts, one after the other; a path of k drafts has k + 1 consecutive rows: the
+    logits after the sequence's tokens, and after each draft. Each row is drawn as if its draft were part of the text;
+    the draws of the path that holds the longest hold up to the first that differs from the draft in its place, that one
+    included. So the text is what plain decoding draws, whatever the drafts. Where the distributions that the drafts
+    were drawn from came with them, rejection sampling takes the place of the draws beside them: then the text follows
+    the distribution of plain decoding.
 
     The noise of token t of a request is a function of its seed and t alone: neither the batch nor a preemption nor a
     draft changes it.
 
     Args:
         logits_RV: float32; rows of sequences with processors are changed.
-        drafts: for each sequence.
+        paths: for each sequence; one path where distributions came with the drafts.
 
     Returns:
-        How many drafts of each sequence were right.
+        For each sequence, which path held the longest, the first of several, and how many drafts of it were right.
     """
     if not logits_RV.is_cpu and any(s.processors or s.draft_probs_KV is not None for s in sequences):
         logits_RV = logits_RV.cpu()  # where those work
-    starts, rows = [], 0
-    for draft in drafts:
-        starts.append(rows)
-        rows += len(draft) + 1
+    each = [(s, draft) for s, mine in zip(sequences, paths, strict=True) for draft in mine]
+    starts = list(accumulate((1 + len(draft) for _, draft in each), initial=0))
     raw: dict[int, torch.Tensor] = {}  # what a row was before its processors
     empty: set[int] = set()
-    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+    for (sequence, draft), (start, end) in zip(each, pairwise(starts), strict=True):
         if sequence.processors is not None:
-            mine_KV = logits_RV[start : start + len(draft) + 1]
+            mine_KV = logits_RV[start:end]
             raw.update(enumerate(mine_KV.clone(), start))
             sequence.processors.apply(mine_KV, sequence.tokens, draft)
             if sequence.processors.bars:
                 for row in (mine_KV.amax(-1) == -torch.inf).nonzero().flatten().tolist():
                     empty.add(start + row)
                     mine_KV[row] = 0
-    ids, logprobs = _sample(sequences, drafts, logits_RV)
-    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+    ids, logprobs = _sample(each, logits_RV)
+    for (sequence, draft), start in zip(each, starts, strict=False):
         if draft and (q_KV := sequence.draft_probs_KV) is not None:
             logits_KV = logits_RV[start : start + len(draft)]
             settled = settle(draft, q_KV[: len(draft)], logits_KV, sequence.params, sequence.seed, sequence.generated)
             ids[start : start + len(settled)] = settled
             raw = dict(enumerate(logits_KV, start)) | raw  # their log-probabilities are not those of the draws
         sequence.draft_probs_KV = None
-    accepted = []
-    for sequence, draft, start in zip(sequences, drafts, starts, strict=True):
+    held, places = [], iter(starts)
+    for sequence, mine in zip(sequences, paths, strict=True):
+        branches = list(zip(mine, places, strict=False))
+        best = max(range(len(mine)), key=lambda p: _agreeing(*branches[p], ids))
+        draft, start = branches[best]
         right = 0
         for row in range(start, start + len(draft) + 1):
             if row in empty:
@@ -81,8 +84,13 @@ def draw(
             right += row - start < len(draft) and token == draft[row - start]
             if sequence.finish_reason is not None or right <= row - start:
                 break
-        accepted.append(right)
-    return accepted
+        held.append((best, right))
+    return held
+
+
+def _agreeing(draft: Ordered[int], start: int, ids: Ordered[int]) -> int:
+    """How many drafts of the path whose rows begin at ``start`` are what was drawn in their places."""
+    return next((j for j, token in enumerate(draft) if ids[start + j] != token), len(draft))
 
 
 def report(logits_V: torch.Tensor, token: int, count: int) -> dict[int, float]:
@@ -104,12 +112,10 @@ def score(sequence: Sequence, logits_KV: torch.Tensor, begin: int) -> None:
         sequence.prompt_logprobs.append({token: logprob, **dict(zip(ids, values, strict=True))})
 
 
-def _sample(
-    sequences: Ordered[Sequence], drafts: Ordered[Ordered[int]], logits_RV: torch.Tensor
-) -> tuple[list[int], list[float]]:
-    each = [s for s, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
-    places = [s.generated + j for s, draft in zip(sequences, drafts, strict=True) for j in range(len(draft) + 1)]
-    return draw_rows(logits_RV, each, places)
+def _sample(each: Ordered[tuple[Sequence, Ordered[int]]], logits_RV: torch.Tensor) -> tuple[list[int], list[float]]:
+    owners = [s for s, draft in each for _ in range(len(draft) + 1)]
+    places = [s.generated + j for s, draft in each for j in range(len(draft) + 1)]
+    return draw_rows(logits_RV, owners, places)
 
 
 def draw_rows(

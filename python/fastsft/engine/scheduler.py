@@ -24,6 +24,7 @@ from typing import Protocol
 
 from fastsft.engine.blocks import BlockAllocator, chain_key
 from fastsft.engine.sequence import Sequence
+from fastsft.engine.tree import Fork, rows_of
 
 _SCORED_TOKENS = 256  # in one step: each has logits over the whole vocabulary
 
@@ -38,11 +39,12 @@ class Drafter(Protocol):
     def begin(self, sequences: int) -> bool:
         """A step begins, in which so many sequences generate: whether to ask for drafts in it."""
 
-    def propose(self, sequence: Sequence, limit: int) -> list[int]:
-        """At most ``limit`` tokens that may follow ``sequence.tokens``."""
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
+        """Paths of at most ``limit`` tokens, each of which may follow ``sequence.tokens``: branches of a tree."""
 
-    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        """What became of the drafts of a step; called when ``sequence`` has advanced."""
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
+        """Which of the paths that a step computed held the longest, and how many tokens of it; called when ``sequence``
+        has advanced."""
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended or was given up."""
@@ -53,8 +55,8 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """``count`` tokens of a sequence, its drafts last; logits are wanted after the last ``rows`` of them, and after all
-    where they score the prompt."""
+    """``count`` tokens of a sequence, its drafts and those of its forks last; logits are wanted after the last ``rows``
+    of them, and after all where they score the prompt."""
 
     sequence: Sequence
     count: int
@@ -113,8 +115,10 @@ class Scheduler:
         prompts = self._prompts() if self.apart is None else []
         drafting = drafter if drafter and drafter.begin(len(generating)) else None
         for sequence in generating:
-            drafts = self._draft(sequence, drafting) if drafting else 0
-            step.work.append(Work(sequence, 1 + drafts, 1 + drafts))
+            if drafting:
+                self._draft(sequence, drafting, step)
+            rows = rows_of(sequence.paths)
+            step.work.append(Work(sequence, rows, rows))
         step.work += [w for w in prompts if w.rows or w.scores or not self.splits]
         step.apart = [w for w in prompts if not (w.rows or w.scores) and self.splits]
         self.apart = step.apart or self.apart
@@ -239,25 +243,46 @@ class Scheduler:
                 self.allocator.publish(sequence.blocks[i], keys[i])
             sequence.published = full
 
-    def _draft(self, sequence: Sequence, drafter: Drafter) -> int:
+    def _draft(self, sequence: Sequence, drafter: Drafter, step: Step) -> None:
         """Ask for drafts, as many as the limit and the blocks that nobody else needs now have room for."""
         if sequence.siblings:  # they begin with what is computed now
-            return 0
+            return
         room = (len(sequence.blocks) + self.allocator.num_free) * self.block_size - len(sequence.tokens)
         # All drafts and the draw after them may be kept.
         limit = min(room, sequence.limit - len(sequence.tokens) - 1)
-        sequence.draft = drafter.propose(sequence, limit)[:limit] if limit > 0 else []
+        paths = [path[:limit] for path in drafter.propose(sequence, limit)] if limit > 0 else []
+        if not paths:
+            return
+        sequence.draft = paths[0]
         end = len(sequence.tokens) + len(sequence.draft)
         sequence.blocks.extend(self.allocator.allocate(max(0, self._blocks_for(end) - len(sequence.blocks))))
-        return len(sequence.draft)
+        for path in paths[1:]:
+            self._guess_apart(sequence, path, step)
 
-    def advanced(self, sequence: Sequence) -> None:
-        """After a step: go back to the tokens that were kept, and return the blocks beyond them."""
+    def _guess_apart(self, sequence: Sequence, path: list[int], step: Step) -> None:
+        """A fork for another path, if there are blocks for it."""
+        shared = sequence.computed // self.block_size
+        missing = self._blocks_for(len(sequence.tokens) + len(path)) - shared
+        if missing > self.allocator.num_free:
+            return
+        own = self.allocator.allocate(missing)
+        if sequence.computed % self.block_size:
+            step.copies.append((sequence.blocks[shared], own[0]))
+        sequence.forks.append(Fork(path, sequence.blocks[:shared] + array("i", own), shared))
+
+    def advanced(self, sequence: Sequence, best: int = 0) -> None:
+        """After a step: go back to the tokens that were kept, those of the ``best`` path, and return all blocks but
+        theirs."""
+        for number, fork in enumerate(sequence.forks, 1):
+            own = fork.blocks[fork.shared :]
+            if number == best:
+                own, sequence.blocks[fork.shared :] = sequence.blocks[fork.shared :], own
+            self.allocator.release(own)
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         keep = self._blocks_for(sequence.computed)
         self.allocator.release(sequence.blocks[keep:])
         del sequence.blocks[keep:]
-        sequence.draft = []
+        sequence.draft, sequence.forks = [], []
 
     def landed(self) -> None:
         """The job that ran apart is over."""

@@ -11,6 +11,7 @@ import torch
 from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.processors import Processors
 from fastsft.engine.request import SamplingParams, Update
+from fastsft.engine.tree import Fork
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Sequence:
 
     ``computed`` tokens have their keys and values in the cache, in ``blocks``; the first ``published`` of these are
     full and can be found by others, under ``keys`` that begin with ``root``. ``draft`` holds guesses at what follows
-    ``tokens`` while a step computes them too.
+    ``tokens`` while a step computes them too, ``forks`` other guesses.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class Sequence:
     blocks: array[int] = field(default_factory=no_blocks)  # int32: a step copies it as it is
     computed: int = 0
     draft: list[int] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
     hidden_D: torch.Tensor | None = None  # that its last token was drawn from, where drafts need it
     draft_probs_KV: torch.Tensor | None = None  # what each was drawn from, where rejection sampling judges them
     published: int = 0
@@ -85,6 +87,11 @@ class Sequence:
         """Whether log-probabilities of the prompt are wanted and not there yet. The first continuation has them."""
         wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and len(self.prompt_logprobs) < self.prompt_len
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """All guesses at what follows, an empty one where there is none."""
+        return [self.draft, *(fork.draft for fork in self.forks)]
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` tokens to compute, drafts included."""
@@ -166,7 +173,7 @@ class Sequence:
 
     def leave(self) -> None:
         """Hold no block any more: what was computed has to be found or computed again."""
-        self.blocks, self.draft, self.computed = no_blocks(), [], 0
+        self.blocks, self.draft, self.forks, self.computed = no_blocks(), [], [], 0
 
     def _final_characters(self) -> int:
         """How much of the text no stop string can take back: all but the longest end that one begins with."""

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from fastsft import ops
-from fastsft.engine.draft.noise import draw_alike
+from fastsft.engine.draft.guess import Guess
+from fastsft.engine.draft.noise import draw_alike, draw_others
 from fastsft.engine.sequence import Sequence
 from fastsft.models.config import ModelConfig
 from fastsft.models.device import DeviceDecoder
@@ -79,18 +80,21 @@ def _parameters(heads: DraftHeads) -> tuple[list[torch.Tensor], list[torch.Tenso
     return weights, [p for name, p in named.items() if name.endswith("bias")]
 
 
-class HeadsGuess:
+class HeadsGuess(Guess):
     """Of one text."""
 
     def __init__(self, heads: PackedHeads | DeviceHeads, sequence: Sequence) -> None:
         self._heads, self._sequence = heads, sequence
+        self._drawn: list[int] = []  # the latest proposal, and from what
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """As many tokens as there are heads, and at most ``limit``."""
         hidden_D = self._sequence.hidden_D
         if hidden_D is None:  # not drawn yet
             return []
-        return draw_alike(self._sequence, self._heads.logits(hidden_D, min(limit, self._heads.count)), 0)
+        self._logits_KV = self._heads.logits(hidden_D, min(limit, self._heads.count))
+        self._drawn = draw_alike(self._sequence, self._logits_KV, 0)
+        return self._drawn
 
-    def close(self) -> None:
-        """Nothing is held beside the object itself."""
+    def others(self, count: int) -> list[int]:
+        return draw_others(self._sequence, self._logits_KV[:count], self._drawn[:count], 0)

@@ -7,6 +7,11 @@ estimated for each continuation and drawn towards the share of all. The length i
 Both estimates may be wrong, and the machine may change. So what drafting has cost beyond plain steps is added up, and
 when it exceeds ALLOWED of all time, plain steps follow until it does not: the loss stays bounded by what is allowed,
 whatever the estimates. Estimates that say no fade, so that drafting is tried again now and then.
+
+A branch that has another guess in place of draft i takes i + 1 rows, as its path begins with the last token and the
+drafts before it. It brings one token with probability P_{i-1} (1 - p_i) q_i, where p_i is the share of drafts that hold
+at that place, and q_i that of other guesses where the draft does not. Branches follow at the first places as long as
+each raises the ratio.
 """
 
 from __future__ import annotations
@@ -15,33 +20,43 @@ import bisect
 import statistics
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 
 ALLOWED = 0.01  # share of all time
 REFRESH = 32  # every so many steps one is plain, to measure what that costs now
 _PRIOR_SHARE, _PRIOR_WEIGHT = 0.6, 2.0
+_PRIOR_OTHER = 0.25  # of guesses in place of one that did not hold
 _MEMORY = 0.98  # what an observation still weighs after the next one
-_SLOPE = 0.03  # assumed cost of a further row that was never measured, of a step of one
+_SLOPE = 0.03  # assumed cost of a further row, of a step, while steps of one number alone were measured
 
 
 class Shares:
-    """Share of drafts that held at each place, given that those before it did; recent ones weigh more."""
+    """Share of drafts that held at each place, given that those before it did; recent ones weigh more.
 
-    def __init__(self, most: int, prior: Shares | None = None) -> None:
+    Args:
+        prior: shares of all texts, or one for all places.
+    """
+
+    def __init__(self, most: int, prior: Shares | float = _PRIOR_SHARE) -> None:
         self._tried, self._held, self._prior = [0.0] * most, [0.0] * most, prior
         self._scale = 1.0  # of all counts: what they have faded to since they last changed
 
     def __getitem__(self, place: int) -> float:
-        prior, scale = self._prior[place] if self._prior else _PRIOR_SHARE, self._scale
+        prior, scale = self._prior[place] if isinstance(self._prior, Shares) else self._prior, self._scale
         return (self._held[place] * scale + _PRIOR_WEIGHT * prior) / (self._tried[place] * scale + _PRIOR_WEIGHT)
 
     def observe(self, proposed: int, accepted: int) -> None:
+        self.count({place: place < accepted for place in range(min(proposed, accepted + 1))})
+
+    def count(self, seen: Mapping[int, bool]) -> None:
+        """Whether what was tried at each of these places held."""
         self.fade()
         self._tried = [self._scale * x for x in self._tried]
         self._held = [self._scale * x for x in self._held]
         self._scale = 1.0
-        for place in range(min(proposed, accepted + 1)):
+        for place, held in seen.items():
             self._tried[place] += 1
-            self._held[place] += place < accepted
+            self._held[place] += held
 
     def fade(self) -> None:
         self._scale *= _MEMORY
@@ -91,11 +106,14 @@ class Times(ABC):
 
 
 class StepTimes(Times):
-    """Of a step, by its number of rows. Needs at least one measured number."""
+    """Of a step, by its number of rows. Needs at least one measured number; beyond the greatest, each further row is
+    taken to cost what those before did."""
 
     def _beyond(self, number: int) -> float:
-        most = self._numbers[-1]
-        return self._medians[most] * (1 + _SLOPE * (number - most))
+        least, most = self._numbers[0], self._numbers[-1]
+        low, high = self._medians[least], self._medians[most]
+        slope = _SLOPE * high if least == most else max(0.0, high - low) / (most - least)
+        return high + slope * (number - most)
 
 
 class ProposalTimes(Times):
@@ -115,7 +133,8 @@ class DraftLength:
     """For all continuations of an engine.
 
     A step is: :meth:`begin`; if it says so, :meth:`choose` and :meth:`chose` for each continuation that generates, and
-    :meth:`proposed` where that is not 0; :meth:`observe` for each that had drafts; :meth:`measured`, unless it failed.
+    :meth:`proposed` where that is not 0, which :meth:`branches` and :meth:`branched` may follow; :meth:`observe` for
+    each that had drafts; :meth:`measured`, unless it failed.
 
     Args:
         most: drafts of one continuation in a step.
@@ -123,7 +142,7 @@ class DraftLength:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.shares = Shares(most)
+        self.shares, self.others = Shares(most), Shares(most, _PRIOR_OTHER)
         self._times = StepTimes()
         self._steps = 0
         self._proposals = ProposalTimes()
@@ -133,7 +152,7 @@ class DraftLength:
     def begin(self, base: int) -> bool:
         """Whether to draft at all in a step in which ``base`` continuations generate."""
         self._base = base
-        self._drafted = self._accepted = 0
+        self._rows = self._accepted = 0
         self._expected = self._proposing = self._choosing = 0.0
         self._least: float | None = None
         if self._steps % REFRESH == 0 or self._times.count(base) < 3:
@@ -158,7 +177,7 @@ class DraftLength:
 
     def _seconds(self, count: int) -> float:
         """Of the step, if the next continuation has so many drafts and those after it have none."""
-        return self._times[self._base + self._drafted + count] + self._proposing + self._proposals[count]
+        return self._times[self._base + self._rows + count] + self._proposing + self._proposals[count]
 
     def _least_share(self) -> float:
         """Of first drafts that must hold for any number of them to pay: not more than this do not, even if what comes
@@ -174,7 +193,7 @@ class DraftLength:
 
     def proposed(self, shares: Shares, count: int, seconds: float, *, first: bool = False) -> None:
         """So many drafts came, after so long; ``first``: of a text, which may have taken reading all of it."""
-        self._drafted += count
+        self._rows += count
         self._proposing += seconds
         self._least = None
         if count and not first:
@@ -184,19 +203,55 @@ class DraftLength:
             survives *= shares[place]
             self._expected += survives
 
+    def branches(self, shares: Shares, others: Shares, most: int) -> int:
+        """How many of the first ``most`` places of the drafts just proposed should have another guess."""
+        rows, tokens = self._base + self._rows, self._base + self._expected
+        rate = tokens / (self._times[rows] + self._proposing)
+        for place, gain in enumerate(_gains(shares, others, most)):
+            rows, tokens, before = rows + place + 2, tokens + gain, rate
+            rate = tokens / (self._times[rows] + self._proposing)
+            if rate <= before:
+                if place == 0:
+                    others.fade()
+                    self.others.fade()
+                return place
+        return most
+
+    def branched(self, shares: Shares, others: Shares, count: int, seconds: float) -> None:
+        """So many came, after so long."""
+        self._proposing += seconds
+        self._expected += sum(_gains(shares, others, count))
+        self._rows += sum(place + 2 for place in range(count))
+        self._least = None
+
     def observe(self, shares: Shares, proposed: int, accepted: int) -> None:
         shares.observe(proposed, accepted)
         self.shares.observe(proposed, accepted)
         self._accepted += accepted
 
+    def observe_other(self, others: Shares, place: int, held: bool) -> None:
+        """Whether the guess in place of the one that did not hold did."""
+        others.count({place: held})
+        self.others.count({place: held})
+        self._accepted += held
+
     def measured(self, rows: int, seconds: float) -> None:
         """The step is done; ``rows`` are all it computed, ``seconds`` all it took, choices and proposals included."""
         base, speculating = self._base, self._choosing + self._proposing
-        if base and rows == base + self._drafted:  # without prompts, whose rows cost otherwise
+        if base and rows == base + self._rows:  # without prompts, whose rows cost otherwise
             self._times.add(rows, seconds - speculating)
             self._time += seconds
             if self._times.count(base):
                 plain = self._times[base]
-                self._lost += seconds - plain * (base + self._accepted) / base if self._drafted else speculating
+                self._lost += seconds - plain * (base + self._accepted) / base if self._rows else speculating
                 self._lost = max(self._lost, -10 * plain)
         self._steps += base > 0
+
+
+def _gains(shares: Shares, others: Shares, count: int) -> list[float]:
+    """Tokens that another guess at each of the first places brings."""
+    gains, survives = [], 1.0
+    for place in range(count):
+        gains.append(survives * (1 - shares[place]) * others[place])
+        survives *= shares[place]
+    return gains

@@ -12,7 +12,8 @@ import os
 import torch
 
 from fastsft.engine.blocks import BlockAllocator, OutOfBlocks
-from fastsft.engine.draft.noise import draw_alike
+from fastsft.engine.draft.guess import Guess
+from fastsft.engine.draft.noise import draw_alike, draw_others
 from fastsft.engine.place import make_runner
 from fastsft.engine.rejection import guess
 from fastsft.engine.runner import Inputs
@@ -70,7 +71,7 @@ def check_same_tokens(ours: Tokenizer, theirs: Tokenizer) -> None:
             )
 
 
-class ModelGuess:
+class ModelGuess(Guess):
     """Of one text. What it holds in the cache follows the text: drafts that did not hold are written over."""
 
     def __init__(self, draft: DraftModel, sequence: Sequence) -> None:
@@ -78,7 +79,9 @@ class ModelGuess:
         self._blocks: list[int] = []
         self._known: list[int] = []  # tokens whose keys and values the cache has
         self._agreed = 0  # how many of them were the text's at the last call
-        self._probs_KV: list[torch.Tensor] = []  # what the latest guesses were drawn from, for rejection sampling
+        self._drawn: list[int] = []  # the latest proposal
+        self._logits: list[torch.Tensor] = []  # [1, V] that each of it was drawn from
+        self._probs_KV: list[torch.Tensor] = []  # and the distributions, for rejection sampling
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """At most ``limit`` tokens; fewer where the cache or the model's context is full."""
@@ -87,7 +90,7 @@ class ModelGuess:
             agreed += 1
         del self._known[agreed:]
         self._agreed, new, found = agreed, tokens[agreed:], list[int]()
-        self._probs_KV = []
+        self._probs_KV, self._logits, self._drawn = [], [], found
         while len(found) < limit and self._has_room(len(self._known) + len(new)):
             if max(new) >= self._draft.runner.vocab_size:  # one of the ids that only pad the other model's vocabulary
                 break
@@ -122,7 +125,11 @@ class ModelGuess:
             padding = self._draft.target_vocab_size - self._draft.vocab_size
             self._probs_KV.append(torch.nn.functional.pad(q_V, (0, padding)))
             return token
-        return draw_alike(sequence, logits_1V.contiguous(), place)[0]
+        self._logits.append(logits_1V.clone())
+        return draw_alike(sequence, self._logits[-1], place)[0]
+
+    def others(self, count: int) -> list[int]:
+        return draw_others(self._sequence, torch.cat(self._logits[:count]), self._drawn[:count], 0)
 
     def close(self) -> None:
         """Give the blocks back."""

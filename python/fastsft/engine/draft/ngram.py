@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastsft.engine.draft.guess import Guess
 
-class NgramGuess:
+
+class NgramGuess(Guess):
     """Of one text that grows.
 
     Each n-gram's latest place is kept as the text grows: O(longest - shortest + 1) for each token, in time and memory.
@@ -31,6 +33,3 @@ class NgramGuess:
             if place is not None:
                 return list(tokens[place : place + limit])
         return []
-
-    def close(self) -> None:
-        """Nothing is held beside the object itself."""

@@ -13,3 +13,10 @@ def draw_alike(sequence: Sequence, logits_KV: torch.Tensor, place: int) -> list[
     first = sequence.generated + place
     ids, _ = draw_rows(logits_KV, [sequence] * len(logits_KV), range(first, first + len(logits_KV)))
     return ids
+
+
+def draw_others(sequence: Sequence, logits_KV: torch.Tensor, drawn: list[int], place: int) -> list[int]:
+    """The same where :func:`draw_alike` may not give what it has ``drawn``."""
+    barred_KV = logits_KV.clone()
+    barred_KV[range(len(drawn)), drawn] = -torch.inf
+    return draw_alike(sequence, barred_KV, place)

@@ -11,8 +11,8 @@ from typing import Any
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
     "suffix": {"corpus": (), "min_match": 2},
-    "draft_model": {"model": None, "kv_cache_bytes": 64 << 20, "acceptance": "noise"},
-    "heads": {"model": None},
+    "draft_model": {"model": None, "num_speculative_paths": 1, "kv_cache_bytes": 64 << 20, "acceptance": "noise"},
+    "heads": {"model": None, "num_speculative_paths": 1},
 }
 _COMMON: dict[str, Any] = {"num_speculative_tokens": 8, "adaptive": True}
 
@@ -34,7 +34,7 @@ def speculative_options(config: Mapping[str, Any]) -> dict[str, Any]:
             known = ", ".join(n for n in options if n != "method")
             raise ValueError(f"speculative_config: {name}: unknown to {method}; it has {known}")
     options.update(config)
-    for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "min_match", "kv_cache_bytes"):
+    for name in ("num_speculative_tokens", *(n for n, default in _OPTIONS[method].items() if type(default) is int)):
         low = options["prompt_lookup_min"] if name == "prompt_lookup_max" and name in options else 1
         value = options.get(name, low)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -46,6 +46,8 @@ def speculative_options(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"speculative_config: model: expected a folder, got {folder!r}")
     if (rule := options.get("acceptance", "noise")) not in ("noise", "rejection"):
         raise ValueError(f"speculative_config: acceptance: expected 'noise' or 'rejection', got {rule!r}")
+    if rule == "rejection" and (paths := options["num_speculative_paths"]) > 1:  # it judges one draft for each place
+        raise ValueError(f"speculative_config: num_speculative_paths: expected 1 with rejection, got {paths}")
     texts = options.get("corpus", ())
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"speculative_config: corpus: expected a list of texts, got {texts!r:.100}")

@@ -7,8 +7,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from fastsft.engine.draft.guess import Guess
 from fastsft.engine.draft.heads import DeviceHeads, HeadsGuess, PackedHeads
 from fastsft.engine.draft.length import DraftLength, Shares
 from fastsft.engine.draft.model import DraftModel, ModelGuess
@@ -21,20 +22,11 @@ from fastsft.models.packed import PackedDecoder
 from fastsft.models.tokenizer import Tokenizer
 
 
-class Guess(Protocol):
-    """What may follow one text."""
-
-    def propose(self, tokens: list[int], limit: int) -> list[int]:
-        """At most ``limit`` tokens; ``tokens`` begins with those of the call before."""
-
-    def close(self) -> None:
-        """The text has ended."""
-
-
 @dataclass
 class _State:
     guess: Guess
     shares: Shares
+    others: Shares
     asked: bool = False
 
 
@@ -44,25 +36,34 @@ class Speculation:
     Args:
         make: a guess for the text of a sequence.
         most: drafts of one continuation in a step.
-        adaptive: False drafts ``most`` tokens whenever there is a guess.
+        paths: of one continuation in a step: the drafts, and those with another guess in one of the first places.
+        adaptive: False drafts ``most`` tokens whenever there is a guess, on all ``paths``.
         needs_hidden: guesses are made from ``Sequence.hidden_D``.
     """
 
     def __init__(
-        self, make: Callable[[Sequence], Guess], *, most: int = 8, adaptive: bool = True, needs_hidden: bool = False
+        self,
+        make: Callable[[Sequence], Guess],
+        *,
+        most: int = 8,
+        paths: int = 1,
+        adaptive: bool = True,
+        needs_hidden: bool = False,
     ) -> None:
-        self._make, self._most, self._adaptive, self.needs_hidden = make, most, adaptive, needs_hidden
+        self._make, self._most, self._paths, self._adaptive = make, most, paths, adaptive
+        self.needs_hidden = needs_hidden
         self._length = DraftLength(most)
         self._states: dict[Sequence, _State] = {}
 
     def begin(self, sequences: int) -> bool:
         return self._length.begin(sequences) or not self._adaptive
 
-    def propose(self, sequence: Sequence, limit: int) -> list[int]:
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
         begin = time.perf_counter()
         state = self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = _State(self._make(sequence), Shares(self._most, self._length.shares))
+            shares, others = (Shares(self._most, x) for x in (self._length.shares, self._length.others))
+            state = self._states[sequence] = _State(self._make(sequence), shares, others)
         count = self._length.choose(state.shares, limit) if self._adaptive else min(limit, self._most)
         chosen = time.perf_counter()
         self._length.chose(chosen - begin)
@@ -71,10 +72,22 @@ class Speculation:
         draft = state.guess.propose(sequence.tokens, count)
         self._length.proposed(state.shares, len(draft), time.perf_counter() - chosen, first=not state.asked)
         state.asked = True
-        return draft
+        return [draft, *self._branches(state, draft)] if draft else []
 
-    def observe(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        self._length.observe(self._states[sequence].shares, proposed, accepted)
+    def _branches(self, state: _State, draft: list[int]) -> list[list[int]]:
+        begin = time.perf_counter()
+        count = min(self._paths - 1, len(draft))
+        if self._adaptive:
+            count = self._length.branches(state.shares, state.others, count)
+        others = state.guess.others(count) if count else []
+        self._length.branched(state.shares, state.others, len(others), time.perf_counter() - begin)
+        return [[*draft[:place], token] for place, token in enumerate(others)]
+
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
+        state, held = self._states[sequence], accepted - (best > 0)
+        self._length.observe(state.shares, len(paths[0]), held)
+        if held + 1 < len(paths) and sequence.finish_reason is None:  # there was another guess where the first failed
+            self._length.observe_other(state.others, held, best > 0)
 
     def forget(self, sequence: Sequence) -> None:
         if (state := self._states.pop(sequence, None)) is not None:
@@ -131,4 +144,10 @@ def speculation_from(
         def make(sequence: Sequence) -> Guess:
             return SuffixGuess(corpus, options["min_match"])
 
-    return Speculation(make, most=most, adaptive=options["adaptive"], needs_hidden=method == "heads")
+    return Speculation(
+        make,
+        most=most,
+        paths=options.get("num_speculative_paths", 1),
+        adaptive=options["adaptive"],
+        needs_hidden=method == "heads",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from fastsft.engine.draft.guess import Guess
 from fastsft.ops.suffix_automaton import SEPARATOR, SuffixAutomaton
 
 
@@ -16,7 +17,7 @@ def corpus_automaton(texts: Iterable[Sequence[int]]) -> SuffixAutomaton:
     return automaton
 
 
-class SuffixGuess:
+class SuffixGuess(Guess):
     """Of one text that grows. On equal matches the text itself goes before the corpus.
 
     Args:
@@ -37,6 +38,3 @@ class SuffixGuess:
             if self._cursor.matched > max(self._own.repeated, self._shortest - 1):
                 return self._cursor.propose(limit)
         return self._own.propose(limit) if self._own.repeated >= self._shortest else []
-
-    def close(self) -> None:
-        """Nothing is held beside the object itself."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsft import _C, ops
 from fastsft.ops import reference, sampling
@@ -62,6 +63,29 @@ def test_draws_of_the_reference(vocab: int) -> None:
         assert torch.allclose(logprobs, expected_logprobs, rtol=3e-7, atol=1e-6)
     assert ids.dtype == torch.int64
     assert logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_parameters_go_to_a_device_in_one_copy(rows: int) -> None:
+    class Copies(TorchDispatchMode):
+        """Counts them, and makes them on the CPU."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not torch.ops.aten._to_copy.default:
+                return func(*args, **(kwargs or {}))
+            self.count += 1
+            return func(*args, **{**kwargs, "device": torch.device("cpu")})
+
+    p = [torch.arange(2 * rows).to(x.dtype)[::2] + i for i, x in enumerate(parameters(0).values())]
+    with Copies() as copies:
+        moved = sampling._moved(p, torch.device("meta"))
+    assert copies.count == 1
+    for got, given in zip(moved, p, strict=True):
+        assert got.dtype == given.dtype
+        assert got.is_contiguous()
+        assert torch.equal(got, given)
 
 
 def test_filters_on_a_device_take_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,17 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> to
     return -torch.log(-torch.log1p(-w.double()))
 
 
+def _moved(parameters: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """On a device; from the CPU in one copy, which nothing waits for: a step of decoding is short."""
+    if device.type == "cpu" or not all(x.is_cpu for x in parameters):
+        return [x.to(device) for x in parameters]
+    parts = [x.contiguous().view(torch.uint8) for x in parameters]  # four of 4 bytes a row, then those of 8: aligned
+    packed = torch.cat(parts)
+    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+    moved = packed.split_with_sizes([len(part) for part in parts])
+    return [bytes_.view(x.dtype) for bytes_, x in zip(moved, parameters, strict=True)]
+
+
 _best = _library.triton_or(best_tokens, "sampling", "best_tokens")
 _op = _library.define(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
@@ -130,5 +141,5 @@ def sample(
     Raises:
         ValueError: wrong dtype, shape or range, a NaN or +inf logit, a row of -inf (the message names the row).
     """
-    parameters = (x.to(logits.device) for x in (temperature, top_k, top_p, min_p, seeds, positions))
+    parameters = _moved([temperature, top_k, top_p, min_p, seeds, positions], logits.device)
     return _op(logits, *parameters)  # type: ignore[no-any-return]

@@ -68,7 +68,7 @@ class Sample:
 class Drawn:
     """The samples of one task; none of them if there is a ``problem`` with its prompt."""
 
-    task_id: str
+    task_id: str | int
     samples: tuple[Sample, ...]
     problem: str | None = None
 
@@ -147,8 +147,8 @@ def draw(
 def _draw_group(
     llm: LLM, tasks: Sequence[Task], options: DrawOptions, judged: dict[str, Any], progress: Progress | None
 ) -> list[Drawn]:
-    outputs: dict[str, RequestOutput] = {}
-    problems: dict[str, str] = {}
+    outputs: dict[str | int, RequestOutput] = {}
+    problems: dict[str | int, str] = {}
     fit = list(tasks)
     while fit and not outputs:
         try:
@@ -177,7 +177,7 @@ def _generate(llm: LLM, tasks: Sequence[Task], options: DrawOptions, progress: P
     return ask(llm, tasks, params, completion=options.completion, progress=told)
 
 
-def _params(options: DrawOptions, task_id: str) -> SamplingParams:
+def _params(options: DrawOptions, task_id: str | int) -> SamplingParams:
     # Continuation i draws with seed + i. 61 bits leave room for the sum, and no two tasks are likely to overlap.
     digest = hashlib.blake2b(f"{options.seed}\0{task_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return SamplingParams(

@@ -45,7 +45,7 @@ def check_plan(folder: Path, plan: dict[str, Any], what: str) -> None:
     sync(folder)
 
 
-def read_whole(path: Path, ids: Sequence[str], group: int) -> list[dict[str, Any]]:
+def read_whole(path: Path, ids: Sequence[str | int], group: int) -> list[dict[str, Any]]:
     """The rows of all groups that are there whole, or of all. What a killed process left of another one is cut off.
 
     Args:

@@ -25,7 +25,7 @@ _GROUP = 64  # samples between two writes
 class Outcome:
     """``failure``: None if the sample passed, otherwise how it failed; ``said``: its last words, then."""
 
-    task_id: str
+    task_id: str | int
     failure: str | None
     said: str
     seconds: float
@@ -38,7 +38,7 @@ def read_samples(path: str | os.PathLike[str], tasks: Sequence[Task]) -> list[tu
     Raises:
         ValueError: a row that is neither, or of no task; names file and line.
     """
-    known: dict[str | int, Task] = {task.task_id: task for task in tasks}
+    known = {task.task_id: task for task in tasks}
     samples = []
     for place, row in read_rows(path):
         text = row.get("solution", row.get("completion"))

@@ -81,7 +81,7 @@ def pass_at(scoring: Scoring, tell: Progress) -> dict[str, Any]:
     return report
 
 
-def _enough(tasks: Sequence[Task], counts: Counter[str], scoring: Scoring) -> None:
+def _enough(tasks: Sequence[Task], counts: Counter[str | int], scoring: Scoring) -> None:
     for task in tasks:
         if counts[task.task_id] < max(scoring.k):
             raise UsageError(
@@ -93,7 +93,7 @@ def _enough(tasks: Sequence[Task], counts: Counter[str], scoring: Scoring) -> No
 def _report(
     tasks: Sequence[Task], outcomes: list[Outcome], k: Sequence[int], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    by_task: dict[str, list[Outcome]] = {task.task_id: [] for task in tasks}
+    by_task: dict[str | int, list[Outcome]] = {task.task_id: [] for task in tasks}
     for outcome in outcomes:
         by_task[outcome.task_id].append(outcome)
     rows: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from fastsft.verify.tasks import Task
 class TaskReport:
     """One task: how many of its samples passed, and what became of each."""
 
-    task_id: str
+    task_id: str | int
     passed: int
     results: tuple[SandboxResult, ...]
 

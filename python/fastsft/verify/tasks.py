@@ -22,7 +22,7 @@ class Task:
     pair of them it reads the first from standard input and writes the second to standard output, as ``compare`` sees it
     (:func:`fastsft.verify.compare.agrees`) or the code in ``checker`` does (:func:`fastsft.verify.compare.checked`)."""
 
-    task_id: str
+    task_id: str | int
     prompt: str
     check: str = ""
     prefix: str = ""

@@ -47,6 +47,15 @@ def test_missing_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "x").exists()
 
 
+def test_what_comes_twice_or_not_at_all(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tasks = trained / "run" / "model", tmp_path / "tasks.jsonl"
+    message = refusal(capsys, "serve", model, "--adapters", "a=x", "a=y")
+    assert message == "serve: --adapters: expected different names, got 'a' twice"
+    tasks.write_text('{"task_id": 1, "prompt": "", "check": ""}\n')
+    for command in (("eval", model, "--tasks", tasks), ("sample", model, tasks, "--output", tmp_path / "x")):
+        assert refusal(capsys, *command, "--workers", "-1") == "workers: expected at least 1, got -1"
+
+
 def test_broken_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": "cut off\n')

@@ -290,6 +290,7 @@ def test_settings_are_checked() -> None:
         ({"requests_per_minute": 0}, "requests_per_minute"),
         ({"api_keys": ("",)}, "api_keys"),
         ({"drain_seconds": -1}, "drain_seconds"),
+        ({"drain_seconds": float("inf")}, "drain_seconds"),
     ):
         with pytest.raises(ValueError, match=says):
             ServerSettings("m", **wrong)  # type: ignore[arg-type]

@@ -230,7 +230,9 @@ def test_stop_token_outside_the_vocabulary(folder: Path) -> None:
         engine(folder).generate("cat", SamplingParams(stop_token_ids=[-5]))
 
 
-@pytest.mark.parametrize("name", ["num_blocks", "max_num_seqs", "max_batched_tokens"])
+@pytest.mark.parametrize(
+    "name", ["num_blocks", "max_num_seqs", "max_batched_tokens", "max_queued_requests", "max_queued_tokens"]
+)
 def test_bad_engine_options(name: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"LLM: {name}: expected at least 1, got 0"):
         engine(folder, **{name: 0})

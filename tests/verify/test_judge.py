@@ -55,6 +55,11 @@ def test_many_at_once_in_order() -> None:
     assert [r.stdout for r in results] == [f"{i}\n" for i in range(12)]
 
 
+def test_somebody_must_work() -> None:
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+        judge([(SUM, "print(3)")], workers=0)
+
+
 def test_equal_pairs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 

@@ -71,7 +71,8 @@ class EngineOptions:
         threads = self.prefill_threads
         if threads < 0 or (threads and sys.platform != "linux"):
             raise ValueError(f"LLM: prefill_threads: expected 0, or on Linux a positive number, got {threads}")
-        for name in ("num_blocks", "max_num_seqs", "max_batched_tokens"):
+        counts = ("num_blocks", "max_num_seqs", "max_batched_tokens", "max_queued_requests", "max_queued_tokens")
+        for name in counts:
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"LLM: {name}: expected at least 1, got {count}")
         if self.speculative_config is not None:

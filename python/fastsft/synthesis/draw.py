@@ -20,7 +20,7 @@ from fastsft.engine.request import PromptError, RequestOutput, SamplingParams
 from fastsft.progress import Progress
 from fastsft.synthesis.journal import check_plan, digest_model, digest_tasks, read_whole
 from fastsft.verify.answers import ask, code_of
-from fastsft.verify.judge import failure_kind, judge, last_words
+from fastsft.verify.judge import check_workers, failure_kind, judge, last_words
 from fastsft.verify.languages import Language
 from fastsft.verify.sandbox import Limits
 from fastsft.verify.tasks import Task
@@ -113,6 +113,7 @@ def draw(
             drafts whose acceptance changes samples, or ``folder`` has samples that were drawn with another model, other
             tasks or other options. RuntimeError: the sandbox cannot be set up.
     """
+    check_workers(workers)
     ids = [task.task_id for task in tasks]
     if len(set(ids)) != len(ids):
         twice = next(i for n, i in enumerate(ids) if i in ids[:n])

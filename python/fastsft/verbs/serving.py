@@ -84,6 +84,8 @@ def serve(
         adapter, _, path = given.partition("=")
         if not path:
             raise UsageError(f"serve: --adapters: expected NAME=FOLDER, got {given!r}")
+        if adapter in folders:
+            raise UsageError(f"serve: --adapters: expected different names, got {adapter!r} twice")
         folders[adapter] = path
     options = EngineOptions(
         device=device, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,

@@ -37,8 +37,9 @@ def judge(
 
     Raises:
         RuntimeError: the sandbox cannot be set up on this machine, or a language's command is not there.
-        ValueError: a task in an unknown language; a checker that fails.
+        ValueError: no worker; a task in an unknown language; a checker that fails.
     """
+    check_workers(workers)
     known = {**built_in_languages(), **(languages or {})}
     for task, _ in pairs:
         if task.language != "python" and task.language not in known:
@@ -61,6 +62,12 @@ def judge(
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the others are not waited for
     return results
+
+
+def check_workers(workers: int) -> None:
+    """Raise a ValueError where there is none."""
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
 
 
 def failure_kind(result: SandboxResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 
@@ -42,8 +43,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"serve: {name}: expected a number above 0, got {value!r}")
-        if not self.drain_seconds >= 0:
-            raise ValueError(f"serve: drain_seconds: expected a number >= 0, got {self.drain_seconds!r}")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ValueError(f"serve: drain_seconds: expected a finite number >= 0, got {self.drain_seconds!r}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"serve: port: expected one from 0 to 65535, got {self.port!r}")
         if not all(self.api_keys):

@@ -183,6 +183,16 @@ def test_threads_do_not_change_the_bits(format: str, threads: Callable[[int], No
         assert torch.equal(ops.pack_weight(randn(1100, 520), format).data, packed.data)
 
 
+@pytest.mark.parametrize("columns", [64, 320, 384, 1000, 4100])
+def test_every_column_is_computed_however_many_threads_share_them(columns: int, threads: Callable[[int], None]) -> None:
+    weight = randn(columns, 96)
+    packed = ops.pack_weight(weight, "float32")
+    for count in (1, 2, 3, 5, 17):
+        threads(count)
+        x = randn(20, 96) * count  # other products each time: memory that was not written must not look right
+        torch.testing.assert_close(ops.packed_linear(x, packed), x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
 def test_leading_dimensions_strides_and_empty_sizes() -> None:
     packed, x = ops.pack_weight(randn(21, 33), "int8"), randn(2, 3, 33, seed=1)
     rows = ops.packed_linear(x.flatten(0, 1), packed)

@@ -131,6 +131,8 @@ def test_eval_tells_what_packing_costs(trained: Path, capsys: pytest.CaptureFixt
     assert loss["weights"]["float32"] == pytest.approx(loss["loss"], rel=1e-5)
     errors = [abs(value - loss["loss"]) for value in loss["weights"].values()]
     assert errors[0] < errors[1] < errors[2] < 0.3
+    larger = result_of(capsys, *command[:4], "--weights", "int4", "--group-size", "64")["loss"]["weights"]["int4"]
+    assert loss["weights"]["int4"] != larger == pytest.approx(loss["loss"], abs=0.3)
     cli.main([*map(str, command), "bfloat16"])
     assert "weights in bfloat16: " in capsys.readouterr().out
     assert "--weights: expected --data" in refusal(capsys, "eval", command[1], "--tasks", "x", "--weights", "int8")

@@ -96,16 +96,24 @@ def test_speculation(config: dict[str, Any], one_folder: Path) -> None:
     assert llm.core.stats().drafted_tokens
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_quantised_weights(quantization: str, one_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "another"),
+    [
+        ({"quantization": "int8"}, {"dtype": torch.bfloat16}),
+        ({"quantization": "int4"}, {"dtype": torch.bfloat16}),
+        ({"quantization": "int4", "group_size": 64}, {"quantization": "int4"}),
+    ],
+    ids=str,
+)
+def test_quantised_weights(options: dict[str, Any], another: dict[str, Any], one_folder: Path) -> None:
     """The numbers of packed ones: scores differ by the rounding of activations alone, not as those of formats do."""
     prompts = as_prompts(prompts_of([40, 25]))
     ours, packed, other = (
         torch.tensor([x for each in llm.score(prompts) for x in each])
         for llm in (
-            device_engine(one_folder, quantization=quantization),
-            engine(one_folder, quantization=quantization),
-            engine(one_folder, dtype=torch.bfloat16),
+            device_engine(one_folder, **options),
+            engine(one_folder, **options),
+            engine(one_folder, **another),
         )
     )
     assert (ours - packed).square().mean().sqrt() < 0.5 * (other - packed).square().mean().sqrt()

@@ -245,6 +245,7 @@ def test_bad_engine_options(name: str, folder: Path) -> None:
         ("block_size", 24, "a positive multiple of 16, got 24"),
         ("dtype", torch.float16, "torch.float32 or torch.bfloat16, got torch.float16"),
         ("quantization", "int5", "one of None, int8, w8a8, int4, got 'int5'"),
+        ("group_size", 128, "32 or 64, got 128"),
         ("kv_cache_dtype", "fp8", "one of auto, int8, got 'fp8'"),
     ],
 )

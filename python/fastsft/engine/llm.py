@@ -28,7 +28,7 @@ class LLM:
     Args:
         model: a Hugging Face folder, or a loaded decoder (then ``tokenizer`` must be given too).
         options: the fields of :class:`~fastsft.engine.options.EngineOptions`: ``dtype``, ``quantization``,
-            ``kv_cache_dtype``, ``block_size``, ``kv_cache_bytes``, ``num_blocks``, ``max_num_seqs``,
+            ``group_size``, ``kv_cache_dtype``, ``block_size``, ``kv_cache_bytes``, ``num_blocks``, ``max_num_seqs``,
             ``max_batched_tokens``, ``speculative_config`` (methods "ngram", "suffix", "draft_model" and "heads"),
             ``adapters`` (see :meth:`generate`), ``prefill_threads``, ``device``,
             ``enforce_eager``.

@@ -36,8 +36,8 @@ def load_core(
     check_device(device, options)
     runner = make_runner(
         model, device=device, format=options.quantization or str(options.dtype).removeprefix("torch."),
-        kv_format=options.kv_cache_dtype, block_size=options.block_size, kv_cache_bytes=options.kv_cache_bytes,
-        num_blocks=options.num_blocks, shared=options.prefill_threads > 0,
+        group=options.group_size, kv_format=options.kv_cache_dtype, block_size=options.block_size,
+        kv_cache_bytes=options.kv_cache_bytes, num_blocks=options.num_blocks, shared=options.prefill_threads > 0,
         max_rows=options.max_num_seqs, max_batched_tokens=options.max_batched_tokens,
         enforce_eager=options.enforce_eager,
     )  # fmt: skip

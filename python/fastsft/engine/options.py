@@ -24,6 +24,7 @@ class EngineOptions:
         dtype: of the weights and the cache, of a folder: torch.float32 or torch.bfloat16; a decoder has its own.
         quantization: None, or the weights in "int8", "w8a8" (activations in 8 bits too) or "int4", and the rest in
             bfloat16; see ``ops.pack_weight``.
+        group_size: of "int4", how many inputs share a scale: 32 or 64.
         kv_cache_dtype: "auto", as the activations are, or "int8".
         block_size: tokens per cache block, a multiple of 16.
         kv_cache_bytes: memory of the cache; ``num_blocks`` sets it directly.
@@ -46,6 +47,7 @@ class EngineOptions:
 
     dtype: torch.dtype = torch.float32
     quantization: str | None = None
+    group_size: int = 32
     kv_cache_dtype: str = "auto"
     block_size: int = 16
     kv_cache_bytes: int = 256 << 20
@@ -66,6 +68,8 @@ class EngineOptions:
         for name, known in (("quantization", (None, *QUANTIZATIONS)), ("kv_cache_dtype", ("auto", "int8"))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"LLM: {name}: expected one of {', '.join(map(str, known))}, got {value!r}")
+        if self.group_size not in (32, 64):
+            raise ValueError(f"LLM: group_size: expected 32 or 64, got {self.group_size!r}")
         if self.block_size < 1 or self.block_size % 16:
             raise ValueError(f"LLM: block_size: expected a positive multiple of 16, got {self.block_size}")
         threads = self.prefill_threads

@@ -48,6 +48,7 @@ def make_runner(
     *,
     device: torch.device,
     format: str,
+    group: int = 32,
     kv_format: str = "auto",
     block_size: int = 16,
     kv_cache_bytes: int = 0,
@@ -62,7 +63,7 @@ def make_runner(
 
     Args:
         device: where it computes; the model may be elsewhere.
-        format: of the weights.
+        format: of the weights; ``group``: of "int4".
         kv_format: "auto", as the activations are, or "int8", on the CPU.
         kv_cache_bytes: memory of the cache, as many blocks as it holds; ``num_blocks`` sets their number directly.
         shared: whether forked processes write to the cache, on the CPU.
@@ -75,7 +76,7 @@ def make_runner(
         ValueError: no room for a block, or a model that cannot be read or placed.
     """
     if device.type not in PACKED:
-        held = place_decoder(model, format, device=device)
+        held = place_decoder(model, format, group=group, device=device)
         blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
         graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
         if not graphs_serve(held.dtype):
@@ -87,7 +88,7 @@ def make_runner(
         with bars() as tell:
             runner.warm_up(max_batched_tokens, tell)
         return runner
-    packed = pack_decoder(model, format)
+    packed = pack_decoder(model, format, group=group)
     kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format
     per_block = packed.config.num_hidden_layers * packed.cache_block_bytes(kv_format, block_size)
     blocks = _blocks(what, per_block, kv_cache_bytes, num_blocks)

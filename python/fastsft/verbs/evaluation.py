@@ -42,6 +42,7 @@ def evaluate(
     speculative_config: str | None = None,
     device: str = "cpu",
     weights: tuple[Literal["float32", "bfloat16", "int8", "w8a8", "int4"], ...] = (),
+    group_size: Literal[32, 64] = 32,
     json: bool = False,
 ) -> None:
     """Loss on held-out data, and pass@k on tasks whose answers are executed in a sandbox.
@@ -69,6 +70,7 @@ def evaluate(
             '{"method": "ngram"}' (docs/engine.md). No sample changes.
         device: where samples are drawn: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         weights: the loss with weights packed in these formats too, as the engine computes it.
+        group_size: of int4, how many inputs share a scale.
         json: machine-readable output.
     """
     import torch
@@ -98,7 +100,7 @@ def evaluate(
     with bars() as tell:
         if data and model is not None:
             decoder, tokenizer = load_model(model, dtype=getattr(torch, dtype)), Tokenizer.from_folder(model)
-            results["loss"] = _held_out_loss(model, weights, decoder, tokenizer, data, fields or {}, tell)
+            results["loss"] = _held_out_loss(model, weights, group_size, decoder, tokenizer, data, fields or {}, tell)
         if tasks is not None:
             from fastsft.synthesis.draw import DrawOptions
             from fastsft.verbs.scoring import Scoring, pass_at
@@ -116,6 +118,7 @@ def evaluate(
 def _held_out_loss(
     model: Path,
     weights: Sequence[str],
+    group_size: int,
     decoder: Decoder,
     tokenizer: Tokenizer,
     data: tuple[Path, ...],
@@ -134,7 +137,7 @@ def _held_out_loss(
     if weights:
         from fastsft.verbs.weight_loss import losses_by_format
 
-        found["weights"] = losses_by_format(model, store, weights, capacity=CAPACITY, tell=tell)
+        found["weights"] = losses_by_format(model, store, weights, group_size=group_size, capacity=CAPACITY, tell=tell)
     return found
 
 

@@ -23,6 +23,7 @@ def serve(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
     quantization: Literal["int8", "w8a8", "int4"] | None = None,
+    group_size: Literal[32, 64] = 32,
     speculative_config: str | None = None,
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
     kv_cache_mib: int = 256,
@@ -51,6 +52,7 @@ def serve(
         dtype: of weights and cache.
         device: cpu, or cuda for a GPU, whose kernels are of --dtype bfloat16.
         quantization: of the weights, packed when they are loaded.
+        group_size: of int4, how many inputs share a scale.
         speculative_config: guess tokens and check several in a step: JSON such as '{"method": "ngram"}'; docs/engine.md
             has the methods (ngram, suffix, draft_model, heads) and their options.
         kv_cache_dtype: auto is the one of the weights.
@@ -88,8 +90,9 @@ def serve(
             raise UsageError(f"serve: --adapters: expected different names, got {adapter!r} twice")
         folders[adapter] = path
     options = EngineOptions(
-        device=device, dtype=getattr(torch, dtype), quantization=quantization, kv_cache_dtype=kv_cache_dtype,
-        kv_cache_bytes=kv_cache_mib << 20, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+        device=device, dtype=getattr(torch, dtype), quantization=quantization, group_size=group_size,
+        kv_cache_dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_mib << 20,
+        max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         speculative_config=speculation, adapters=folders,
         prefill_threads=prefill_threads,

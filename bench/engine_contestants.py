@@ -7,6 +7,8 @@ is printed as a line of JSON.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import sys
@@ -197,6 +199,37 @@ class CTranslate2:
         return clock.trace([result.sequences_ids[0] for result in out])
 
 
+class VLLM:
+    """The engine core in this process, compiled, stepped by hand; a prompt is one step, and no prefix is kept."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as many threads as OMP_NUM_THREADS says
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        import vllm
+
+        self.params = functools.partial(vllm.SamplingParams, temperature=0, ignore_eos=True, detokenize=False)
+        self.engine = vllm.LLM(
+            str(folder), dtype=case.format, skip_tokenizer_init=True, max_model_len=CONTEXT, max_num_seqs=64,
+            max_num_batched_tokens=CONTEXT, enable_prefix_caching=False, disable_log_stats=True,
+        ).llm_engine  # fmt: skip
+        self.asked = itertools.count()
+
+    def generate(self, prompts: list[list[int]], new: int) -> Trace:
+        found: dict[str, list[int]] = {f"{next(self.asked)}": [] for _ in prompts}
+        clock = Clock()
+        for name, prompt in zip(found, prompts, strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, self.params(max_tokens=new))
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                found[output.request_id] = list(output.outputs[0].token_ids)
+            clock.step(all(found.values()))
+        return clock.trace(list(found.values()))
+
+
 class Clock:
     """Seconds from step to step, those before every prompt has its first token taken together."""
 
@@ -223,6 +256,7 @@ CONTESTANTS: dict[str, Callable[[Case, Path], Any]] = {
     "llama.cpp": LlamaCpp,
     "OpenVINO GenAI": OpenVino,
     "CTranslate2": CTranslate2,
+    "vLLM": VLLM,
     "transformers": Transformers,
     "fastsft, step": steps.Verification.of_fastsft,
     "fastsft, drafts": drafts,

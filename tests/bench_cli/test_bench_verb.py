@@ -196,11 +196,12 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_given_reaches_the_benches(tmp_path: Path) -> None:
-    given = running.Given(tmp_path / "a", (tmp_path / "b", tmp_path / "c"), 5, tmp_path / "d", Path("/e/python"), True)
+    rivals = (Path("/e/python"), Path("/f/python"))
+    given = running.Given(tmp_path / "a", (tmp_path / "b", tmp_path / "c"), 5, tmp_path / "d", rivals, True)
     assert given.environment() == {
         "FASTSFT_BENCH_DATA": f"{tmp_path}/a", "FASTSFT_BENCH_EVAL": f"{tmp_path}/b:{tmp_path}/c",
-        "FASTSFT_BENCH_DOCS": "5", "FASTSFT_BENCH_MODELS": f"{tmp_path}/d", "FASTSFT_BENCH_RIVALS": "/e/python",
-        "FASTSFT_BENCH_QUICK": "1",
+        "FASTSFT_BENCH_DOCS": "5", "FASTSFT_BENCH_MODELS": f"{tmp_path}/d",
+        "FASTSFT_BENCH_RIVALS": "/e/python:/f/python", "FASTSFT_BENCH_QUICK": "1",
     }  # fmt: skip
     assert running.Given().environment() == {}
     used = "".join(path.read_text() for path in topics.suite().glob("*.py"))

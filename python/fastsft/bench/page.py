@@ -16,8 +16,8 @@ Written by `python bench/record.py`, which CI holds against [the results](../{so
 
 `fastsft bench TOPIC` measures the same on your machine, `fastsft bench list` shows the topics and
 `fastsft bench compare A.json B.json` what changed between two runs. `pip install 'fastsft[rivals]'` brings the rivals;
-what is not installed is left out. text-dedup, datatrove and the other engines need an environment of their own, which
-`--rivals` names; `gpu-rivals` are those of [`make gpu-check`](benchmarks-gpu.md).
+what is not installed is left out. text-dedup, datatrove and the other engines need environments of their own (vLLM one
+without the others), which `--rivals` names; `gpu-rivals` are those of [`make gpu-check`](benchmarks-gpu.md).
 
 - Every bench checks that the results agree before it times them. Times are medians, with what 20 % and 80 % of the
   rounds stayed below, or ± half the interquartile range where a row is older.

@@ -28,7 +28,7 @@ class Given:
     references: tuple[Path, ...] = ()
     documents: int | None = None
     models: Path | None = None
-    rivals: Path | None = None
+    rivals: tuple[Path, ...] = ()
     quick: bool = False
 
     def environment(self) -> dict[str, str]:
@@ -37,7 +37,8 @@ class Given:
             "EVAL": ":".join(str(path.resolve()) for path in self.references),
             "DOCS": self.documents,
             "MODELS": self.models and self.models.resolve(),
-            "RIVALS": self.rivals and self.rivals.absolute(),  # resolved, a virtual environment's Python is not its own
+            # Not resolved: a virtual environment's Python would not be its own.
+            "RIVALS": ":".join(str(path.absolute()) for path in self.rivals),
             "QUICK": "1" if self.quick else "",
         }
         return {f"FASTSFT_BENCH_{name}": str(value) for name, value in values.items() if value}

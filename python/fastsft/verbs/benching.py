@@ -20,7 +20,7 @@ def bench(
     references: tuple[Path, ...] = (),
     documents: int | None = None,
     models: Path | None = None,
-    rivals: Path | None = None,
+    rivals: tuple[Path, ...] = (),
     only: str | None = None,
     json: Path | None = None,
     plot: Path | None = None,
@@ -36,7 +36,8 @@ def bench(
         references: evaluation sets for decontaminate, JSON Lines.
         documents: of the corpus, at most; at least 1.
         models: folder where the models of decode are kept from run to run.
-        rivals: Python of an environment with rivals that want versions of their own: engines, text-dedup, datatrove.
+        rivals: Pythons of environments with rivals that want versions of their own: engines, vLLM, text-dedup,
+            datatrove. A rival runs in the first that has it.
         only: of the cases those whose name matches, an expression as pytest's -k takes it.
         json: where the results go, - for the standard output; `fastsft bench compare` reads such files. Missing folders
             are made.
@@ -52,7 +53,8 @@ def bench(
         wanted = chosen(topics)
     except ValueError as error:
         raise UsageError(f"bench: {error}") from None
-    for flag, path in (("data", data), ("rivals", rivals), *(("references", path) for path in references)):
+    several = [("rivals", path) for path in rivals] + [("references", path) for path in references]
+    for flag, path in (("data", data), *several):
         if path is not None and not path.exists():
             raise UsageError(f"bench: --{flag}: no such file: {path}")
     if data is not None and not _has_rows(data):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import openai
 from fastsft.engine.core import EngineCore
 from fastsft.engine.load import load_core
 from fastsft.engine.options import EngineOptions
-from fastsft.engine.server.run import make_server
+from fastsft.engine.server.run import bound, make_server
 from fastsft.engine.server.settings import ServerSettings
 
 MODEL = "tiny"
@@ -63,7 +62,8 @@ def serving(folder: Path, *, settings: dict[str, Any] | None = None, **engine: A
     core = load_core(folder, options=EngineOptions(**{"num_blocks": 64, "block_size": 16, **engine}))
     chosen = ServerSettings(MODEL, port=0, **{"drain_seconds": 5.0, **(settings or {})})
     server = make_server(core, chosen)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with bound(chosen) as listener:
+        listener.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
 

@@ -70,6 +70,20 @@ def test_a_client_that_leaves_the_queue(folder: Path) -> None:
         wait_for(server.settled)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the option is Linux's")
+def test_a_client_that_reads_nothing_frees_its_blocks(folder: Path) -> None:
+    body = json.dumps({**LONG, "stream": True, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(folder, settings={"unread_seconds": 0.5}) as server, socket.socket() as connection:
+        slow_down(server.core, 0.02)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: server.core.stats().generated_tokens > 3)
+        wait_for(server.settled)
+        assert server.core.stats().generated_tokens < 150
+
+
 def test_silence_is_broken_by_pings(folder: Path) -> None:
     with serving(folder, settings={"ping_seconds": 0.05}) as server:
         slow_down(server.core, 0.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -40,16 +41,31 @@ def make_server(core: EngineCore, settings: ServerSettings) -> uvicorn.Server:
     return _Server(config, app.state.engine, settings)
 
 
+def bound(settings: ServerSettings) -> socket.socket:
+    """A socket at the settings' address.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # its connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.unread_seconds * 1000))
+        listener.bind((settings.host, settings.port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 def run(core: EngineCore, settings: ServerSettings, announce: Callable[[str], None]) -> None:
     """Serve; returns when a signal has stopped it. ``announce`` is told the address as soon as clients can connect.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
+    with bound(settings) as listener:
         server = make_server(core, settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         listener.listen()

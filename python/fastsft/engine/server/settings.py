@@ -17,6 +17,7 @@ class ServerSettings:
         max_choices: continuations of one request, those of all its prompts together.
         requests_per_minute: of each key, or of each address where there are no keys; None: any number.
         body_seconds: in which a request must have arrived; request_seconds: in which it must be answered.
+        unread_seconds: a client that takes nothing of what is sent for so long is gone (on Linux).
         ping_seconds: after so long a silence a stream sends a comment.
         drain_seconds: after SIGTERM, those in progress may take that long.
 
@@ -34,12 +35,13 @@ class ServerSettings:
     requests_per_minute: int | None = None
     body_seconds: float = 30.0
     request_seconds: float = 600.0
+    unread_seconds: float = 60.0
     ping_seconds: float = 15.0
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_choices", "max_connections", "requests_per_minute", "body_seconds",
-                     "request_seconds", "ping_seconds"):  # fmt: skip
+                     "request_seconds", "unread_seconds", "ping_seconds"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"serve: {name}: expected a number above 0, got {value!r}")

@@ -202,7 +202,7 @@ def test_prompt_longer_than_the_context(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+        ("n", 0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -2),
         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**62),
         ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 129), ("logprobs", -1), ("logprobs", 21), ("stop", [""]),
         ("n", "3"), ("n", True), ("n", 1.0), ("temperature", "hot"), ("temperature", True), ("top_p", None),
@@ -218,6 +218,10 @@ def test_bad_sampling_params(name: str, value: Any) -> None:
 def test_unknown_sampling_parameter() -> None:
     with pytest.raises(TypeError, match="length_penalty"):
         SamplingParams(length_penalty=1.1)  # type: ignore[call-arg]
+
+
+def test_minus_one_is_all_tokens() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
 
 
 def test_boolean_logprobs() -> None:

@@ -30,7 +30,7 @@ class SamplingParams:
         n: continuations per prompt; continuation i draws with ``seed + i``.
         best_of: draw this many and return the ``n`` most probable ones, by the sum of their log-probabilities.
         temperature: 0 takes the most probable token.
-        top_k, top_p, min_p: restrict the draw; 0, 1.0 and 0.0 switch each off.
+        top_k, top_p, min_p: restrict the draw; 0 or -1, 1.0 and 0.0 switch each off.
         seed: of the noise that the draws use, which does not depend on what else is in the batch (docs/engine.md says
             what may); None draws one.
         stop: strings that end the text and are not part of it.
@@ -94,7 +94,8 @@ class SamplingParams:
         number("top_p", isinstance(p, Real) and _LEAST <= p <= 1, f"a number from {_LEAST} to 1")
         number("min_p", isinstance(m, Real) and 0 <= m <= 1, "a number in [0, 1]")
         integer("n", 1, 2**31 - 1, "an integer >= 1")
-        integer("top_k", 0, 2**31 - 1, "an integer >= 0")
+        integer("top_k", -1, 2**31 - 1, "an integer >= -1")
+        object.__setattr__(self, "top_k", max(0, self.top_k))
         integer("max_tokens", 1, 2**31 - 1, "an integer >= 1")
         integer("min_tokens", 0, self.max_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
         if self.seed is not None:

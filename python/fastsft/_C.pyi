@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'DecoderAdapter', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'unpack_weight', 'varlen_attention_bwd', 'varlen_attention_fwd']
+__all__: list[str] = ['BpeTexts', 'ByteBpe', 'Decoder', 'DecoderAdapter', 'FimRowOptions', 'FimRowsInt32', 'FimRowsInt64', 'NgramIndex', 'SuffixAutomaton', 'active_isa', 'advise_huge_pages', 'all_pairs_clusters', 'attention_plan', 'available_isas', 'cached_attention', 'code_spans', 'compiler', 'cuda_architectures', 'describe', 'fim_copy_int32', 'fim_copy_int64', 'fim_cuts', 'fim_plan', 'gemm', 'jsonl_count', 'jsonl_fields', 'keep_freed_memory', 'kv_block_bytes', 'kv_write', 'link_similar', 'loss_gradient', 'loss_stats', 'lsh_clusters', 'lsh_keys', 'lsh_shape', 'lsh_step', 'minhash_signatures', 'minhash_token_signatures', 'near_duplicates', 'ngram_overlap', 'num_threads', 'pack_best_fit', 'pack_weight', 'packed_bytes', 'packed_linear', 'paged_attention', 'paged_attention_scratch', 'penalise', 'rms_norm', 'rms_norm_backward', 'rope', 'sample', 'sample_few', 'set_isa', 'set_num_threads', 'similar_pairs', 'swiglu', 'swiglu_backward', 'text_digests', 'unpack_weight', 'varlen_attention_bwd', 'varlen_attention_fwd']
 class DecoderAdapter:
     pass
 class Decoder:
@@ -256,6 +256,10 @@ def rope(x: typing.Any, cos: typing.Any, sin: typing.Any, inverse: bool, out: ty
 def sample(logits: typing.Any, temperature: typing.Any, top_k: typing.Any, top_p: typing.Any, min_p: typing.Any, seeds: typing.Any, positions: typing.Any, ids: typing.Any, logprobs: typing.Any) -> None:
     """
     Fills ids and logprobs.
+    """
+def sample_few(logits: typing.Any, rows: collections.abc.Sequence[tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]]) -> tuple[list[int], list[float]]:
+    """
+    ids and logprobs.
     """
 def set_isa(name: str) -> None:
     ...

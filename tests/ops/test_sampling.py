@@ -219,6 +219,23 @@ def test_same_bits_on_every_isa_and_thread_count() -> None:
     assert len(set(results)) == 20
 
 
+def test_few_rows_in_plain_numbers() -> None:
+    logits = torch.randn(40, 333, generator=torch.Generator().manual_seed(5)) * 3
+    own = {
+        "temperature": [0.0, 0.5, 1.5, 1.0], "top_k": [0, 7, 0, 30], "top_p": [1.0, 0.9, 0.8, 0.95],
+        "min_p": [0.0, 0.01, 0.0, 0.1], "seeds": [0, -(2**63), 2**63 - 1, 9],
+    }  # fmt: skip
+    p = parameters(40, **{name: each * 10 for name, each in own.items()}, positions=torch.arange(40) // 3)
+    ids, logprobs = sampling.sample_few(logits, list(zip(*(x.tolist() for x in p.values()), strict=True)))
+    for mine, its in zip((ids, logprobs), ops.sample(logits, **p), strict=True):
+        assert mine == its.tolist()
+    assert sampling.sample_few(torch.empty(0, 5), []) == ([], [])
+    with pytest.raises(ValueError, match="sample: rows: expected one for each of the logits, got 2"):
+        sampling.sample_few(logits, [(0.0, 0, 1.0, 0.0, 0, 0)] * 2)
+    with pytest.raises(ValueError, match=r"min_p: expected a number in \[0, 1\] at row 0, got 2"):
+        sampling.sample_few(logits[:1], [(0.0, 0, 1.0, 2.0, 0, 0)])
+
+
 def test_opcheck_and_compile() -> None:
     logits = torch.randn(3, 50)
     p = parameters(3, positions=torch.arange(3))

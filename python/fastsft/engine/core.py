@@ -164,15 +164,16 @@ class EngineCore:
         inputs = Inputs.build([(w.sequence, w.count) for w in step.work])
         ends = accumulate(w.count for w in step.work)
         wanted = [range(end - (w.count if w.scores else w.rows), end) for end, w in zip(ends, step.work, strict=True)]
-        rows_R = torch.tensor([row for rows in wanted for row in rows], dtype=torch.int64)
+        rows = [row for rows in wanted for row in rows]
+        rows_R = torch.tensor(rows, dtype=torch.int64)
         hidden_RD = None
         if self._keep_hidden:
-            hidden_RD = self._runner.new_hidden(len(rows_R))
+            hidden_RD = self._runner.new_hidden(len(rows))
             logits_RV = self._runner.forward(inputs, rows_R, hidden_RD)
         else:
             logits_RV = self._runner.forward(inputs, rows_R)
         self._handover.submit(step.apart)  # not before: it may have found blocks that are filled in this step
-        drawn = list(range(len(rows_R)))
+        drawn = list(range(len(rows)))
         if any(w.scores for w in step.work):
             drawn = self._score(step.work, logits_RV)
         for w in step.work:
@@ -181,7 +182,7 @@ class EngineCore:
         if not complete:
             return []
         complete, drawn = self._fork(complete, drawn)
-        if drawn != list(range(len(rows_R))):
+        if drawn != list(range(len(rows))):
             logits_RV = logits_RV[drawn]
             hidden_RD = None if hidden_RD is None else hidden_RD[drawn]
         paths = [s.paths for s in complete]

@@ -17,7 +17,7 @@ def on_host(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*arguments: P.args, **named: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":  # setting it would slow every call of torch down
+        if torch.empty(0).is_cpu:  # setting it would slow every call of torch down, asking for it this one
             return function(*arguments, **named)
         with torch.device("cpu"):
             return function(*arguments, **named)

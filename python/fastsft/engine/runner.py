@@ -10,7 +10,6 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from fastsft.engine.sequence import Sequence
@@ -48,14 +47,13 @@ class Inputs:
                 contexts.append(end)
                 held.append(blocks)
                 adapters.append(sequence.adapter.weights if sequence.adapter else None)
-        table = np.zeros((len(held), max(map(len, held))), dtype=np.int32)
-        for row, blocks in zip(table, held, strict=True):
-            row[: len(blocks)] = np.frombuffer(blocks, dtype=np.int32)
+        width = 4 * max(map(len, held))
+        table = bytearray().join(blocks.tobytes().ljust(width, b"\0") for blocks in held)
         return cls(
             torch.tensor(ids, dtype=torch.int64),
             torch.tensor(bounds, dtype=torch.int32),
             torch.tensor(contexts, dtype=torch.int32),
-            torch.from_numpy(table),
+            torch.frombuffer(table, dtype=torch.int32).view(len(held), -1),
             adapters if any(s.adapter for s, _ in work) else [],
         )
 

@@ -13,6 +13,7 @@ import torch
 from fastsft import ops
 from fastsft.engine.rejection import settle
 from fastsft.engine.sequence import Sequence
+from fastsft.ops.sampling import sample_few
 
 
 def draw(
@@ -74,11 +75,11 @@ def draw(
                 sequence.finish_reason, sequence.stop_reason = "error", "no token is allowed"
                 break
             token = ids[row]
-            before_V = raw.get(row, logits_RV[row])
             if sequence.params.logprobs is not None:
+                before_V = raw[row] if row in raw else logits_RV[row]
                 sequence.logprobs.append(report(before_V, token, sequence.params.logprobs))
             sequence.cumulative_logprob += (
-                logprobs[row] if row not in raw else float(before_V[token] - before_V.logsumexp(-1))
+                logprobs[row] if row not in raw else float(raw[row][token] - raw[row].logsumexp(-1))
             )
             sequence.append(token, end_ids)
             right += row - start < len(draft) and token == draft[row - start]
@@ -123,6 +124,10 @@ def draw_rows(
 ) -> tuple[list[int], list[float]]:
     """A token for each row, with its sequence's parameters and the noise of its place among the generated tokens, and
     its log-probability."""
+    if logits_RV.is_cpu:
+        pairs = zip(sequences, places, strict=True)
+        rows = [(p.temperature, p.top_k, p.top_p, p.min_p, s.seed, at) for s, at in pairs for p in (s.params,)]
+        return sample_few(logits_RV, rows)
     ids, logprobs = ops.sample(
         logits_RV,
         temperature=torch.tensor([s.params.temperature for s in sequences], dtype=torch.float32),

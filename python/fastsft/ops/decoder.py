@@ -156,8 +156,7 @@ def decoder_step(
         ValueError: shapes, types, ids, blocks or rows out of contract, naming the argument; nothing has been written.
     """
     logits = torch.empty(wanted.shape[0], weights.embedding.shape[0], dtype=torch.float32)
-    longest = int(context_lens.max()) if context_lens.shape[0] else 0
-    cos, sin = weights.angles(longest)
+    cos, sin = weights.angles(max(context_lens.tolist(), default=0))
     weights.native.step(
         ids, cos, sin, kv_format, cache, block_size, cu_seqlens, context_lens, block_table,
         [a.native if a else None for a in adapters], wanted, logits, hidden,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,3 +144,15 @@ def sample(
     """
     parameters = _moved([temperature, top_k, top_p, min_p, seeds, positions], logits.device)
     return _op(logits, *parameters)  # type: ignore[no-any-return]
+
+
+def sample_few(
+    logits: torch.Tensor, rows: Sequence[tuple[float, int, float, float, int, int]]
+) -> tuple[list[int], list[float]]:
+    """:func:`sample` on the CPU with numbers instead of tensors, which take longer to make than a row to draw.
+
+    Args:
+        logits: as there.
+        rows: of each: temperature, top_k, top_p, min_p, seed, position.
+    """
+    return _C.sample_few(logits.contiguous(), rows)

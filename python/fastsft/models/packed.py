@@ -13,9 +13,10 @@ from fastsft.models.config import ModelConfig
 from fastsft.models.decoder import Decoder
 from fastsft.models.rope import RotaryTable
 from fastsft.models.stacked import Replaceable, Stacker, Tensors, Trial, check_sizes
+from fastsft.ops._memory import HugePages
 from fastsft.ops.decoder import DecoderAdapter, DecoderWeights, decoder_step
 from fastsft.ops.kv_cache import empty_blocks
-from fastsft.ops.matvec import FORMATS, PackedWeight, pack_weight
+from fastsft.ops.matvec import FORMATS, PackedWeight, empty_packed, pack_weight
 
 
 class PackedDecoder(Replaceable):
@@ -137,6 +138,7 @@ class _Packer(Stacker[PackedWeight]):
     def __init__(self, tensors: Tensors, format: str, group: int) -> None:
         super().__init__(tensors, format)
         self.group = group
+        self.memory = HugePages()
 
     def all(self, head_format: str, old: DecoderWeights | None = None) -> DecoderWeights:
         config = self.config
@@ -162,7 +164,11 @@ class _Packer(Stacker[PackedWeight]):
         )
 
     def matrix(self, names: list[str], format: str, old: PackedWeight | None) -> PackedWeight:
-        return pack_weight([self.tensors.read(name).cpu() for name in names], format, group=self.group, out=old)
+        parts = [self.tensors.read(name).cpu() for name in names]
+        if old is None:
+            shape = (sum(map(len, parts)), parts[0].shape[1])
+            old = empty_packed(format, shape, self.group, self.memory.empty)
+        return pack_weight(parts, format, group=self.group, out=old)
 
     def vector(self, names: list[str], old: Tensor | None) -> Tensor:
         new = torch.cat([self.tensors.read(name).float().cpu() for name in names])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,19 +90,25 @@ def pack_weight(
     n, k = sum(len(w) for w in parts), parts[0].shape[1]
     mine = (format, (n, k), group if format == "int4" else 0)
     if out is None:
-        slabs = -(-n // _SLAB)
-        scales = torch.empty(0, dtype=torch.float32)
-        if format in _PER_CHANNEL:
-            scales = torch.empty(slabs, _SLAB, dtype=torch.float32)
-        elif format == "int4":
-            scales = torch.empty(slabs, -(-k // group), _SLAB, dtype=torch.bfloat16)
-        out = PackedWeight(*mine, torch.empty(_C.packed_bytes(format, n, k), dtype=torch.uint8), scales)
+        out = empty_packed(format, (n, k), group, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     if (out.format, out.shape, out.group) != mine:
         got = f"{out.format} {list(out.shape)}, group {out.group}"
         raise ValueError(f"pack_weight: out: expected {format} {[n, k]}, group {mine[2]}, got {got}")
     rows = [w if w.stride(1) == 1 or k <= 1 else w.contiguous() for w in parts]
     _C.pack_weight(rows, *mine[::2], n, k, out.data, out.scales)
     return out
+
+
+def empty_packed(format: str, shape: tuple[int, int], group: int, empty: Callable[[int], Tensor]) -> PackedWeight:
+    """For :func:`pack_weight` to fill, in memory that ``empty`` gives: uint8 tensors of so many bytes."""
+    n, k = shape
+    slabs = -(-n // _SLAB)
+    scales = torch.empty(0, dtype=torch.float32)
+    if format in _PER_CHANNEL:
+        scales = empty(slabs * _SLAB * 4).view(torch.float32).view(slabs, _SLAB)
+    elif format == "int4":
+        scales = empty(slabs * -(-k // group) * _SLAB * 2).view(torch.bfloat16).view(slabs, -(-k // group), _SLAB)
+    return PackedWeight(format, shape, group if format == "int4" else 0, empty(_C.packed_bytes(format, n, k)), scales)
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -102,7 +102,7 @@ def test_guesses_are_those_of_the_heads(folder: Path, tmp_path: Path) -> None:
         expected.append(int(logits.argmax()))
     params: Any = SamplingParams()
     sequence = Sequence("0", 0, [5, 6], 1, 100, params, None, 3)  # type: ignore[arg-type]
-    guess = HeadsGuess(guess_of, sequence)
+    guess = HeadsGuess(guess_of, sequence, branches=2)
     assert guess.propose([5, 6], 3) == []
     sequence.hidden_D = hidden
     assert guess.propose([5, 6], 9) == expected

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_heads, write_model
-from fake_model import FakeTokenizer
+from fake_model import FakeRunner, FakeTokenizer, next_token
 
+from fastsft.engine.core import EngineCore
 from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.draft.guess import Guess
 from fastsft.engine.draft.speculation import Speculation
@@ -84,6 +85,35 @@ def test_what_held_is_learned(best: int, accepted: int, firsts: list[int], other
     assert length._accepted == accepted
 
 
+@pytest.mark.parametrize(
+    ("best", "accepted", "held", "others"),
+    [(2, 1, 1, {}), (1, 0, 0, {}), (1, 1, 0, {0: 1}), (2, 2, 1, {1: 1}), (0, 1, 1, {})],
+)
+def test_what_held_of_a_text_that_ended_is_learned(best: int, accepted: int, held: int, others: dict[int, int]) -> None:
+    """It may end before the place where the best path branches, and at that place."""
+    drafter = Speculation(lambda sequence: Digits(), most=4, paths=3, adaptive=False)
+    sequence = text()
+    drafter.begin(1)
+    paths = drafter.propose(sequence, 9)
+    sequence.finish_reason = "stop"
+    drafter.observe(sequence, paths, best, accepted)
+    length = drafter._length
+    assert sum(length.shares._held) == held
+    assert {place: x for place, x in enumerate(length.others._held) if length.others._tried[place]} == others
+    assert length._accepted == accepted
+
+
+def test_a_step_that_had_no_blocks_for_a_path_is_measured() -> None:
+    """Else a full cache would hide what drafting costs."""
+    drafter = Speculation(lambda sequence: Digits(), most=4, paths=3, adaptive=False)
+    sequence = text()
+    drafter.begin(1)
+    paths = drafter.propose(sequence, 9)[:2]
+    drafter.observe(sequence, paths, 0, 4)
+    drafter.measured(rows_of(paths), 1.0)
+    assert drafter._length._times.count(rows_of(paths)) == 1
+
+
 def test_rows_of_branches_are_those_of_the_step() -> None:
     """Else its time would be that of another number of rows."""
     drafter = Speculation(lambda sequence: Digits(), most=4, paths=4, adaptive=False)
@@ -91,7 +121,9 @@ def test_rows_of_branches_are_those_of_the_step() -> None:
     drafter.begin(2)
     proposed = [drafter.propose(sequence, limit) for sequence, limit in zip(sequences, (9, 1), strict=True)]
     rows = sum(rows_of(paths) for paths in proposed)
-    assert rows == (5 + 2 + 3 + 4) + (2 + 2)
+    assert rows == 2 + drafter._length._rows == (5 + 2 + 3 + 4) + (2 + 2)
+    for sequence, paths in zip(sequences, proposed, strict=True):
+        drafter.observe(sequence, paths, 0, 0)
     drafter.measured(rows, 1.0)
     assert drafter._length._times.count(rows) == 1
 
@@ -163,6 +195,60 @@ def cache_after(folder: Path, sequence: Sequence) -> torch.Tensor:
     fresh.core.step()
     (running,) = fresh.core._scheduler.running
     return cache_of(fresh, running)
+
+
+class SecondPaths:
+    """The first path is wrong, the second one right."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self._runner = runner
+
+    def begin(self, sequences: int) -> bool:
+        return True
+
+    def propose(self, sequence: Sequence, limit: int) -> list[list[int]]:
+        token = next_token(self._runner.version, sequence.tokens, 0.0, 0, 0)
+        return [[(token + 1) % 7], [token]]
+
+    def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
+        assert (best, accepted) == (1, 1)
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+    def measured(self, rows: int, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+def test_blocks_that_can_be_found_are_those_of_the_text(block_size: int) -> None:
+    """A block that is let go alone would be evicted before those after it, which nobody could then find."""
+    runner = FakeRunner(block_size=block_size, num_blocks=40)
+    core = EngineCore(runner, FakeTokenizer(), drafter=SecondPaths(runner))  # type: ignore[arg-type]
+    core.add(Request("0", (1, 2, 3), SamplingParams(max_tokens=24)))
+    (sequence,) = core._live["0"]
+    while core.busy:
+        core.step()
+        if sequence.finish_reason is None:
+            keys = core._scheduler._keys(sequence, sequence.published)
+            assert core._allocator.find(keys) == list(sequence.blocks[: sequence.published])
+            assert core._allocator.num_cached == 0
+    assert sequence.drafted == 2 * sequence.accepted > 20
+
+
+@pytest.mark.parametrize("paths", [1, 3])
+@pytest.mark.parametrize("method", ["heads", "draft_model"])
+def test_what_guesses_were_drawn_from_is_not_kept(method: str, paths: int, folder: Path, heads: Path) -> None:
+    """Whole rows of logits, of each text."""
+    config = {"method": method, "model": heads if method == "heads" else folder, "num_speculative_paths": paths}
+    core = engine(folder, speculative_config=config | {"adaptive": False}).core
+    core.add(Request("0", tuple(prompts_of([9])[0]), SamplingParams(max_tokens=20)))
+    for _ in range(3):
+        core.step()
+    drafter: Any = core._drafter
+    (state,) = drafter._states.values()
+    assert state.guess._drawn
+    assert not (state.guess._logits if method == "draft_model" else state.guess._logits_KV is not None)
 
 
 def test_a_guide_at_its_limits_stays_there_for_all_paths() -> None:

@@ -178,10 +178,10 @@ class EngineCore:
             drawn = self._score(step.work, logits_RV)
         for w in step.work:
             w.sequence.computed += w.count
-        complete = [w.sequence for w in step.work if w.rows]
-        if not complete:
+        drawing = [w for w in step.work if w.rows]
+        if not drawing:
             return []
-        complete, drawn = self._fork(complete, drawn)
+        complete, drawn = self._fork(drawing, drawn)
         if drawn != list(range(len(rows))):
             logits_RV = logits_RV[drawn]
             hidden_RD = None if hidden_RD is None else hidden_RD[drawn]
@@ -191,13 +191,13 @@ class EngineCore:
             self._keep(complete, held, hidden_RD)
         for sequence, mine, (best, right) in zip(complete, paths, held, strict=True):
             self._scheduler.advanced(sequence, best)
-            if mine != [[]] and self._drafter:
+            if self._drafter and mine != [[]]:
                 self._drafter.observe(sequence, mine, best, right)
-            drafted = guesses_of(mine)
-            sequence.drafted += drafted
-            sequence.accepted += right
-            self._drafted += drafted
-            self._accepted += right
+                drafted = guesses_of(mine)
+                sequence.drafted += drafted
+                sequence.accepted += right
+                self._drafted += drafted
+                self._accepted += right
         if self._drafter:
             self._drafter.measured(len(inputs.ids_T), time.perf_counter() - begin)
         return complete
@@ -214,16 +214,15 @@ class EngineCore:
             kept += range(row - w.rows, row)
         return kept
 
-    def _fork(self, complete: list[Sequence], rows: list[int]) -> tuple[list[Sequence], list[int]]:
+    def _fork(self, drawing: list[Work], rows: list[int]) -> tuple[list[Sequence], list[int]]:
         """Let the siblings of a computed prompt draw from the same rows."""
         rows = list(rows)
-        children, last = [], -1
-        for parent in complete:
-            last += rows_of(parent.paths)
+        complete, children = [w.sequence for w in drawing], []
+        for parent, end in zip(complete, accumulate(w.rows for w in drawing), strict=True):
             for child in parent.siblings:
                 if self._scheduler.fork(parent, child):
                     children.append(child)
-                    rows.append(rows[last])
+                    rows.append(rows[end - 1])
             parent.siblings = []
         return complete + children, rows
 

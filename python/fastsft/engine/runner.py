@@ -36,17 +36,21 @@ class Inputs:
         bounds, contexts = [0], list[int]()
         held: list[array[int]] = []
         adapters: list[Any] = []
+        adapted = any(s.adapter for s, _ in work)
         for sequence, count in work:
-            own = count - rows_of([fork.draft for fork in sequence.forks])
-            pieces = [(sequence.upcoming(own), sequence.computed + own, sequence.blocks)]
+            own = count - rows_of([fork.draft for fork in sequence.forks]) if sequence.forks else count
+            ids += sequence.upcoming(own)
+            bounds.append(len(ids))
+            contexts.append(sequence.computed + own)
+            held.append(sequence.blocks)
             for fork in sequence.forks:
-                pieces.append(([sequence.tokens[-1], *fork.draft], len(sequence.tokens) + len(fork.draft), fork.blocks))
-            for tokens, end, blocks in pieces:
-                ids += tokens
+                ids += [sequence.tokens[-1], *fork.draft]
                 bounds.append(len(ids))
-                contexts.append(end)
-                held.append(blocks)
-                adapters.append(sequence.adapter.weights if sequence.adapter else None)
+                contexts.append(len(sequence.tokens) + len(fork.draft))
+                held.append(fork.blocks)
+            if adapted:
+                adapter = sequence.adapter.weights if sequence.adapter else None
+                adapters += [adapter] * (1 + len(sequence.forks))
         width = 4 * max(map(len, held))
         table = bytearray().join(blocks.tobytes().ljust(width, b"\0") for blocks in held)
         return cls(
@@ -54,7 +58,7 @@ class Inputs:
             torch.tensor(bounds, dtype=torch.int32),
             torch.tensor(contexts, dtype=torch.int32),
             torch.frombuffer(table, dtype=torch.int32).view(len(held), -1),
-            adapters if any(s.adapter for s, _ in work) else [],
+            adapters,
         )
 
 

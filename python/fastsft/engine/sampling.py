@@ -6,7 +6,7 @@ Shape suffixes: R rows of the step, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 
@@ -43,32 +43,33 @@ def draw(
     """
     if not logits_RV.is_cpu and any(s.processors or s.draft_probs_KV is not None for s in sequences):
         logits_RV = logits_RV.cpu()  # where those work
-    each = [(s, draft) for s, mine in zip(sequences, paths, strict=True) for draft in mine]
-    starts = list(accumulate((1 + len(draft) for _, draft in each), initial=0))
+    drafts = [draft for mine in paths for draft in mine]
+    owners = [s for s, mine in zip(sequences, paths, strict=True) for _ in mine]
+    starts = list(accumulate([1 + len(draft) for draft in drafts], initial=0))[:-1]
     raw: dict[int, torch.Tensor] = {}  # what a row was before its processors
     empty: set[int] = set()
-    for (sequence, draft), (start, end) in zip(each, pairwise(starts), strict=True):
+    for sequence, draft, start in zip(owners, drafts, starts, strict=True):
         if sequence.processors is not None:
-            mine_KV = logits_RV[start:end]
+            mine_KV = logits_RV[start : start + len(draft) + 1]
             raw.update(enumerate(mine_KV.clone(), start))
             sequence.processors.apply(mine_KV, sequence.tokens, draft)
             if sequence.processors.bars:
                 for row in (mine_KV.amax(-1) == -torch.inf).nonzero().flatten().tolist():
                     empty.add(start + row)
                     mine_KV[row] = 0
-    ids, logprobs = _sample(each, logits_RV)
-    for (sequence, draft), start in zip(each, starts, strict=False):
+    ids, logprobs = _sample(owners, drafts, logits_RV)
+    for sequence, draft, start in zip(owners, drafts, starts, strict=True):
         if draft and (q_KV := sequence.draft_probs_KV) is not None:
             logits_KV = logits_RV[start : start + len(draft)]
             settled = settle(draft, q_KV[: len(draft)], logits_KV, sequence.params, sequence.seed, sequence.generated)
             ids[start : start + len(settled)] = settled
             raw = dict(enumerate(logits_KV, start)) | raw  # their log-probabilities are not those of the draws
         sequence.draft_probs_KV = None
-    held, places = [], iter(starts)
+    held, first = [], 0
     for sequence, mine in zip(sequences, paths, strict=True):
-        branches = list(zip(mine, places, strict=False))
-        best = max(range(len(mine)), key=lambda p: _agreeing(*branches[p], ids))
-        draft, start = branches[best]
+        best = _longest(mine, starts[first : first + len(mine)], ids) if len(mine) > 1 else 0
+        draft, start = mine[best], starts[first + best]
+        first += len(mine)
         right = 0
         for row in range(start, start + len(draft) + 1):
             if row in empty:
@@ -89,9 +90,14 @@ def draw(
     return held
 
 
-def _agreeing(draft: Ordered[int], start: int, ids: Ordered[int]) -> int:
-    """How many drafts of the path whose rows begin at ``start`` are what was drawn in their places."""
-    return next((j for j, token in enumerate(draft) if ids[start + j] != token), len(draft))
+def _longest(paths: Ordered[Ordered[int]], starts: Ordered[int], ids: Ordered[int]) -> int:
+    """Which of the paths, whose rows begin at ``starts``, has the most drafts that are what was drawn in their places;
+    the first of several."""
+
+    def agreeing(p: int) -> int:
+        return next((j for j, token in enumerate(paths[p]) if ids[starts[p] + j] != token), len(paths[p]))
+
+    return max(range(len(paths)), key=agreeing)
 
 
 def report(logits_V: torch.Tensor, token: int, count: int) -> dict[int, float]:
@@ -113,10 +119,12 @@ def score(sequence: Sequence, logits_KV: torch.Tensor, begin: int) -> None:
         sequence.prompt_logprobs.append({token: logprob, **dict(zip(ids, values, strict=True))})
 
 
-def _sample(each: Ordered[tuple[Sequence, Ordered[int]]], logits_RV: torch.Tensor) -> tuple[list[int], list[float]]:
-    owners = [s for s, draft in each for _ in range(len(draft) + 1)]
-    places = [s.generated + j for s, draft in each for j in range(len(draft) + 1)]
-    return draw_rows(logits_RV, owners, places)
+def _sample(
+    sequences: Ordered[Sequence], drafts: Ordered[Ordered[int]], logits_RV: torch.Tensor
+) -> tuple[list[int], list[float]]:
+    each = [s for s, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
+    places = [s.generated + j for s, draft in zip(sequences, drafts, strict=True) for j in range(len(draft) + 1)]
+    return draw_rows(logits_RV, each, places)
 
 
 def draw_rows(

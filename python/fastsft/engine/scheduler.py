@@ -117,7 +117,7 @@ class Scheduler:
         for sequence in generating:
             if drafting:
                 self._draft(sequence, drafting, step)
-            rows = rows_of(sequence.paths)
+            rows = rows_of(sequence.paths) if drafting else 1
             step.work.append(Work(sequence, rows, rows))
         step.work += [w for w in prompts if w.rows or w.scores or not self.splits]
         step.apart = [w for w in prompts if not (w.rows or w.scores) and self.splits]
@@ -273,16 +273,24 @@ class Scheduler:
     def advanced(self, sequence: Sequence, best: int = 0) -> None:
         """After a step: go back to the tokens that were kept, those of the ``best`` path, and return all blocks but
         theirs."""
-        for number, fork in enumerate(sequence.forks, 1):
-            own = fork.blocks[fork.shared :]
-            if number == best:
-                own, sequence.blocks[fork.shared :] = sequence.blocks[fork.shared :], own
-            self.allocator.release(own)
+        if sequence.forks:
+            self._join(sequence, best)
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         keep = self._blocks_for(sequence.computed)
         self.allocator.release(sequence.blocks[keep:])
         del sequence.blocks[keep:]
-        sequence.draft, sequence.forks = [], []
+        sequence.draft = []
+
+    def _join(self, sequence: Sequence, best: int) -> None:
+        """End the forks: the sequence goes on with the blocks of the best path."""
+        for number, fork in enumerate(sequence.forks, 1):
+            own = fork.blocks[fork.shared :]
+            if number == best:
+                # A block that can be found, full with the last token, stays: alone in the cache it might be evicted.
+                begin = max(fork.shared, sequence.published)
+                own[begin - fork.shared :], sequence.blocks[begin:] = sequence.blocks[begin:], fork.blocks[begin:]
+            self.allocator.release(own)
+        sequence.forks = []
 
     def landed(self) -> None:
         """The job that ran apart is over."""

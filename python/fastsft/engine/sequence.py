@@ -91,7 +91,7 @@ class Sequence:
     @property
     def paths(self) -> list[list[int]]:
         """All guesses at what follows, an empty one where there is none."""
-        return [self.draft, *(fork.draft for fork in self.forks)]
+        return [self.draft, *[fork.draft for fork in self.forks]]
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` tokens to compute, drafts included."""

@@ -26,7 +26,7 @@ class Fork:
 
 def rows_of(paths: Sequence[Sequence[int]]) -> int:
     """Tokens to compute: each path's, and the last one of the text before each."""
-    return sum(1 + len(path) for path in paths)
+    return len(paths) + sum(map(len, paths))
 
 
 def guesses_of(paths: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,10 @@ class Guess(ABC):
         """At most ``limit`` tokens; ``tokens`` begins with those of the call before."""
 
     def others(self, count: int) -> list[int]:
-        """The next best guess in each of the first ``count`` places of the latest proposal, after those before it."""
+        """The next best guess in each of the first ``count`` places of the latest proposal, after those before it.
+
+        Asked for at most once after each proposal, which may then be forgotten.
+        """
         return []
 
     def close(self) -> None:

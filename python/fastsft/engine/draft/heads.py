@@ -81,20 +81,28 @@ def _parameters(heads: DraftHeads) -> tuple[list[torch.Tensor], list[torch.Tenso
 
 
 class HeadsGuess(Guess):
-    """Of one text."""
+    """Of one text.
 
-    def __init__(self, heads: PackedHeads | DeviceHeads, sequence: Sequence) -> None:
-        self._heads, self._sequence = heads, sequence
-        self._drawn: list[int] = []  # the latest proposal, and from what
+    Args:
+        branches: places of a proposal for which another guess may be asked.
+    """
+
+    def __init__(self, heads: PackedHeads | DeviceHeads, sequence: Sequence, branches: int = 0) -> None:
+        self._heads, self._sequence, self._branches = heads, sequence, branches
+        self._drawn: list[int] = []  # the latest proposal
+        self._logits_KV: torch.Tensor | None = None  # what it was drawn from, for other guesses
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """As many tokens as there are heads, and at most ``limit``."""
         hidden_D = self._sequence.hidden_D
         if hidden_D is None:  # not drawn yet
             return []
-        self._logits_KV = self._heads.logits(hidden_D, min(limit, self._heads.count))
-        self._drawn = draw_alike(self._sequence, self._logits_KV, 0)
+        logits_KV = self._heads.logits(hidden_D, min(limit, self._heads.count))
+        self._drawn, self._logits_KV = draw_alike(self._sequence, logits_KV, 0), logits_KV if self._branches else None
         return self._drawn
 
     def others(self, count: int) -> list[int]:
-        return draw_others(self._sequence, self._logits_KV[:count], self._drawn[:count], 0)
+        logits_KV, self._logits_KV = self._logits_KV, None
+        if logits_KV is None or not count:
+            return []
+        return draw_others(self._sequence, logits_KV[:count], self._drawn[:count])

@@ -10,8 +10,8 @@ whatever the estimates. Estimates that say no fade, so that drafting is tried ag
 
 A branch that has another guess in place of draft i takes i + 1 rows, as its path begins with the last token and the
 drafts before it. It brings one token with probability P_{i-1} (1 - p_i) q_i, where p_i is the share of drafts that hold
-at that place, and q_i that of other guesses where the draft does not. Branches follow at the first places as long as
-each raises the ratio.
+at that place, and q_i that of other guesses where the draft does not. The first places have branches, as many as raise
+the ratio the most.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class StepTimes(Times):
 
 
 class ProposalTimes(Times):
-    """Of making so many drafts, of which none take none. Of a draft model they grow with the number, of heads they
-    hardly do."""
+    """Of making so many guesses, of which none take none. Of a draft model's drafts they grow with the number, of
+    heads' they hardly do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,14 +145,14 @@ class DraftLength:
         self.shares, self.others = Shares(most), Shares(most, _PRIOR_OTHER)
         self._times = StepTimes()
         self._steps = 0
-        self._proposals = ProposalTimes()
+        self._proposals, self._branchings = ProposalTimes(), ProposalTimes()
         self._time = self._lost = 0.0
         self.begin(0)
 
     def begin(self, base: int) -> bool:
         """Whether to draft at all in a step in which ``base`` continuations generate."""
         self._base = base
-        self._rows = self._accepted = 0
+        self._rows = self._computed = self._accepted = 0
         self._expected = self._proposing = self._choosing = 0.0
         self._least: float | None = None
         if self._steps % REFRESH == 0 or self._times.count(base) < 3:
@@ -206,25 +206,29 @@ class DraftLength:
     def branches(self, shares: Shares, others: Shares, most: int) -> int:
         """How many of the first ``most`` places of the drafts just proposed should have another guess."""
         rows, tokens = self._base + self._rows, self._base + self._expected
-        rate = tokens / (self._times[rows] + self._proposing)
-        for place, gain in enumerate(_gains(shares, others, most)):
-            rows, tokens, before = rows + place + 2, tokens + gain, rate
-            rate = tokens / (self._times[rows] + self._proposing)
-            if rate <= before:
-                if place == 0:
-                    others.fade()
-                    self.others.fade()
-                return place
-        return most
+        best, best_rate = 0, tokens / (self._times[rows] + self._proposing)
+        for count, gain in enumerate(_gains(shares, others, most), 1):
+            rows, tokens = rows + count + 1, tokens + gain
+            rate = tokens / (self._times[rows] + self._proposing + self._branchings[count])
+            if rate > best_rate:
+                best, best_rate = count, rate
+        if best == 0:
+            others.fade()
+            self.others.fade()
+        return best
 
-    def branched(self, shares: Shares, others: Shares, count: int, seconds: float) -> None:
-        """So many came, after so long."""
+    def branched(self, shares: Shares, others: Shares, count: int, seconds: float, *, first: bool = False) -> None:
+        """So many came, after so long; ``first``: of a text."""
         self._proposing += seconds
+        if count and not first:
+            self._branchings.add(count, seconds)
         self._expected += sum(_gains(shares, others, count))
         self._rows += sum(place + 2 for place in range(count))
         self._least = None
 
-    def observe(self, shares: Shares, proposed: int, accepted: int) -> None:
+    def observe(self, shares: Shares, proposed: int, accepted: int, rows: int) -> None:
+        """``rows`` of the step were those of its drafts: fewer than were planned where blocks lacked."""
+        self._computed += rows
         shares.observe(proposed, accepted)
         self.shares.observe(proposed, accepted)
         self._accepted += accepted
@@ -238,12 +242,12 @@ class DraftLength:
     def measured(self, rows: int, seconds: float) -> None:
         """The step is done; ``rows`` are all it computed, ``seconds`` all it took, choices and proposals included."""
         base, speculating = self._base, self._choosing + self._proposing
-        if base and rows == base + self._rows:  # without prompts, whose rows cost otherwise
+        if base and rows == base + self._computed:  # without prompts, whose rows cost otherwise
             self._times.add(rows, seconds - speculating)
             self._time += seconds
             if self._times.count(base):
                 plain = self._times[base]
-                self._lost += seconds - plain * (base + self._accepted) / base if self._rows else speculating
+                self._lost += seconds - plain * (base + self._accepted) / base if self._computed else speculating
                 self._lost = max(self._lost, -10 * plain)
         self._steps += base > 0
 

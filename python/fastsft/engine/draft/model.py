@@ -72,16 +72,20 @@ def check_same_tokens(ours: Tokenizer, theirs: Tokenizer) -> None:
 
 
 class ModelGuess(Guess):
-    """Of one text. What it holds in the cache follows the text: drafts that did not hold are written over."""
+    """Of one text. What it holds in the cache follows the text: drafts that did not hold are written over.
 
-    def __init__(self, draft: DraftModel, sequence: Sequence) -> None:
-        self._draft, self._sequence = draft, sequence
+    Args:
+        branches: places of a proposal for which another guess may be asked.
+    """
+
+    def __init__(self, draft: DraftModel, sequence: Sequence, branches: int = 0) -> None:
+        self._draft, self._sequence, self._branches = draft, sequence, branches
         self._blocks: list[int] = []
         self._known: list[int] = []  # tokens whose keys and values the cache has
         self._agreed = 0  # how many of them were the text's at the last call
         self._drawn: list[int] = []  # the latest proposal
-        self._logits: list[torch.Tensor] = []  # [1, V] that each of it was drawn from
-        self._probs_KV: list[torch.Tensor] = []  # and the distributions, for rejection sampling
+        self._logits: list[torch.Tensor] = []  # [1, V] that its first ones were drawn from, for other guesses
+        self._probs_KV: list[torch.Tensor] = []  # what all of it was drawn from, for rejection sampling
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """At most ``limit`` tokens; fewer where the cache or the model's context is full."""
@@ -125,11 +129,13 @@ class ModelGuess(Guess):
             padding = self._draft.target_vocab_size - self._draft.vocab_size
             self._probs_KV.append(torch.nn.functional.pad(q_V, (0, padding)))
             return token
-        self._logits.append(logits_1V.clone())
-        return draw_alike(sequence, self._logits[-1], place)[0]
+        if place < self._branches:
+            self._logits.append(logits_1V.clone())
+        return draw_alike(sequence, logits_1V.contiguous(), place)[0]
 
     def others(self, count: int) -> list[int]:
-        return draw_others(self._sequence, torch.cat(self._logits[:count]), self._drawn[:count], 0)
+        logits, self._logits = self._logits[:count], []
+        return draw_others(self._sequence, torch.cat(logits), self._drawn[:count]) if logits else []
 
     def close(self) -> None:
         """Give the blocks back."""

@@ -15,8 +15,8 @@ def draw_alike(sequence: Sequence, logits_KV: torch.Tensor, place: int) -> list[
     return ids
 
 
-def draw_others(sequence: Sequence, logits_KV: torch.Tensor, drawn: list[int], place: int) -> list[int]:
-    """The same where :func:`draw_alike` may not give what it has ``drawn``."""
+def draw_others(sequence: Sequence, logits_KV: torch.Tensor, drawn: list[int]) -> list[int]:
+    """The same from the next place on, without those that have been ``drawn`` there."""
     barred_KV = logits_KV.clone()
     barred_KV[range(len(drawn)), drawn] = -torch.inf
-    return draw_alike(sequence, barred_KV, place)
+    return draw_alike(sequence, barred_KV, 0)

@@ -17,6 +17,7 @@ from fastsft.engine.draft.ngram import NgramGuess
 from fastsft.engine.draft.options import speculative_options
 from fastsft.engine.draft.suffix import SuffixGuess, corpus_automaton
 from fastsft.engine.sequence import Sequence
+from fastsft.engine.tree import rows_of
 from fastsft.models.device import DeviceDecoder
 from fastsft.models.packed import PackedDecoder
 from fastsft.models.tokenizer import Tokenizer
@@ -69,25 +70,32 @@ class Speculation:
         self._length.chose(chosen - begin)
         if count == 0:
             return []
+        first, state.asked = not state.asked, True
         draft = state.guess.propose(sequence.tokens, count)
-        self._length.proposed(state.shares, len(draft), time.perf_counter() - chosen, first=not state.asked)
-        state.asked = True
-        return [draft, *self._branches(state, draft)] if draft else []
+        self._length.proposed(state.shares, len(draft), time.perf_counter() - chosen, first=first)
+        paths = [draft] if draft else []
+        if draft and self._paths > 1:
+            paths += self._branches(state, draft, first)
+        return paths
 
-    def _branches(self, state: _State, draft: list[int]) -> list[list[int]]:
+    def _branches(self, state: _State, draft: list[int], first: bool) -> list[list[int]]:
         begin = time.perf_counter()
         count = min(self._paths - 1, len(draft))
         if self._adaptive:
             count = self._length.branches(state.shares, state.others, count)
-        others = state.guess.others(count) if count else []
-        self._length.branched(state.shares, state.others, len(others), time.perf_counter() - begin)
+        others = state.guess.others(count)
+        seconds = time.perf_counter() - begin
+        self._length.branched(state.shares, state.others, len(others), seconds, first=first)
         return [[*draft[:place], token] for place, token in enumerate(others)]
 
     def observe(self, sequence: Sequence, paths: list[list[int]], best: int, accepted: int) -> None:
-        state, held = self._states[sequence], accepted - (best > 0)
-        self._length.observe(state.shares, len(paths[0]), held)
-        if held + 1 < len(paths) and sequence.finish_reason is None:  # there was another guess where the first failed
-            self._length.observe_other(state.others, held, best > 0)
+        state = self._states[sequence]
+        held = min(accepted, best - 1) if best else accepted  # of the first path; the text may end before the branch
+        self._length.observe(state.shares, len(paths[0]), held, rows_of(paths) - 1)
+        if held < accepted:
+            self._length.observe_other(state.others, held, True)
+        elif held + 1 < len(paths) and sequence.finish_reason is None:  # there was another guess where the first failed
+            self._length.observe_other(state.others, held, False)
 
     def forget(self, sequence: Sequence) -> None:
         if (state := self._states.pop(sequence, None)) is not None:
@@ -110,6 +118,7 @@ def speculation_from(
     """
     options = speculative_options(config)
     method, most = options["method"], options["num_speculative_tokens"]
+    paths = options.get("num_speculative_paths", 1)
     make: Callable[[Sequence], Guess]
     if method == "ngram":
 
@@ -126,7 +135,7 @@ def speculation_from(
         )
 
         def make(sequence: Sequence) -> Guess:
-            return ModelGuess(draft, sequence)
+            return ModelGuess(draft, sequence, paths - 1)
     elif method == "heads":
         heads: PackedHeads | DeviceHeads
         if isinstance(target, PackedDecoder):
@@ -136,7 +145,7 @@ def speculation_from(
         most = min(most, heads.count)
 
         def make(sequence: Sequence) -> Guess:
-            return HeadsGuess(heads, sequence)
+            return HeadsGuess(heads, sequence, paths - 1)
     else:
         texts = list(options["corpus"])
         corpus = corpus_automaton(tokenizer.encode_text(texts)) if texts else None
@@ -147,7 +156,7 @@ def speculation_from(
     return Speculation(
         make,
         most=most,
-        paths=options.get("num_speculative_paths", 1),
+        paths=paths,
         adaptive=options["adaptive"],
         needs_hidden=method == "heads",
     )

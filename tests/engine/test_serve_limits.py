@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
@@ -280,6 +281,34 @@ def test_requests_have_their_time(folder: Path) -> None:
             begin = time.monotonic()
             assert b" 408 " in slow.recv(1 << 16)
             assert 0.2 < time.monotonic() - begin < 5
+
+
+BEGUN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", BEGUN, BEGUN + b"\r\n" + BEGUN])
+def test_connections_on_which_nothing_is_asked_are_closed(said: bytes, folder: Path) -> None:
+    with serving(folder, settings={"body_seconds": 0.3}) as server:
+        begin = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+            silent.sendall(said)
+            with contextlib.suppress(ConnectionResetError):
+                while silent.recv(1 << 12):
+                    pass
+        assert 0.3 < time.monotonic() - begin < 5
+
+
+def test_a_connection_on_which_much_is_asked_stays(folder: Path) -> None:
+    with serving(folder, settings={"body_seconds": 0.3}) as server:
+        busy = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        with busy, busy.makefile("rb") as answers:
+            for _ in range(50):
+                busy.sendall(BEGUN + b"\r\n")
+                assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+                while answers.readline() != b"\r\n":
+                    pass
+                answers.read(len('{"status":"ok"}'))
+                time.sleep(0.02)
 
 
 def test_settings_are_checked() -> None:

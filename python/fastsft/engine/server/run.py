@@ -6,7 +6,9 @@ import asyncio
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -19,11 +21,24 @@ _AFTER_DRAIN = 5  # seconds for the last events to be sent
 
 
 class _Server(uvicorn.Server):
-    """On SIGTERM and SIGINT it accepts no more connections, lets requests finish, and stops."""
+    """On SIGTERM and SIGINT it accepts no more connections, lets requests finish, and stops. Connections on which no
+    request begins are closed after the time that a body has: there may be only so many."""
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine, settings: ServerSettings) -> None:
         super().__init__(config)
         self._engine, self._drain_seconds = engine, settings.drain_seconds
+        self._silent_seconds = settings.body_seconds
+        self._silent: dict[Any, float] = {}  # connection and its last request -> since when
+
+    async def on_tick(self, counter: int) -> bool:
+        now = time.monotonic()
+        last = [(c, getattr(c, "cycle", self)) for c in self.server_state.connections]
+        silent = [one for one in last if one[1] is None or getattr(one[1], "response_complete", False)]
+        self._silent = {one: self._silent.get(one, now) for one in silent}
+        for (connection, _), since in self._silent.items():
+            if now - since > self._silent_seconds:
+                connection.transport.abort()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         drain = asyncio.ensure_future(self._engine.drain(self._drain_seconds))

@@ -16,7 +16,8 @@ class ServerSettings:
         max_body_bytes: of a request.
         max_choices: continuations of one request, those of all its prompts together.
         requests_per_minute: of each key, or of each address where there are no keys; None: any number.
-        body_seconds: in which a request must have arrived; request_seconds: in which it must be answered.
+        body_seconds: in which a request must have begun, and then have arrived.
+        request_seconds: in which it must be answered.
         unread_seconds: a client that takes nothing of what is sent for so long is gone (on Linux).
         ping_seconds: after so long a silence a stream sends a comment.
         drain_seconds: after SIGTERM, those in progress may take that long.

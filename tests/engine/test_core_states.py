@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.request import Request, SamplingParams, Update
-from fastsft.engine.scheduler import Drafter, Step
+from fastsft.engine.step import Drafter, Step
 
 
 class CoreStates(RuleBasedStateMachine):

@@ -9,8 +9,8 @@ from fake_model import FakeRunner, FakeTokenizer, Interrupted, next_token
 
 from fastsft.engine.core import EngineCore
 from fastsft.engine.request import Request, SamplingParams
-from fastsft.engine.scheduler import Step
 from fastsft.engine.sequence import Sequence
+from fastsft.engine.step import Step
 
 
 def core_of(block_size: int, num_blocks: int, **options: Any) -> EngineCore:

@@ -16,9 +16,10 @@ from fastsft.engine.live import LiveWeights
 from fastsft.engine.request import QueueFull, Request, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
-from fastsft.engine.scheduler import Drafter, Scheduler, Work
+from fastsft.engine.scheduler import Scheduler
 from fastsft.engine.sequence import Sequence
 from fastsft.engine.stats import Stats
+from fastsft.engine.step import Drafter, Work
 from fastsft.engine.tree import guesses_of, rows_of
 from fastsft.models.decoder import Decoder
 from fastsft.models.tokenizer import Tokenizer

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from fastsft.engine.runner import Inputs
-from fastsft.engine.scheduler import Scheduler, Work
+from fastsft.engine.scheduler import Scheduler
+from fastsft.engine.step import Work
 from fastsft.ops.decoder import DecoderAdapter
 
 

@@ -32,7 +32,7 @@ class _State:
 
 
 class Speculation:
-    """The engine's :class:`~fastsft.engine.scheduler.Drafter`.
+    """The engine's :class:`~fastsft.engine.step.Drafter`.
 
     Args:
         make: a guess for the text of a sequence.

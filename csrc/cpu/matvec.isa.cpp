@@ -176,6 +176,19 @@ FASTSFT_INLINE void write_out(const PackedLinear& call, const Vec* total, int64_
   });
 }
 
+// Asks for rows of what a pass writes: a large result is in no near cache, and the pieces of its rows are too short for
+// the CPU to see the next ones coming.
+FASTSFT_INLINE void ask_for_out(const PackedLinear& call, int64_t row, int64_t rows, int64_t slab) {
+  constexpr int64_t kChannels = kSlabPanels * kPanelColumns;
+  const int64_t have = smaller(kChannels, call.weight.n - slab * kChannels);
+  const auto bytes = static_cast<int64_t>(bytes_of(call.out_dtype, have));
+  for (int64_t r = row; r < row + rows; ++r) {
+    const char* const out =
+        static_cast<const char*>(element(call.out_dtype, call.out, r * call.weight.n + slab * kChannels));
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(out + at, 1);
+  }
+}
+
 // Rows [row, row + kRows) that exist, of slab `slab`; x are their words.
 template <WeightFormat kFormat, bool kPairs, int kRows>
 FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t row, int64_t slab) {
@@ -199,12 +212,17 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
   if (kFormat == WeightFormat::kInt4) block.group_shift = w.group == 32 ? 2 : 3;
   const char* const scales = static_cast<const char*>(w.scales) +
                              slab * (kFormat == WeightFormat::kInt4 ? (w.k + w.group - 1) / w.group * kSlabScales : 0);
+  const int64_t rows = smaller<int64_t>(kRows, call.rows - row);
   Vec total[kRows * kSlabVecs];
   if (lines == 0)  // k = 0
     fill_zero(reinterpret_cast<float*>(total), reinterpret_cast<float*>(total + kRows * kSlabVecs));
   for (int64_t begin = 0; begin < lines; begin += kBlockLines) {
     block.lines = smaller(kBlockLines, lines - begin);
     block.first = begin == 0;
+    if (call.rows > kMaxRows) {
+      const int64_t asked = rows * begin / lines;
+      ask_for_out(call, row + asked, rows * (begin + block.lines) / lines - asked, slab);
+    }
     for (int64_t panel = 0; panel < panels;) {
       block.data = data + panel * kLineBytes;
       if (kFormat == WeightFormat::kInt4) {
@@ -223,7 +241,7 @@ FASTSFT_NOINLINE void pass(const PackedLinear& call, const uint32_t* x, int64_t 
     data += block.lines * block.step;
     x += words_of_lines<kFormat, kPairs>(block.lines) * kRows;
   }
-  write_out(call, total, row, smaller<int64_t>(kRows, call.rows - row), slab);
+  write_out(call, total, row, rows, slab);
 }
 
 template <WeightFormat kFormat, bool kPairs>

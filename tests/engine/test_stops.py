@@ -261,6 +261,10 @@ def test_options_that_the_kernels_do_not_have(name: str, value: Any, expected: s
 def test_contradicting_arguments(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"kv_cache_bytes: expected at least \d+, one block, got 10"):
         LLM(folder, kv_cache_bytes=10)
+    with pytest.raises(ValueError, match=r"kv_cache_bytes: expected at most \d+, which cpu has memory for, got 1\d+"):
+        LLM(folder, kv_cache_bytes=1 << 60)
+    with pytest.raises(ValueError, match=r"num_blocks: expected at most \d+, which cpu has memory for, got 1\d+"):
+        LLM(folder, num_blocks=1 << 40)
     with torch.device("meta"), pytest.raises(ValueError, match=r"LLM: device: expected cpu or cuda, got meta"):
         LLM(Decoder(load_model(folder).config), tokenizer())
     with pytest.raises(ValueError, match="tokenizer: needed beside a loaded model"):

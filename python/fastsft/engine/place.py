@@ -73,11 +73,11 @@ def make_runner(
         what: who is told in an error.
 
     Raises:
-        ValueError: no room for a block, or a model that cannot be read or placed.
+        ValueError: no room for a block, more of them than memory, or a model that cannot be read or placed.
     """
     if device.type not in PACKED:
         held = place_decoder(model, format, group=group, device=device)
-        blocks = _blocks(what, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
+        blocks = _blocks(what, held.device, held.cache_block_bytes(block_size), kv_cache_bytes, num_blocks)
         graphs = device.type == "cuda" and graphs_serve(held.dtype) and not enforce_eager
         if not graphs_serve(held.dtype):
             name = str(held.dtype).removeprefix("torch.")
@@ -91,7 +91,7 @@ def make_runner(
     packed = pack_decoder(model, format, group=group)
     kv_format = str(packed.dtype).removeprefix("torch.") if kv_format == "auto" else kv_format
     per_block = packed.config.num_hidden_layers * packed.cache_block_bytes(kv_format, block_size)
-    blocks = _blocks(what, per_block, kv_cache_bytes, num_blocks)
+    blocks = _blocks(what, device, per_block, kv_cache_bytes, num_blocks)
     return PackedRunner(packed, kv_format=kv_format, block_size=block_size, num_blocks=blocks, shared=shared)
 
 
@@ -100,9 +100,19 @@ def graphs_serve(dtype: torch.dtype) -> bool:
     return HAS_CUDA and dtype in CUDA_DTYPES
 
 
-def _blocks(what: str, per_block: int, kv_cache_bytes: int, num_blocks: int | None) -> int:
-    if num_blocks is None:
-        if kv_cache_bytes < per_block:
-            raise ValueError(f"{what}: kv_cache_bytes: expected at least {per_block}, one block, got {kv_cache_bytes}")
-        return kv_cache_bytes // per_block
-    return num_blocks
+def _blocks(what: str, device: torch.device, per_block: int, kv_cache_bytes: int, num_blocks: int | None) -> int:
+    name, given = ("kv_cache_bytes", kv_cache_bytes) if num_blocks is None else ("num_blocks", num_blocks)
+    unit = per_block if num_blocks is None else 1
+    if given < unit:
+        raise ValueError(f"{what}: {name}: expected at least {unit}, one block, got {given}")
+    most = _memory_of(device) // per_block
+    if given // unit > most:
+        raise ValueError(f"{what}: {name}: expected at most {most * unit}, which {device} has memory for, got {given}")
+    return given // unit
+
+
+def _memory_of(device: torch.device) -> int:
+    """All of it, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

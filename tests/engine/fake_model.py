@@ -76,9 +76,10 @@ class FakeRunner:
             logits.append(logits_after(self.version, [c[2] for c in context]))
         return torch.tensor(logits).reshape(-1, VOCAB)
 
-    def copy_block(self, source: int, target: int) -> None:
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         size = self.block_size
-        self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
+        for source, target in copies:
+            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
 
     def update(self, model: Any) -> None:
         self.version += 1

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, tokenizer, write_heads, write_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastsft.data.batch import Sample, collate
 from fastsft.engine import place
-from fastsft.engine.device_runner import DeviceRunner
+from fastsft.engine.device_runner import DeviceRunner, at_once
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import SamplingParams
 from fastsft.models import device, packed
@@ -117,6 +119,18 @@ def test_quantised_weights(options: dict[str, Any], another: dict[str, Any], one
         )
     )
     assert (ours - packed).square().mean().sqrt() < 0.5 * (other - packed).square().mean().sqrt()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9))
+def test_copies_at_once_are_those_one_after_the_other(copies: list[tuple[int, int]]) -> None:
+    expected = list("abcdef")
+    for source, target in copies:
+        expected[target] = expected[source]
+    found = torch.arange(6)
+    if together := at_once(copies):
+        sources, targets = zip(*together, strict=True)
+        found[list(targets)] = found[list(sources)]
+    assert ["abcdef"[i] for i in found] == expected
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

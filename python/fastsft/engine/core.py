@@ -158,8 +158,7 @@ class EngineCore:
             self._handover.submit(step.apart)
             self._handover.land(wait=True)
             return []
-        for source, target in step.copies:
-            self._runner.copy_block(source, target)
+        self._runner.copy_blocks(step.copies)
         # Those of an adapter beside each other go through it together.
         step.work.sort(key=lambda w: w.sequence.adapter.number if w.sequence.adapter else 0)
         inputs = Inputs.build([(w.sequence, w.count) for w in step.work])

@@ -130,8 +130,10 @@ class DeviceRunner:
         """Arguments and errors: :func:`fastsft.models.device.place_adapter`."""
         return place_adapter(self.model, adapter)
 
-    def copy_block(self, source: int, target: int) -> None:
-        self._cache[:, :, target] = self._cache[:, :, source]
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            ends = torch.tensor(at_once(copies)).to(self.model.device)
+            self._cache[:, :, ends[:, 1]] = self._cache[:, :, ends[:, 0]]
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Compute with other weights of the same architecture. What is in the cache belongs to the old ones.
@@ -144,6 +146,15 @@ class DeviceRunner:
     def check_has(self, what: str, model: Decoder) -> None:
         """Raise a ValueError, in the name of ``what``, unless :meth:`update` with the model would change nothing."""
         self.model.check_has(what, model)
+
+
+def at_once(copies: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Copies that are made one after the other, as those of one: a block that was copied to may be copied from, and one
+    that was copied from copied to."""
+    origins: dict[int, int] = {}
+    for source, target in copies:
+        origins[target] = origins.get(source, source)
+    return [(source, target) for target, source in origins.items()]
 
 
 def spans_of(inputs: Inputs) -> list[Span]:

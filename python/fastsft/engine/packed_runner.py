@@ -65,8 +65,9 @@ class PackedRunner:
         """Arguments and errors: :func:`fastsft.models.packed_adapter.pack_adapter`."""
         return pack_adapter(self.model, adapter)
 
-    def copy_block(self, source: int, target: int) -> None:
-        self._cache[:, target] = self._cache[:, source]
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        for source, target in copies:
+            self._cache[:, target] = self._cache[:, source]
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Compute with other weights of the same architecture. What is in the cache belongs to the old ones.

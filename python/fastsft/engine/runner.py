@@ -107,8 +107,8 @@ class Runner(Protocol):
             ValueError: a folder that cannot be read, or an adapter that does not fit the model.
         """
 
-    def copy_block(self, source: int, target: int) -> None:
-        """In all layers, before what is computed next."""
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """(source, target) each, one after the other: in all layers, before what is computed next."""
 
     def update(self, model: Decoder | str | os.PathLike[str]) -> None:
         """Compute with other weights of the same architecture. What is in the cache belongs to the old ones.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from engine_cases import VOCAB, as_prompts, engine, prompts_of, tokenizer, write_model
 
-from fastsft.engine.guide import StructuredOutputs
+from fastsft.engine.guide import Guides, StructuredOutputs
 from fastsft.engine.llm import LLM
 from fastsft.engine.request import PromptError, SamplingParams
 
@@ -178,6 +179,21 @@ def test_a_guide_that_comes_to_its_limits_ends_its_own_text_alone(llm: LLM) -> N
     beside, alone = llm.generate(PROMPTS[:2], [guided, plain]), llm.generate(PROMPTS[1], plain)
     assert beside[0].outputs[0].finish_reason in ("error", "length")  # where its limits are is the library's
     assert beside[1].outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+
+def test_a_guide_that_takes_long_has_taken_it_when_it_is_there() -> None:
+    pytest.importorskip("llguidance")
+    guides = Guides(tokenizer(), VOCAB, (0,))
+    asked = StructuredOutputs(regex="(a{1000}){300}")
+    times = [time.perf_counter()]
+    for _ in range(2):
+        guides.guide(asked).allowed([])
+        times.append(time.perf_counter())
+    guide = guides.guide(StructuredOutputs(regex="(b{1000}){300}"))
+    begin = time.perf_counter()
+    guide.allowed([])
+    first, again, prepared = times[1] - times[0], times[2] - times[1], time.perf_counter() - begin
+    assert max(again, prepared) < 0.2 * first
 
 
 def test_a_guide_without_the_library(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,27 @@ def test_silence_is_broken_by_pings(folder: Path) -> None:
         assert events[-2] == "data: [DONE]"
         chunks = list(server.openai.completions.create(model="tiny", prompt="a", max_tokens=2, stream=True, seed=1))
         assert chunks[-1].choices[0].finish_reason
+
+
+def test_a_guide_is_compiled_beside_the_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    compiled = threading.Event()
+    with serving(folder) as server, ThreadPoolExecutor() as clients:
+        prepare = server.core.prepare
+
+        def slow(params: SamplingParams) -> None:
+            assert compiled.wait(20)
+            prepare(params)
+
+        monkeypatch.setattr(server.core, "prepare", slow)
+        body = {"prompt": "the cat", "max_tokens": 9, "structured_outputs": {"regex": "a{3}"}}
+        guided = clients.submit(server.complete, **body)
+        refused = clients.submit(server.refused, 400, **body | {"structured_outputs": {"regex": "a("}})
+        assert server.complete(prompt="on", max_tokens=4)["choices"], "others do not wait"
+        assert not guided.done()
+        compiled.set()
+        assert guided.result()["choices"][0]["text"] == "aaa"
+        assert refused.result()["param"] == "structured_outputs"
 
 
 def test_a_failed_step_fails_its_requests_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fastsft.engine.detokenize import Detokenizer
 from fastsft.engine.live import LiveWeights
 from fastsft.engine.processors import ProcessorFactory, Processors
-from fastsft.engine.request import Request, RequestError
+from fastsft.engine.request import Request, RequestError, SamplingParams
 from fastsft.engine.runner import Runner
 from fastsft.engine.sequence import Sequence
 from fastsft.models.tokenizer import Tokenizer
@@ -57,6 +57,17 @@ class Admission:
                 raise RequestError(str(error)) from None
         group[0].siblings = group[1:]
         return group
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the guide that is asked for, if any.
+
+        Raises:
+            RequestError: it cannot be compiled.
+        """
+        try:
+            self._processors.guide(params)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
     def processors(self, sequence: Sequence) -> Processors | None:
         """As they are before its first step; raises as :meth:`ProcessorFactory.make` does."""

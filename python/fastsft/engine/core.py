@@ -13,7 +13,7 @@ from fastsft.engine.blocks import BlockAllocator
 from fastsft.engine.handover import Handover, Prefill
 from fastsft.engine.host import on_host
 from fastsft.engine.live import LiveWeights
-from fastsft.engine.request import QueueFull, Request, Update
+from fastsft.engine.request import QueueFull, Request, SamplingParams, Update
 from fastsft.engine.runner import Inputs, Runner
 from fastsft.engine.sampling import draw, score
 from fastsft.engine.scheduler import Scheduler
@@ -101,6 +101,15 @@ class EngineCore:
             self._live[group[0].request_id] = group
             self._prompt_tokens += group[0].prompt_len
             self._scheduler.add(group[0])
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what guides the text, if anything does: :meth:`add` would take as long, which may be seconds. Another
+        thread may call this, alone of all methods, while a step runs.
+
+        Raises:
+            RequestError: it cannot be compiled.
+        """
+        self._admission.prepare(params)
 
     def _check_queue(self) -> None:
         """What comes does not count: else who has more than may wait would be refused for ever where others wait."""

@@ -7,6 +7,7 @@ text gets, and answers for the rows of drafts by going ahead and back.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -82,15 +83,17 @@ class Guides:
             tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(end_ids)
         )
         self._grammars: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()  # of the dictionary: what compiles must not keep others waiting
 
     def guide(self, asked: StructuredOutputs) -> Guide:
-        """At the start of a text.
+        """At the start of a text. Several threads may ask.
 
         Raises:
             ValueError: a schema, expression or grammar that cannot be compiled; the message says why.
         """
         key = asked.format_and_text()
-        if key not in self._grammars:
+        matcher = self._grammars.get(key)
+        if matcher is None:
             try:
                 grammar = self._library.grammar_from(*key)
             except ValueError as error:
@@ -98,10 +101,12 @@ class Guides:
             matcher = self._library.LLMatcher(self._vocabulary, grammar, log_level=0)
             if matcher.is_error():
                 raise ValueError(_wrong(key[0], matcher.get_error()))
-            if len(self._grammars) >= 64:  # a server sees schemas without end
-                self._grammars.pop(next(iter(self._grammars)))
-            self._grammars[key] = matcher
-        return Guide(self._grammars[key].deep_copy(), self._vocab_size)
+            matcher.compute_bitmask()  # builds what all copies share, which may take seconds
+            with self._lock:
+                if len(self._grammars) >= 64:  # a server sees schemas without end
+                    self._grammars.pop(next(iter(self._grammars)))
+                self._grammars[key] = matcher
+        return Guide(matcher.deep_copy(), self._vocab_size)
 
 
 class Guide:

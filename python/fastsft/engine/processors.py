@@ -6,6 +6,7 @@ Shape suffixes: K rows of one sequence, V vocabulary.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -126,6 +127,7 @@ class ProcessorFactory:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, tuple(end_ids)
         self._guides: Guides | None = None
+        self._making_guides = threading.Lock()
         self._tokens_of_words = functools.lru_cache(maxsize=64)(self._words)  # continuations of a request have the same
 
     def make(self, params: SamplingParams, prompt: Sequence[int]) -> Processors | None:
@@ -139,14 +141,19 @@ class ProcessorFactory:
             for i in getattr(params, name) or ():
                 if not 0 <= i < self._vocab_size:
                     raise ValueError(f"params: {name}: expected token ids in [0, {self._vocab_size}), got {i}")
-        guide = None
-        if isinstance(params.structured_outputs, StructuredOutputs):  # SamplingParams leaves no dictionary
-            if self._guides is None:
-                self._guides = Guides(self._tokenizer, self._vocab_size, self._end_ids)
-            guide = self._guides.guide(params.structured_outputs)
+        guide = self.guide(params)
         words = self._tokens_of_words(tuple(params.bad_words))
         found = Processors(params, prompt, self._vocab_size, self._end_ids, words, guide)
         return None if found.idle else found
+
+    def guide(self, params: SamplingParams) -> Guide | None:
+        """None where no structure is asked for. Raises as :meth:`make`; any thread may call it."""
+        if not isinstance(params.structured_outputs, StructuredOutputs):  # SamplingParams leaves no dictionary
+            return None
+        with self._making_guides:
+            if self._guides is None:
+                self._guides = Guides(self._tokenizer, self._vocab_size, self._end_ids)
+        return self._guides.guide(params.structured_outputs)
 
     def _words(self, words: Sequence[str]) -> list[list[int]]:
         """A word's tokens at the start of a text and, where a space is a token's part, after one (as in vLLM)."""

@@ -1,7 +1,8 @@
 """The engine in a thread of its own, for callers in an event loop.
 
 What a caller asks for goes through an inbox, which the thread empties between steps; what a step adds goes to each
-caller's queue, all of it in one call into the loop. Nothing else is shared, so no lock is held while a step runs.
+caller's queue, all of it in one call into the loop. Nothing else but compiled guides is shared, so no lock is held
+while a step runs.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ class AsyncEngine:
         self._streams.update((r.request_id, stream) for r in requests)
         self._idle.clear()
         try:
+            for params in {id(r.params): r.params for r in requests if r.params.structured_outputs}.values():
+                await asyncio.to_thread(self._core.prepare, params)  # others' steps go on meanwhile
             await self.call(lambda core: core.add(*requests))
         except BaseException:  # they may be in, where the caller was cancelled
             self.release(stream)

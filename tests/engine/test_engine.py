@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,14 @@ def test_loaded_model_and_bfloat16(folders: dict[str, Path]) -> None:
     assert llm.core._runner.kv_format == "bfloat16"
     a = tokens(llm.generate(as_prompts(prompts_of(LENGTHS)), GREEDY))
     assert a == tokens(engine(folders["llama"], dtype=torch.bfloat16).generate(as_prompts(prompts_of(LENGTHS)), GREEDY))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_threads": 1}], ids=["alone", "shared"])
+def test_the_cache_has_its_memory_before_the_first_request(options: dict[str, Any], folders: dict[str, Path]) -> None:
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    llm = LLM(folders["llama"], kv_cache_bytes=64 << 20, **options)
+    before = faults()
+    llm.core._runner._cache.fill_(1)
+    assert faults() - before < 16, "of 32 huge pages, or 16,384 others"

@@ -43,6 +43,8 @@ class PackedRunner:
         if shared:
             memory = mmap.mmap(-1, self._cache.nbytes)  # anonymous: no name is left behind
             self._cache = torch.frombuffer(memory, dtype=torch.uint8).view(self._cache.shape)
+        # The system finds and clears memory when it is first written: now, and not in the time of the first prompts.
+        self._cache.zero_()
         self.bytes_per_block = self._cache[:, :1].nbytes
 
     def new_hidden(self, rows: int) -> torch.Tensor:

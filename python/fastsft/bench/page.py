@@ -25,7 +25,8 @@ without the others), which `--rivals` names; `gpu-rivals` are those of [`make gp
   where a slow rival got fewer of them). Below 1 a rival is faster: such rows are **bold**, and listed first.
 - **limit** is the share of what the machine can do at most: `stream` of the rate at which torch sums a large array on
   huge pages (`read`, of older rows: on ordinary pages, which can be slower by a third), `copy` of a copy's, read and
-  written, `product` of a large matrix product in the same type, by torch or fastsft.
+  written, `product` of a large matrix product in the same type, by torch or fastsft. What stays in the last-level
+  cache from one step to the next is not read from memory, so that a model of its size can come to more than 100 %.
 - Single rows vary by tens of percent on a shared machine: read ratios.
 """
 

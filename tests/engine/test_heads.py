@@ -34,13 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), "qwen2")
 
 
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("heads")
-    write_heads(target, 0.3)
-    return target
-
-
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 8}, {"max_num_seqs": 2}, {"dtype": torch.bfloat16}])
 @pytest.mark.parametrize(("adaptive", "paths"), [(True, 1), (True, 3), (False, 1), (False, 2), (False, 4)])
 def test_results_are_those_of_plain_decoding(

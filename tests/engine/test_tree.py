@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_heads, write_model
+from engine_cases import as_prompts, assert_nothing_held, engine, prompts_of, write_model
 from fake_model import FakeRunner, FakeTokenizer, next_token
 
 from fastsft.engine.core import EngineCore
@@ -134,13 +134,6 @@ def test_rows_of_branches_are_those_of_the_step() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), "qwen2")
-
-
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("heads")
-    write_heads(target, 0.3)
-    return target
 
 
 def test_other_guesses_save_steps(folder: Path, heads: Path) -> None:

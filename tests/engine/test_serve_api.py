@@ -14,10 +14,8 @@ from serve_cases import MODEL, Running, serving
 from tokenizer_cases import family
 
 from fastsft.engine.llm import LLM
-from fastsft.engine.request import SamplingParams, Update
-from fastsft.engine.server.infill import Middle
+from fastsft.engine.request import SamplingParams
 from fastsft.engine.server.pieces import Pieces
-from fastsft.engine.server.protocol import InfillBody
 from fastsft.models.weights import init_model, save_model
 
 TEXTS = ["the cat sat on", "on the mat the cat", "x = 1\n"]
@@ -322,28 +320,6 @@ def test_infill_begins_the_middle_and_names_other_files(server: Running, llm: LL
     body = {"input_prefix": "a", "input_suffix": "b", "prompt": "the ", "n_predict": 6, "ignore_eos": True}
     found = server.post("/infill", **body, input_extra=[{"filename": "m", "text": "the mat"}]).json()
     assert found["tokens"] == list(expected.outputs[0].token_ids)
-
-
-@pytest.mark.parametrize(
-    ("options", "texts", "shown", "ended"),
-    [
-        ({"n_indent": 4}, ["a", "\n    b\n", "  ", "c\n    d"], "a\n    b\n  ", "limit"),  # what was shown stays
-        ({"n_indent": 4}, ["a\n    b\n\n", "    c\n", "", "d"], "a\n    b\n\n    c\n", "limit"),
-        ({"n_indent": 4}, ["a\n    b\n  c"], "a\n    b", "limit"),
-        ({"n_indent": 4}, ["a\n    b\n", "    c"], "a\n    b\n    c", None),
-        ({}, ["a\nb", "\nc"], "a\nb\nc", None),
-        ({"t_max_predict_ms": 1e-6}, ["a", "b\n", "c"], "ab\n", "limit"),
-    ],
-)
-def test_the_middle_ends_where_editors_want(
-    options: dict[str, Any], texts: list[str], shown: str, ended: str | None
-) -> None:
-    middle, found = Middle(InfillBody.parse(options)), ""
-    for text in texts:
-        if middle.stop_type is None:
-            found += middle.take(Update("a", 0, (1,), text, None, None, None, 0, 0.0))
-    assert (found, middle.stop_type) == (shown, ended)
-    assert middle.text == shown
 
 
 def test_tokens_there_and_back(server: Running) -> None:

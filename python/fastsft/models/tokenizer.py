@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,10 @@ import tokenizers
 from fastsft.files import sync
 from fastsft.models.control import CONTROL, ControlTokens, continuing, marking
 from fastsft.models.template import CHATML, CHATML_TOKENS, Span, TemplateError, render
+from fastsft.models.untrained import cut_runs, untrained
 from fastsft.ops.bpe import ByteBpe, NotExactError
 
 END_OF_TEXT = "<|endoftext|>"
-# How Qwen's tokenizers split text. Each digit stands alone, and a line's end is apart from the next line's indentation.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# In training alone, a run of so many characters is cut: the library's time is quadratic in a long word of one letter.
-_RUN = re.compile(r"\S{2000}|\s{2000}")
 
 # The files of a Hugging Face folder that belong to the tokenizer; copied byte for byte.
 FILES = (
@@ -134,7 +129,7 @@ class Tokenizer:
         Raises:
             ValueError: a ``vocab_size`` below the number of bytes and special tokens.
         """
-        backend = _untrained()
+        backend = untrained()
         names = list(dict.fromkeys([END_OF_TEXT, *CHATML_TOKENS, *special_tokens]))
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(names) + len(alphabet):
@@ -142,7 +137,7 @@ class Tokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=names, initial_alphabet=sorted(alphabet), show_progress=progress
         )
-        backend.train_from_iterator(_cut_runs(texts), trainer)
+        backend.train_from_iterator(cut_runs(texts), trainer)
         config: dict[str, Any] = {"eos_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
         if chat_template is not None:
             config["chat_template"] = chat_template
@@ -314,25 +309,6 @@ class Tokenizer:
             )
         given = {"add_generation_prompt": add_generation_prompt, **extra}
         return render(self.chat_template, messages, self.control, self.named, given)
-
-
-def _untrained() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.normalizer = tokenizers.normalizers.NFC()
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated")
-    bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
-
-
-def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        begin = 0
-        for run in _RUN.finditer(text):
-            yield text[begin : run.end()]
-            begin = run.end()
-        yield text[begin:]
 
 
 def _named(entries: Mapping[str, Any]) -> dict[str, str]:
